@@ -1,0 +1,91 @@
+//! The seam between the model and the hardware: the block, not the tensor op.
+//!
+//! A model is embed, then per layer a token mixer and a mixture of experts, then the head. Inside
+//! a block a backend fuses as it likes; between blocks it only promises the shapes below. Every
+//! backend is held to [`reference`] by the same conformance tests.
+//!
+//! Shapes: `T` tokens of one chunk, `D` hidden_size, `E` num_experts, `k` num_experts_per_tok.
+
+pub mod reference;
+pub mod shape;
+pub mod weights;
+
+use std::ops::Range;
+
+use thiserror::Error;
+
+pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
+pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};
+
+/// Why a block could not be computed. None of these is the user's input: that was checked before.
+#[derive(Debug, Error)]
+pub enum BackendError {
+    #[error("reference backend: {0}")]
+    Candle(#[from] candle_core::Error),
+    #[error("context is full: {needed} tokens needed, room for {capacity}; raise --ctx")]
+    ContextFull { needed: usize, capacity: usize },
+    #[error("{0}")]
+    Other(String),
+}
+
+pub type Result<T> = std::result::Result<T, BackendError>;
+
+/// What the router chose for a chunk of tokens in one layer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Routing {
+    /// k, the experts of each token.
+    pub num_experts_per_tok: usize,
+    /// `[T, k]` expert ids, best first; equal probabilities keep the lower id first.
+    pub topk_ids: Vec<u16>,
+    /// `[T, k]` weights, renormalised to sum 1 where the model says so.
+    pub topk_weights: Vec<f32>,
+}
+
+impl Routing {
+    /// T, the number of tokens routed.
+    pub fn tokens(&self) -> usize {
+        self.topk_ids.len() / self.num_experts_per_tok.max(1)
+    }
+}
+
+/// The blocks of a model on one kind of hardware, weights included.
+///
+/// One instance serves any number of sequences; what a sequence has seen is in its [`State`].
+/// A sequence may be fed in chunks of any length: the split must not change the result.
+///
+/// [`State`]: Backend::State
+pub trait Backend: Send {
+    /// Activations of one chunk, `[T, D]`, wherever the backend keeps them.
+    type Hidden;
+    /// What one sequence carries on: conv and delta-rule states, keys and values.
+    type State: Send;
+
+    /// Short name for reports: `reference`, `cpu`, `cuda:0`.
+    fn name(&self) -> String;
+
+    fn shape(&self) -> &ModelShape;
+
+    /// An empty sequence that can grow to `max_tokens`.
+    fn new_state(&self, max_tokens: usize) -> Result<Self::State>;
+
+    /// Token ids (each below vocab_size) to `[T, D]`.
+    fn embed(&mut self, ids: &[u32]) -> Result<Self::Hidden>;
+
+    /// `hidden += mixer(rms_norm(hidden))`, advancing layer `layer` of `state` by T tokens.
+    fn mixer(
+        &mut self,
+        layer: usize,
+        hidden: &mut Self::Hidden,
+        state: &mut Self::State,
+    ) -> Result<()>;
+
+    /// Norm, router logits, softmax and top-k of the tokens in `hidden`, which stays as it is.
+    fn router(&mut self, layer: usize, hidden: &Self::Hidden) -> Result<Routing>;
+
+    /// `hidden += sum_k weight_k * expert_k(rms_norm(hidden)) + shared expert`.
+    fn experts(&mut self, layer: usize, hidden: &mut Self::Hidden, routing: &Routing)
+    -> Result<()>;
+
+    /// Final norm and output head of the tokens `rows`: `[rows.len(), vocab_size]` logits.
+    fn head(&mut self, hidden: &Self::Hidden, rows: Range<usize>) -> Result<Vec<f32>>;
+}

@@ -1,0 +1,79 @@
+//! Element types a checkpoint may hold, and widening to f32.
+
+use half::{bf16, f16};
+
+/// Element type of a stored tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    F32,
+    F16,
+    Bf16,
+    U8,
+    I8,
+    I32,
+    I64,
+}
+
+impl Dtype {
+    /// The safetensors spelling, as error messages and fingerprints show it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "F32",
+            Dtype::F16 => "F16",
+            Dtype::Bf16 => "BF16",
+            Dtype::U8 => "U8",
+            Dtype::I8 => "I8",
+            Dtype::I32 => "I32",
+            Dtype::I64 => "I64",
+        }
+    }
+
+    /// The spelling inside a bitsandbytes `quant_state` (`bfloat16`), for the float types.
+    pub fn torch_name(self) -> Option<&'static str> {
+        match self {
+            Dtype::F32 => Some("float32"),
+            Dtype::F16 => Some("float16"),
+            Dtype::Bf16 => Some("bfloat16"),
+            _ => None,
+        }
+    }
+
+    pub fn size_bytes(self) -> usize {
+        match self {
+            Dtype::F32 | Dtype::I32 => 4,
+            Dtype::F16 | Dtype::Bf16 => 2,
+            Dtype::U8 | Dtype::I8 => 1,
+            Dtype::I64 => 8,
+        }
+    }
+
+    pub fn is_float(self) -> bool {
+        matches!(self, Dtype::F32 | Dtype::F16 | Dtype::Bf16)
+    }
+
+    /// Widens little-endian `bytes` of a float type into `out`, exactly.
+    ///
+    /// The bytes need no alignment: they may lie anywhere in a mapped file.
+    pub fn widen(self, bytes: &[u8], out: &mut [f32]) {
+        assert!(self.is_float(), "{} is not a float type", self.name());
+        assert_eq!(bytes.len(), out.len() * self.size_bytes());
+        match self {
+            Dtype::F32 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                }
+            }
+            Dtype::F16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = f16::from_le_bytes([b[0], b[1]]).to_f32();
+                }
+            }
+            Dtype::Bf16 => {
+                for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *o = bf16::from_le_bytes([b[0], b[1]]).to_f32();
+                }
+            }
+            _ => unreachable!("checked above"),
+        }
+    }
+}

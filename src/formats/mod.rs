@@ -1,0 +1,17 @@
+//! Bytes on disk: checkpoints, quantised weights, and files written whole or not at all.
+//!
+//! Knows no device and no model: tensors have names, dtypes, shapes and bytes, nothing more.
+
+pub mod atomic;
+pub mod bytes;
+pub mod checkpoint;
+pub mod dtype;
+pub mod error;
+pub mod matrix;
+pub mod nf4;
+
+pub use bytes::Bytes;
+pub use checkpoint::{Checkpoint, Tensor};
+pub use dtype::Dtype;
+pub use error::FormatError;
+pub use matrix::Matrix;

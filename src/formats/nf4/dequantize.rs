@@ -1,0 +1,96 @@
+//! Reading NF4: the exact formula, in plain code. Every kernel is tested against it.
+
+use std::ops::Range;
+
+use super::{BLOCKSIZE, CODE_BOOK, NESTED_BLOCKSIZE};
+use crate::formats::Bytes;
+
+/// A `[rows, cols]` part of an NF4 weight, starting at element `first` of the stored, flattened
+/// tensor: 0 for a tensor of its own, a multiple of the expert size inside fused experts.
+#[derive(Clone, Debug)]
+pub struct Nf4Matrix {
+    /// `[ceil(n / 2)]` for the whole stored tensor of `n` weights, high nibble first
+    pub packed: Bytes,
+    pub absmax: Absmax,
+    pub first: usize,
+    pub rows: usize,
+    pub cols: usize,
+}
+
+/// The scale of each block of 64 weights of a stored tensor.
+#[derive(Clone, Debug)]
+pub enum Absmax {
+    /// `[blocks]` f32
+    Plain(Bytes),
+    /// Double quantisation
+    Nested {
+        /// `[blocks]` u8, indices into `quant_map`
+        codes: Bytes,
+        /// `[ceil(blocks / 256)]` f32
+        nested_absmax: Bytes,
+        /// `[256]` f32: the stored one, since files differ in entry 0
+        quant_map: Bytes,
+        offset: f32,
+    },
+}
+
+impl Absmax {
+    /// Scale of block `b`: a rounded product plus a rounded sum, never fused.
+    pub fn get(&self, b: usize) -> f32 {
+        match self {
+            Absmax::Plain(bytes) => f32_at(bytes, b),
+            Absmax::Nested {
+                codes,
+                nested_absmax,
+                quant_map,
+                offset,
+            } => {
+                let product = f32_at(quant_map, codes[b] as usize)
+                    * f32_at(nested_absmax, b / NESTED_BLOCKSIZE);
+                product + offset
+            }
+        }
+    }
+}
+
+fn f32_at(bytes: &[u8], i: usize) -> f32 {
+    let b = &bytes[4 * i..4 * i + 4];
+    f32::from_le_bytes([b[0], b[1], b[2], b[3]])
+}
+
+impl Nf4Matrix {
+    /// 4-bit code of weight `i` of the stored tensor.
+    fn code(&self, i: usize) -> usize {
+        let byte = self.packed[i / 2];
+        usize::from(if i.is_multiple_of(2) {
+            byte >> 4
+        } else {
+            byte & 15
+        })
+    }
+
+    pub(crate) fn stored_bytes(&self) -> usize {
+        let n = self.rows * self.cols;
+        let scales = n.div_ceil(BLOCKSIZE);
+        n.div_ceil(2)
+            + match self.absmax {
+                Absmax::Plain(_) => 4 * scales,
+                Absmax::Nested { .. } => scales + 4 * scales.div_ceil(NESTED_BLOCKSIZE),
+            }
+    }
+
+    /// Rows as f32: `code_book[c[i]] * s[i / 64]`, one rounding. Blocks may cross row ends.
+    pub(crate) fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        let start = self.first + rows.start * self.cols;
+        let end = self.first + rows.end * self.cols;
+        let mut i = start;
+        while i < end {
+            let block_end = end.min((i / BLOCKSIZE + 1) * BLOCKSIZE);
+            let scale = self.absmax.get(i / BLOCKSIZE);
+            for j in i..block_end {
+                out[j - start] = CODE_BOOK[self.code(j)] * scale;
+            }
+            i = block_end;
+        }
+    }
+}
