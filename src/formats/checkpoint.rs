@@ -130,10 +130,10 @@ impl Checkpoint {
         self.get(name).ok_or_else(|| self.missing(name))
     }
 
-    /// A float vector of `len` elements, in any shape with that many, widened to f32.
+    /// A float tensor of that shape, widened to f32.
     ///
     /// # Errors
-    /// Missing, not a float type, or of another length.
+    /// Missing, not a float type, or of another shape.
     pub fn vector(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, FormatError> {
         let tensor = self.tensor(name)?;
         check_float(name, tensor.dtype)?;

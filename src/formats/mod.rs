@@ -5,6 +5,7 @@
 pub mod atomic;
 pub mod bytes;
 pub mod checkpoint;
+pub mod document;
 pub mod dtype;
 pub mod error;
 pub mod matrix;
@@ -12,6 +13,7 @@ pub mod nf4;
 
 pub use bytes::Bytes;
 pub use checkpoint::{Checkpoint, Tensor};
+pub use document::{Document, DocumentError, ModelId};
 pub use dtype::Dtype;
 pub use error::FormatError;
 pub use matrix::Matrix;
