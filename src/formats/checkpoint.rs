@@ -103,6 +103,14 @@ impl Checkpoint {
         builder.finish()
     }
 
+    /// The files that a shard index names, without opening them.
+    ///
+    /// # Errors
+    /// If the index cannot be read or names anything but plain files beside it.
+    pub fn shard_names(index: &Path) -> Result<BTreeSet<String>, FormatError> {
+        Ok(read_index(index)?.into_values().collect())
+    }
+
     /// Where it came from, as errors name it.
     pub fn location(&self) -> &str {
         &self.location

@@ -30,8 +30,27 @@ pub struct ModelId {
     pub id: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<String>,
-    /// SHA-256 over the config and the sorted tensor names, shapes, dtypes
-    pub fingerprint: String,
+    /// SHA-256 over the config and the sorted tensor names, shapes, dtypes; absent from a plan
+    /// that was made from config.json alone
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
+    pub config_sha256: String,
+}
+
+impl ModelId {
+    /// Whether both speak of one model, by as much as both know of it.
+    pub fn is_same_model(&self, other: &ModelId) -> bool {
+        match (&self.fingerprint, &other.fingerprint) {
+            (Some(mine), Some(theirs)) => mine == theirs,
+            _ => self.config_sha256 == other.config_sha256,
+        }
+    }
+
+    /// The first digits of what tells it from others.
+    fn short(&self) -> &str {
+        let hash = self.fingerprint.as_ref().unwrap_or(&self.config_sha256);
+        hash.get(..12).unwrap_or(hash)
+    }
 }
 
 /// Names a kind of file and the newest version of it this program reads and the one it writes.
@@ -41,34 +60,62 @@ pub struct Schema {
     pub version: u32,
 }
 
-pub const PROFILE: Schema = Schema { name: "moectl.profile", version: 1 };
-pub const PLACEMENT: Schema = Schema { name: "moectl.placement", version: 1 };
-pub const RUN: Schema = Schema { name: "moectl.run", version: 1 };
-pub const HARDWARE: Schema = Schema { name: "moectl.hardware", version: 1 };
+pub const PROFILE: Schema = Schema {
+    name: "moectl.profile",
+    version: 1,
+};
+pub const PLACEMENT: Schema = Schema {
+    name: "moectl.placement",
+    version: 1,
+};
+pub const RUN: Schema = Schema {
+    name: "moectl.run",
+    version: 1,
+};
+pub const HARDWARE: Schema = Schema {
+    name: "moectl.hardware",
+    version: 1,
+};
 
 /// A JSON file that is not what it was taken for.
 #[derive(Debug, Error)]
 pub enum DocumentError {
     #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{}: not a {schema} file: {reason}", path.display())]
-    Json { path: PathBuf, schema: &'static str, reason: String },
+    Json {
+        path: PathBuf,
+        schema: &'static str,
+        reason: String,
+    },
     #[error("{}: is a `{found}` file, expected `{expected}`", path.display())]
-    Schema { path: PathBuf, found: String, expected: &'static str },
+    Schema {
+        path: PathBuf,
+        found: String,
+        expected: &'static str,
+    },
     #[error(
         "{}: {schema} version {found}, this moectl reads up to {newest}; update moectl",
         path.display()
     )]
-    Newer { path: PathBuf, schema: &'static str, found: u64, newest: u32 },
+    Newer {
+        path: PathBuf,
+        schema: &'static str,
+        found: u64,
+        newest: u32,
+    },
     #[error(
         "{}: made for model `{}` ({}…), this is `{}` ({}…); make it again for this model",
-        path.display(), found.id, short(&found.fingerprint), expected.id, short(&expected.fingerprint)
+        path.display(), found.id, found.short(), expected.id, expected.short()
     )]
-    OtherModel { path: PathBuf, found: Box<ModelId>, expected: Box<ModelId> },
-}
-
-fn short(fingerprint: &str) -> &str {
-    fingerprint.get(..12).unwrap_or(fingerprint)
+    OtherModel {
+        path: PathBuf,
+        found: Box<ModelId>,
+        expected: Box<ModelId>,
+    },
 }
 
 impl<T> Document<T> {
@@ -90,13 +137,11 @@ impl<T> Document<T> {
     /// [`DocumentError::OtherModel`], naming both.
     pub fn check_model(&self, path: &Path, expected: &ModelId) -> Result<(), DocumentError> {
         match &self.model {
-            Some(found) if found.fingerprint != expected.fingerprint => {
-                Err(DocumentError::OtherModel {
-                    path: path.into(),
-                    found: Box::new(found.clone()),
-                    expected: Box::new(expected.clone()),
-                })
-            }
+            Some(found) if !found.is_same_model(expected) => Err(DocumentError::OtherModel {
+                path: path.into(),
+                found: Box::new(found.clone()),
+                expected: Box::new(expected.clone()),
+            }),
             _ => Ok(()),
         }
     }
@@ -108,8 +153,10 @@ impl<T: Serialize> Document<T> {
     /// # Errors
     /// [`DocumentError::Io`], naming the path.
     pub fn write(&self, path: &Path) -> Result<(), DocumentError> {
-        atomic::write_json(path, self)
-            .map_err(|source| DocumentError::Io { path: path.into(), source })
+        atomic::write_json(path, self).map_err(|source| DocumentError::Io {
+            path: path.into(),
+            source,
+        })
     }
 }
 
@@ -119,8 +166,10 @@ impl<T: DeserializeOwned> Document<T> {
     /// # Errors
     /// Names the path and whether it is another kind of file, a newer one, or no JSON at all.
     pub fn read(path: &Path, schema: Schema) -> Result<Self, DocumentError> {
-        let text =
-            std::fs::read(path).map_err(|source| DocumentError::Io { path: path.into(), source })?;
+        let text = std::fs::read(path).map_err(|source| DocumentError::Io {
+            path: path.into(),
+            source,
+        })?;
         let wrong = |reason: String| DocumentError::Json {
             path: path.into(),
             schema: schema.name,

@@ -8,3 +8,4 @@ pub mod weights;
 
 pub use config::{ConfigError, ModelConfig};
 pub use forward::{LogitRows, OnRouting, Runner, Sequence};
+pub use source::{Source, SourceError};
