@@ -5,6 +5,7 @@
 pub mod atomic;
 pub mod bytes;
 pub mod checkpoint;
+pub mod corpus;
 pub mod document;
 pub mod dtype;
 pub mod error;
