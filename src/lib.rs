@@ -1,5 +1,6 @@
 //! moectl: large mixture-of-experts language models on one small GPU plus system RAM.
 
 pub mod backend;
+pub mod engine;
 pub mod formats;
 pub mod model;
