@@ -77,7 +77,11 @@ impl Timings {
 }
 
 fn rate(count: usize, time: Duration) -> f64 {
-    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
+    if time.is_zero() {
+        0.0
+    } else {
+        count as f64 / time.as_secs_f64()
+    }
 }
 
 /// Receives what happens while it happens.
@@ -115,7 +119,10 @@ impl Engine {
             text: String::new(),
             finish_reason: FinishReason::Length,
             logprobs: Vec::new(),
-            timings: Timings { prompt_tokens: prompt_ids.len(), ..Timings::default() },
+            timings: Timings {
+                prompt_tokens: prompt_ids.len(),
+                ..Timings::default()
+            },
         };
 
         let start = Instant::now();
@@ -151,7 +158,9 @@ impl Engine {
             }
             last_token = now;
             if options.logprobs > 0 {
-                generation.logprobs.push(top_logprobs(&logits, options.logprobs));
+                generation
+                    .logprobs
+                    .push(top_logprobs(&logits, options.logprobs));
             }
             generation.token_ids.push(id);
             if eos.contains(&id) && !options.ignore_eos {
@@ -167,7 +176,9 @@ impl Engine {
                 break;
             }
             logits = match self.forward(&[id], LogitRows::Last, observer.on_routing) {
-                Err(EngineError::Backend(crate::backend::BackendError::ContextFull { .. })) => break,
+                Err(EngineError::Backend(crate::backend::BackendError::ContextFull { .. })) => {
+                    break;
+                }
                 other => other?,
             };
         }

@@ -37,11 +37,13 @@ pub enum BackendChoice {
 impl FromStr for BackendChoice {
     type Err = String;
 
-    fn from_str(name: &str) -> Result<Self, String> {
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
         match name {
             "auto" => Ok(BackendChoice::Auto),
             "reference" => Ok(BackendChoice::Reference),
-            _ => Err(format!("unknown backend `{name}`; expected auto or reference")),
+            _ => Err(format!(
+                "unknown backend `{name}`; expected auto or reference"
+            )),
         }
     }
 }
@@ -114,7 +116,10 @@ impl Engine {
         let config = source.config()?;
         let limit = config.max_position_embeddings;
         if options.max_tokens > limit {
-            return Err(EngineError::Context { asked: options.max_tokens, limit });
+            return Err(EngineError::Context {
+                asked: options.max_tokens,
+                limit,
+            });
         }
         let text = TextModel::load(source)?;
         let checkpoint = source.checkpoint()?;
@@ -123,7 +128,9 @@ impl Engine {
         let mut notes = Vec::new();
         let mtp_tensors = weights::count_mtp_tensors(&checkpoint);
         if mtp_tensors > 0 {
-            notes.push(format!("skipped {mtp_tensors} multi-token-prediction tensors (mtp.*)"));
+            notes.push(format!(
+                "skipped {mtp_tensors} multi-token-prediction tensors (mtp.*)"
+            ));
         }
         let runner: Box<dyn Runner> = match options.backend {
             BackendChoice::Auto | BackendChoice::Reference => {
@@ -131,7 +138,13 @@ impl Engine {
                 Box::new(Sequence::new(backend, options.max_tokens)?)
             }
         };
-        Ok(Engine { runner, config, text, model_id, notes })
+        Ok(Engine {
+            runner,
+            config,
+            text,
+            model_id,
+            notes,
+        })
     }
 
     pub fn shape(&self) -> &ModelShape {
@@ -172,7 +185,10 @@ impl Engine {
     pub fn reset(&mut self, max_tokens: usize) -> Result<()> {
         let limit = self.config.max_position_embeddings;
         if max_tokens > limit {
-            return Err(EngineError::Context { asked: max_tokens, limit });
+            return Err(EngineError::Context {
+                asked: max_tokens,
+                limit,
+            });
         }
         Ok(self.runner.reset(max_tokens)?)
     }
@@ -213,7 +229,11 @@ impl Engine {
                 return Ok(None);
             }
             let last = i + 1 == chunks;
-            let rows = if last { LogitRows::Last } else { LogitRows::None };
+            let rows = if last {
+                LogitRows::Last
+            } else {
+                LogitRows::None
+            };
             let logits = self.forward(chunk, rows, on_routing)?;
             if last {
                 return Ok(Some(logits));

@@ -34,7 +34,9 @@ impl TextModel {
 
     /// The prompt ids of a conversation, up to where the assistant begins to answer.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        Ok(self.tokenizer.encode(&self.template()?.render(messages, None, true)?)?)
+        Ok(self
+            .tokenizer
+            .encode(&self.template()?.render(messages, None, true)?)?)
     }
 
     /// The ids of a corpus record; conversations go through the chat template as they stand.
@@ -53,7 +55,8 @@ impl TextModel {
     fn template(&self) -> Result<&ChatTemplate> {
         self.chat_template
             .as_ref()
-            .ok_or_else(|| EngineError::NoChatTemplate { location: self.location.clone() })
+            .ok_or_else(|| EngineError::NoChatTemplate {
+                location: self.location.clone(),
+            })
     }
 }
-

@@ -50,9 +50,16 @@ enum Origin {
 #[derive(Debug, Error)]
 pub enum CorpusError {
     #[error("{name}: {source}")]
-    Io { name: String, source: std::io::Error },
+    Io {
+        name: String,
+        source: std::io::Error,
+    },
     #[error("{name}:{line}: {reason}")]
-    Line { name: String, line: usize, reason: String },
+    Line {
+        name: String,
+        line: usize,
+        reason: String,
+    },
     #[error(
         "{name}: holds no records; expected one JSON object per line with \
          `text`, `prompt` or `messages`"
@@ -84,8 +91,13 @@ impl Corpus {
     }
 
     fn check(name: String, origin: Origin) -> Result<Self, CorpusError> {
-        let mut corpus =
-            Corpus { name, origin, records: 0, domains: BTreeMap::new(), sha256: String::new() };
+        let mut corpus = Corpus {
+            name,
+            origin,
+            records: 0,
+            domains: BTreeMap::new(),
+            sha256: String::new(),
+        };
         let mut hash = Sha256::new();
         std::io::copy(&mut corpus.reader()?, &mut hash).map_err(|e| corpus.io(e))?;
         corpus.sha256 = format!("{:x}", hash.finalize());
@@ -106,9 +118,13 @@ impl Corpus {
     }
 
     /// The records in file order, read line by line; blank lines are skipped.
-    pub fn records(&self) -> Result<impl Iterator<Item = Result<Record, CorpusError>>, CorpusError> {
+    pub fn records(
+        &self,
+    ) -> Result<impl Iterator<Item = Result<Record, CorpusError>>, CorpusError> {
         let name = self.name.clone();
-        let lines = BufReader::with_capacity(1 << 20, self.reader()?).lines().enumerate();
+        let lines = BufReader::with_capacity(1 << 20, self.reader()?)
+            .lines()
+            .enumerate();
         Ok(lines.filter_map(move |(at, line)| {
             let number = at + 1;
             match line {
@@ -120,9 +136,16 @@ impl Corpus {
                 })),
                 Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
                     let reason = "not valid UTF-8".into();
-                    Some(Err(CorpusError::Line { name: name.clone(), line: number, reason }))
+                    Some(Err(CorpusError::Line {
+                        name: name.clone(),
+                        line: number,
+                        reason,
+                    }))
                 }
-                Err(source) => Some(Err(CorpusError::Io { name: name.clone(), source })),
+                Err(source) => Some(Err(CorpusError::Io {
+                    name: name.clone(),
+                    source,
+                })),
             }
         }))
     }
@@ -135,13 +158,16 @@ impl Corpus {
     }
 
     fn io(&self, source: std::io::Error) -> CorpusError {
-        CorpusError::Io { name: self.name.clone(), source }
+        CorpusError::Io {
+            name: self.name.clone(),
+            source,
+        }
     }
 }
 
 fn parse(line: &str, number: usize) -> Result<Record, String> {
-    let line: Line =
-        serde_json::from_str(line).map_err(|e| format!("not a JSON object of the form expected: {e}"))?;
+    let line: Line = serde_json::from_str(line)
+        .map_err(|e| format!("not a JSON object of the form expected: {e}"))?;
     let content = match (line.text, line.prompt, line.messages) {
         (Some(text), None, None) => Content::Text(text),
         (None, Some(prompt), None) => Content::Prompt(prompt),
@@ -154,7 +180,11 @@ fn parse(line: &str, number: usize) -> Result<Record, String> {
         Some(other) => other.to_string(),
         None => format!("line {number}"),
     };
-    Ok(Record { id, domain: line.domain.unwrap_or_else(|| "unlabelled".into()), content })
+    Ok(Record {
+        id,
+        domain: line.domain.unwrap_or_else(|| "unlabelled".into()),
+        content,
+    })
 }
 
 #[cfg(test)]
@@ -166,7 +196,10 @@ mod tests {
         for (text, expected) in [
             ("{\"text\": \"a\"}\n{oops\n", "c:2: not a JSON object"),
             ("\n\n{\"id\": 1}", "c:3: has none of"),
-            ("{\"text\": \"a\", \"prompt\": \"b\"}", "c:1: has more than one of"),
+            (
+                "{\"text\": \"a\", \"prompt\": \"b\"}",
+                "c:1: has more than one of",
+            ),
             ("  \n\n", "c: holds no records"),
         ] {
             let error = Corpus::from_static("c", text).unwrap_err().to_string();
