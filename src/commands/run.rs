@@ -17,7 +17,7 @@ use crate::engine::{Engine, LoadOptions, TextModel};
 use crate::formats::ModelId;
 use crate::hardware::monitor::high_water_mark;
 use crate::model::{Message, Source};
-use crate::planning::units::{TokenCount, format_bytes};
+use crate::planning::units::{parse_tokens, show_bytes};
 
 /// Generate text: one prompt, standard input, or a chat
 ///
@@ -50,8 +50,8 @@ pub struct RunArgs {
     #[arg(short = 'n', long, value_name = "N", default_value_t = 512)]
     max_tokens: usize,
     /// Room for prompt and answer, in tokens (32k = 32768) [default: what they need; 8k in a chat]
-    #[arg(long, value_name = "TOKENS")]
-    ctx: Option<TokenCount>,
+    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
+    ctx: Option<u64>,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// End before this text; may be given more than once
@@ -190,7 +190,7 @@ fn one_prompt(
     let prompt_ids = prompt_ids(args, text)?;
     let limit = source.config()?.max_position_embeddings;
     let max_tokens = match args.ctx {
-        Some(ctx) => ctx.0,
+        Some(ctx) => ctx as usize,
         None => (prompt_ids.len() + args.max_tokens).min(limit),
     };
     if prompt_ids.len() >= max_tokens.max(1) && args.max_tokens > 0 {
@@ -364,7 +364,7 @@ fn record<'a>(
 fn closing_line(generation: &Generation, console: &Console) {
     let timings = &generation.timings;
     let memory = high_water_mark().map_or(String::new(), |bytes| {
-        format!(", {} memory", format_bytes(bytes))
+        format!(", {} memory", show_bytes(bytes))
     });
     console.note(format!(
         "[prompt {} tokens, {:.1} tok/s; generated {} tokens, {:.1} tok/s{memory}]",
@@ -384,7 +384,7 @@ fn chat(
 ) -> anyhow::Result<()> {
     const DEFAULT_CONTEXT: usize = 8192;
     let limit = source.config()?.max_position_embeddings;
-    let max_tokens = args.ctx.map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx.0);
+    let max_tokens = args.ctx.map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx as usize);
     let mut engine = load(args, source, max_tokens, console)?;
     let mut messages = system_message(args);
     // A template that cannot be used is told before the first line is typed.
