@@ -2,3 +2,5 @@
 
 pub mod backend;
 pub mod formats;
+pub mod hardware;
+pub mod report;
