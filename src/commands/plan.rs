@@ -194,8 +194,8 @@ fn check_context(config: &ModelConfig, ctx: u64) -> anyhow::Result<()> {
 
 /// Free GPU memory, or what holds the dense part and a quarter of the experts.
 pub(super) fn default_budget(footprint: &Footprint, ctx: u64, kv: Kv) -> u64 {
-    let free = GpuReport::detect().gpus.first().map(|gpu| gpu.memory_free_bytes);
-    free.unwrap_or_else(|| {
+    let gpus = GpuReport::detect().devices;
+    gpus.first().and_then(|gpu| gpu.memory_free_bytes).unwrap_or_else(|| {
         let kv_bytes = ctx * footprint.kv_bytes_per_token(kv.into());
         footprint.fixed_vram_bytes() + kv_bytes + footprint.experts_bytes() / 4
     })
@@ -244,12 +244,9 @@ pub(super) fn describe(placement: &Placement) -> String {
         CurveSource::Profile => "hit curves of the profile",
         CurveSource::Trace => "hit curves of the trace",
     };
-    let solution = match placement.solution {
-        Solution::Exact => "exact".to_string(),
-        Solution::WithinMs(gap) => format!("within {gap:.4} ms of the optimum"),
-    };
+    let Solution::Exact = placement.solution;
     out += &format!(
-        "\n{} expert slots of {}: {} to {} per layer, policy {}; {curves}; knapsack {solution}\n",
+        "\n{} expert slots of {}: {} to {} per layer, policy {}; {curves}; solved exactly\n",
         placement.total_slots(),
         placement.num_experts * placement.layers.len(),
         least.unwrap_or(&0),
