@@ -7,8 +7,10 @@ pub mod bytes;
 pub mod checkpoint;
 pub mod dtype;
 pub mod error;
+mod header;
 pub mod matrix;
 pub mod nf4;
+pub mod writer;
 
 pub use bytes::Bytes;
 pub use checkpoint::{Checkpoint, Tensor};

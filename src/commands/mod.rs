@@ -1,0 +1,3 @@
+//! What each verb does, apart from its flags.
+
+pub mod quantize;
