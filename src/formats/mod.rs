@@ -9,8 +9,10 @@ pub mod corpus;
 pub mod document;
 pub mod dtype;
 pub mod error;
+mod header;
 pub mod matrix;
 pub mod nf4;
+pub mod writer;
 
 pub use bytes::Bytes;
 pub use checkpoint::{Checkpoint, Tensor};
