@@ -10,6 +10,7 @@ pub mod run;
 
 mod console;
 mod interrupt;
+mod workloads;
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -100,6 +100,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
             ctx: args.ctx as usize,
             generate: args.generate,
             shard: args.shard.unwrap_or(Shard { index: 1, count: 1 }),
+            max_records: usize::MAX,
         };
         match &args.trace {
             None => record(&mut engine, &corpora, &settings, None, console)?,
@@ -123,12 +124,14 @@ pub(super) struct Settings {
     ctx: usize,
     generate: usize,
     shard: Shard,
+    /// Of each corpus
+    max_records: usize,
 }
 
 impl Settings {
-    /// Every record, prefill only, cut at `ctx` tokens.
-    pub(super) fn prefill_only(ctx: usize) -> Self {
-        Settings { ctx, generate: 0, shard: Shard { index: 1, count: 1 } }
+    /// The first records of each corpus, prefill only, cut at `ctx` tokens.
+    pub(super) fn quick(max_records: usize, ctx: usize) -> Self {
+        Settings { ctx, generate: 0, shard: Shard { index: 1, count: 1 }, max_records }
     }
 }
 
@@ -204,12 +207,13 @@ pub(super) fn record(
     let interrupt = interrupt::flag();
     let in_shard =
         |number: &usize| number % settings.shard.count == settings.shard.index - 1;
-    let total: usize = corpora.iter().map(|corpus| corpus.records).sum();
+    let used = |corpus: &Corpus| corpus.records.min(settings.max_records);
+    let total: usize = corpora.iter().map(used).sum();
     let total = (0..total).filter(in_shard).count();
     let bar = console.progress("profile", total as u64, Unit::Runs);
     let mut number = 0;
     for corpus in corpora {
-        for record in corpus.records()? {
+        for record in corpus.records()?.take(settings.max_records) {
             let record = record?;
             let mine = in_shard(&number);
             number += 1;

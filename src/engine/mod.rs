@@ -1,5 +1,6 @@
 //! The engine: a loaded model that takes tokens and gives logits, on whatever backend.
 
+pub mod footprint;
 pub mod generate;
 pub mod sampler;
 pub mod stream;

@@ -184,9 +184,13 @@ fn weights(matrices: &[(u64, u64)]) -> u64 {
     matrices.iter().map(|(rows, cols)| rows * cols).sum()
 }
 
+/// Bytes of one NF4 matrix in the layout that the kernels read, scales included.
+pub fn nf4_matrix_bytes(rows: u64, cols: u64) -> u64 {
+    rows.div_ceil(TILE_ROWS) * cols.div_ceil(TILE_COLS) * TILE_BYTES
+}
+
 fn nf4_bytes(matrices: &[(u64, u64)]) -> u64 {
-    let tiles = |&(rows, cols): &(u64, u64)| rows.div_ceil(TILE_ROWS) * cols.div_ceil(TILE_COLS);
-    matrices.iter().map(tiles).sum::<u64>() * TILE_BYTES
+    matrices.iter().map(|&(rows, cols)| nf4_matrix_bytes(rows, cols)).sum()
 }
 
 #[cfg(test)]

@@ -1,0 +1,115 @@
+//! Repetitions: the same prompt, prefilled and continued, timed from outside the model.
+
+use std::time::Instant;
+
+use sha2::{Digest, Sha256};
+
+use crate::backend::Routing;
+use crate::commands::console::{Console, Unit};
+use crate::commands::{Failure, interrupt};
+use crate::engine::generate::{FinishReason, GenerateOptions, Observer};
+use crate::engine::sampler::SamplingParams;
+use crate::engine::Engine;
+use crate::formats::corpus::Corpus;
+use crate::report::record::{ContextRun, ExpertCounts, Repetition};
+
+pub struct MeasurePlan {
+    /// Ascending; prompt and generated tokens together
+    pub contexts: Vec<usize>,
+    pub generated_tokens: usize,
+    pub warmups: usize,
+    pub repetitions: usize,
+}
+
+/// Measures every context; prompts are cut from the corpus' text from its start.
+pub fn contexts(
+    engine: &mut Engine,
+    corpus: &Corpus,
+    plan: &MeasurePlan,
+    console: &Console,
+) -> anyhow::Result<Vec<ContextRun>> {
+    let longest = plan.contexts.last().copied().unwrap_or(0);
+    let ids = text_of(engine, corpus, longest)?;
+    let runs = plan.contexts.len() * (plan.warmups + plan.repetitions);
+    let bar = console.progress("bench", runs as u64, Unit::Runs);
+    let mut results = Vec::new();
+    for &context in &plan.contexts {
+        let wanted = context - plan.generated_tokens;
+        let prompt = &ids[..wanted.min(ids.len())];
+        if prompt.len() < wanted {
+            console.note(format!(
+                "note: {} holds {} tokens, {wanted} were asked for",
+                corpus.name(),
+                prompt.len()
+            ));
+        }
+        let mut run = ContextRun { context_tokens: context, ..ContextRun::default() };
+        for number in 0..plan.warmups + plan.repetitions {
+            let repetition = repeat(engine, prompt, plan.generated_tokens)?;
+            if number >= plan.warmups {
+                run.repetitions.push(repetition);
+            }
+            bar.inc(1);
+        }
+        results.push(run);
+    }
+    bar.finish_and_clear();
+    Ok(results)
+}
+
+/// The first `enough` tokens of the corpus' records, one after the other.
+fn text_of(engine: &Engine, corpus: &Corpus, enough: usize) -> anyhow::Result<Vec<u32>> {
+    let mut ids = Vec::new();
+    for record in corpus.records()? {
+        ids.extend(engine.text().encode_content(&record?.content)?);
+        if ids.len() >= enough {
+            break;
+        }
+    }
+    Ok(ids)
+}
+
+fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Result<Repetition> {
+    engine.reset(prompt.len() + new_tokens)?;
+    let options = GenerateOptions {
+        max_new_tokens: new_tokens,
+        sampling: SamplingParams::default(),
+        stop: Vec::new(),
+        ignore_eos: true,
+        logprobs: 0,
+    };
+    let mut experts = ExpertCounts::default();
+    let start = Instant::now();
+    let generation = engine.generate(
+        prompt,
+        &options,
+        interrupt::flag(),
+        &mut Observer {
+            on_text: &mut |_| {},
+            on_prefill: &mut |_| {},
+            on_routing: &mut |_, _, routing: &Routing| {
+                experts.misses += routing.topk_ids.len() as u64;
+            },
+        },
+    )?;
+    let e2e = start.elapsed();
+    if generation.finish_reason == FinishReason::Interrupted {
+        return Err(Failure::Interrupted.into());
+    }
+    let timings = &generation.timings;
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let mut hash = Sha256::new();
+    generation.token_ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    Ok(Repetition {
+        prompt_tokens: prompt.len(),
+        generated_tokens: generation.token_ids.len(),
+        ttft_ms: ms(timings.ttft),
+        itl_ms: timings.inter_token.iter().map(|&time| ms(time)).collect(),
+        prefill_tok_s: timings.prefill_tok_s(),
+        decode_tok_s: timings.decode_tok_s(),
+        e2e_ms: ms(e2e),
+        experts,
+        gpu_energy_j: None,
+        output_sha256: format!("{:x}", hash.finalize()),
+    })
+}

@@ -1,0 +1,348 @@
+//! `moectl bench`: measure what the plan predicts.
+
+mod measure;
+mod quality;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::Args;
+use sha2::{Digest, Sha256};
+
+use super::console::Console;
+use super::plan::{self, Kv};
+use super::profile::{self, Settings as ProfileSettings};
+use super::report::{print_table, write_charts};
+use super::{Failure, check_output, workloads};
+use crate::cli::{ComputeArgs, ModelArgs};
+use crate::engine::footprint::footprint;
+use crate::engine::{Engine, LoadOptions};
+use crate::formats::corpus::Corpus;
+use crate::formats::document::{PLACEMENT, RUN};
+use crate::formats::Document;
+use crate::hardware::{HardwareBody, Monitor};
+use crate::model::Source;
+use crate::planning::cost::{self, DecodeSituation};
+use crate::planning::footprint::{Footprint, KvDtype};
+use crate::planning::hardware::{Basis, Cpu, Hardware};
+use crate::planning::placement::Placement;
+use crate::planning::planner::{PlanRequest, RoutingSource};
+use crate::planning::profile::ProfileBody;
+use crate::planning::units::{parse_bytes, parse_tokens};
+use crate::planning::{TraceReader, placement};
+use crate::report::record::{
+    ContextRun, Labels, MemoryComponent, MemoryRecord, Prediction, PredictionTerm, RunBody,
+    Settings, SoftwareFacts, Tier,
+};
+
+/// Measure throughput, latency and memory on real text
+///
+/// Without a placement it does the whole round: profiles the model on the built-in workloads,
+/// plans for the budget, runs the asked contexts, and draws the report. Every repetition's raw
+/// samples go to run.json.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  moectl bench
+  moectl bench --model org/name --ctx 4k,32k --placement placement.json
+  moectl bench corpus.jsonl --ctx 8k -n 128 --repetitions 10 -o results")]
+pub struct BenchArgs {
+    /// Corpus the prompts are cut from [default: the built-in long documents]
+    #[arg(value_name = "CORPUS.jsonl")]
+    corpus: Option<PathBuf>,
+    /// Contexts to measure: prompt and generated tokens together (32k = 32768)
+    #[arg(long, value_name = "TOKENS,...", value_delimiter = ',', value_parser = parse_tokens,
+          default_value = "512,2k")]
+    ctx: Vec<u64>,
+    /// Tokens to generate per repetition
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 32)]
+    max_tokens: usize,
+    /// Counted repetitions per context
+    #[arg(long, value_name = "N", default_value_t = 5)]
+    repetitions: usize,
+    /// Repetitions before those, not counted
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    warmups: usize,
+    /// Placement to run with [default: one made here, for --vram]
+    #[arg(long, value_name = "FILE")]
+    placement: Option<PathBuf>,
+    /// GPU memory to plan for, as in `moectl plan`
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "placement")]
+    vram: Option<u64>,
+    /// Type of the KV cache to plan for
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::Bf16)]
+    kv: Kv,
+    /// Held-out tokens to compare with the reference backend on; 0 skips it
+    #[arg(long, value_name = "N", default_value_t = 512)]
+    quality_tokens: usize,
+    /// Folder for run.json, tables and charts
+    #[arg(short, long, value_name = "FOLDER", default_value = "bench-out")]
+    output: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+/// Records of each built-in corpus, and tokens of each record, that the quick profile reads.
+const PROFILE_RECORDS: usize = 8;
+const PROFILE_TOKENS: usize = 256;
+
+pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
+    check(&args)?;
+    std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
+    let run_path = args.output.join("run.json");
+    check_output(&run_path)?;
+
+    let source = Source::resolve(args.model.model.as_deref())?;
+    let config = source.config()?;
+    let longest = args.ctx.iter().copied().max().expect("clap gives one at least");
+    let room = (longest as usize).max(PROFILE_TOKENS).min(config.max_position_embeddings);
+    if longest as usize > config.max_position_embeddings {
+        let limit = config.max_position_embeddings;
+        return Err(Failure::Usage(format!(
+            "context of {longest} tokens, the model's limit is {limit}; lower --ctx"
+        ))
+        .into());
+    }
+    let options = LoadOptions {
+        backend: args.compute.backend,
+        threads: args.compute.threads,
+        max_tokens: room,
+    };
+    let mut engine = Engine::load(&source, &options)?;
+    engine.notes().iter().for_each(|note| console.note(format!("note: {note}")));
+    let footprint = footprint(&config, source.local_checkpoint()?.as_ref())?;
+    let hardware = HardwareBody::measure();
+    let executed_on = "cpu";
+    console.note(format!(
+        "{} on {}: no GPU backend in this build, everything executes on the CPU",
+        source.id(),
+        hardware.summary()
+    ));
+
+    let (placement, profile) = match &args.placement {
+        Some(path) => (plan::read(path, engine.model_id(), &footprint)?, None),
+        None => {
+            let (placement, profile) = plan_here(&args, &mut engine, &footprint, longest, console)?;
+            (placement, Some(profile))
+        }
+    };
+
+    let corpus = match &args.corpus {
+        Some(path) => Corpus::open(path)?,
+        None => workloads::by_name(workloads::LONG).expect("is built in")?,
+    };
+    let monitor = Monitor::start(Duration::from_millis(200), None);
+    let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
+    let machine = this_machine(&hardware);
+    for context in &mut contexts {
+        let kv_tokens = context.context_tokens as u64;
+        context.prediction = machine.as_ref().map(|m| predict(&footprint, m, kv_tokens));
+        context.bytes_read_per_token = Some(bytes_read(&footprint, kv_tokens));
+        context.compare_prediction();
+    }
+    let monitor = monitor.stop();
+    let quality = match args.quality_tokens {
+        0 => None,
+        _ if engine.backend_name() == "reference" => None,
+        tokens => Some(quality::against_reference(&mut engine, &source, tokens, console)?),
+    };
+
+    let body = RunBody {
+        labels: Labels { synthetic: false, executed_on: executed_on.into(), notes: notes(&engine) },
+        hardware,
+        software: software(&engine, &args),
+        settings: Settings {
+            warmups: args.warmups,
+            repetitions: args.repetitions,
+            generated_tokens: args.max_tokens,
+            corpus: corpus.name().into(),
+            corpus_sha256: Some(corpus.sha256.clone()),
+            command: std::env::args().collect::<Vec<_>>().join(" "),
+        },
+        placement_sha256: Some(hash_json(&placement.body)?),
+        contexts,
+        memory: memory(&placement.body, &monitor),
+        quality,
+        monitor: Some(monitor),
+    };
+    let document = Document::new(RUN, Some(engine.model_id().clone()), body);
+    document.write(&run_path)?;
+    let files =
+        write_charts(&args.output, &[document.clone()], profile.as_ref(), Some(&placement.body))?;
+    if console.json {
+        console.result_json(&document)?;
+    } else {
+        console.result(print_table(&document))?;
+        console.result(format!("\nwritten to {}:", args.output.display()))?;
+        let names = files.iter().filter_map(|file| file.file_name()?.to_str());
+        console.result(format!("  run.json {}", names.collect::<Vec<_>>().join(" ")))?;
+    }
+    Ok(())
+}
+
+impl BenchArgs {
+    fn measure_plan(&self) -> measure::MeasurePlan {
+        let mut contexts: Vec<usize> = self.ctx.iter().map(|&ctx| ctx as usize).collect();
+        contexts.sort_unstable();
+        contexts.dedup();
+        measure::MeasurePlan {
+            contexts,
+            generated_tokens: self.max_tokens,
+            warmups: self.warmups,
+            repetitions: self.repetitions,
+        }
+    }
+}
+
+fn check(args: &BenchArgs) -> anyhow::Result<()> {
+    if args.repetitions == 0 {
+        return Err(Failure::Usage("--repetitions 0 measures nothing; give 1 or more".into()).into());
+    }
+    if args.max_tokens < 2 {
+        let reason = "-n below 2 has no time between tokens; give 2 or more";
+        return Err(Failure::Usage(reason.into()).into());
+    }
+    match args.ctx.iter().find(|&&ctx| ctx as usize <= args.max_tokens) {
+        Some(ctx) => Err(Failure::Usage(format!(
+            "context of {ctx} tokens leaves no prompt beside {} generated ones; raise --ctx or \
+             lower -n",
+            args.max_tokens
+        ))
+        .into()),
+        None => Ok(()),
+    }
+}
+
+/// A quick profile on the built-in workloads and a plan from it, both kept beside the run.
+fn plan_here(
+    args: &BenchArgs,
+    engine: &mut Engine,
+    footprint: &Footprint,
+    ctx: u64,
+    console: &Console,
+) -> anyhow::Result<(Document<Placement>, ProfileBody)> {
+    let corpora = workloads::all()?;
+    let settings = ProfileSettings::quick(PROFILE_RECORDS, PROFILE_TOKENS);
+    let mut events = Vec::new();
+    let profile = profile::record(engine, &corpora, &settings, Some(&mut events), console)?;
+    profile.write(&args.output.join("profile.json"))?;
+    let (trace, _) = TraceReader::new(events.as_slice())?.read_all()?;
+    let hardware = Hardware::laptop_4090();
+    let placement = plan::make(&PlanRequest {
+        footprint,
+        hardware: &hardware,
+        vram_budget_bytes: args
+            .vram
+            .unwrap_or_else(|| plan::default_budget(footprint, ctx, args.kv)),
+        ram_budget_bytes: None,
+        ctx_tokens: ctx,
+        kv_dtype: args.kv.into(),
+        routing: RoutingSource::Trace(&trace),
+    })?;
+    let placement = Document::new(PLACEMENT, Some(engine.model_id().clone()), placement);
+    placement.write(&args.output.join("placement.json"))?;
+    console.note(plan::describe(&placement.body));
+    Ok((placement, profile.body))
+}
+
+/// This machine as the cost model sees it: no GPU takes part, RAM bounds everything.
+fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
+    let dram = hardware.dram.as_ref()?.all_cores.median_gb_s;
+    Some(Hardware {
+        label: hardware.summary(),
+        basis: Basis::Measured,
+        cpu: Cpu {
+            name: hardware.cpu.model_name.clone(),
+            ram_bytes: hardware.memory.usable_total_bytes(),
+            dram_read_gb_s: dram,
+            expert_kernel_gb_s: dram,
+            expert_kernel_gflops: 0.0,
+            disk_read_gb_s: 0.0,
+        },
+        gpu: None,
+    })
+}
+
+fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64) -> Prediction {
+    let decode = cost::decode(
+        footprint,
+        machine,
+        &DecodeSituation {
+            ctx_tokens: ctx,
+            kv_dtype: KvDtype::Bf16,
+            hit_rates: &vec![0.0; footprint.num_layers],
+            disk_share: 0.0,
+        },
+    );
+    let terms = decode.terms.into_iter();
+    Prediction {
+        decode_tok_s: decode.tok_s,
+        prefill_tok_s: None,
+        terms: terms.map(|t| PredictionTerm { name: t.name, ms_per_token: t.ms }).collect(),
+    }
+}
+
+/// What one decode step has to read, in the layout the kernels keep.
+fn bytes_read(footprint: &Footprint, ctx: u64) -> u64 {
+    let experts = footprint.num_layers * footprint.num_experts_per_tok;
+    footprint.always_read_bytes()
+        + footprint.delta_state_bytes
+        + ctx * footprint.kv_bytes_per_token(KvDtype::Bf16)
+        + experts as u64 * footprint.expert_bytes
+}
+
+fn memory(
+    placement: &Placement,
+    monitor: &crate::hardware::MonitorRecord,
+) -> MemoryRecord {
+    let tier = |tier| match tier {
+        placement::Tier::Vram => Tier::Vram,
+        placement::Tier::Ram => Tier::Ram,
+        placement::Tier::Disk => Tier::Disk,
+    };
+    let components = placement.memory.iter().map(|item| MemoryComponent {
+        component: item.component.clone(),
+        tier: tier(item.tier),
+        bytes: item.bytes,
+    });
+    MemoryRecord {
+        components: components.collect(),
+        vram_budget_bytes: Some(placement.vram_budget_bytes),
+        peak_rss_bytes: monitor.peak_rss_bytes,
+        peak_vram_bytes: monitor.peak_vram_bytes,
+    }
+}
+
+fn notes(engine: &Engine) -> Vec<String> {
+    let mut notes = engine.notes().to_vec();
+    notes.push(
+        "executed on the CPU: the placement's VRAM part is planned, not used, and predictions are \
+         for this CPU"
+            .into(),
+    );
+    notes
+}
+
+fn software(engine: &Engine, args: &BenchArgs) -> SoftwareFacts {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    SoftwareFacts {
+        moectl_version: env!("CARGO_PKG_VERSION").into(),
+        features: [("tiny-moe", cfg!(feature = "tiny-moe"))]
+            .iter()
+            .filter(|(_, on)| *on)
+            .map(|(name, _)| name.to_string())
+            .collect(),
+        target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+        rustc_version: String::new(),
+        backend: engine.backend_name(),
+        kernels: None,
+        threads: args.compute.threads.unwrap_or(cores),
+    }
+}
+
+fn hash_json(value: &impl serde::Serialize) -> anyhow::Result<String> {
+    Ok(format!("{:x}", Sha256::digest(serde_json::to_vec(value)?)))
+}
