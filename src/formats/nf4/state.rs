@@ -74,7 +74,7 @@ impl QuantState {
             }
             if !(nested.nested_offset as f32).is_finite() {
                 return Err(damaged(format!(
-                    "nested_offset {} is not finite",
+                    "nested_offset {:?} is not finite",
                     nested.nested_offset
                 )));
             }
