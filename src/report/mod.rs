@@ -1,1 +1,6 @@
 //! Records, statistics, charts and text reports.
+
+pub mod metrics;
+pub mod record;
+pub mod stats;
+pub mod units;

@@ -1,0 +1,223 @@
+//! The body of run.json: everything a run measured, raw, with units in the names.
+//!
+//! Statistics are never stored, only samples: whoever reads the file can compute their own.
+
+use serde::{Deserialize, Serialize};
+
+use crate::hardware::{HardwareBody, MonitorRecord};
+
+use super::metrics;
+
+/// What `moectl bench` writes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunBody {
+    pub labels: Labels,
+    pub hardware: HardwareBody,
+    pub software: SoftwareFacts,
+    pub settings: Settings,
+    /// SHA-256 of the placement.json the run used; absent without one.
+    pub placement_sha256: Option<String>,
+    /// One per context length asked for, ascending.
+    pub contexts: Vec<ContextRun>,
+    pub memory: MemoryRecord,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quality: Option<Quality>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub monitor: Option<MonitorRecord>,
+}
+
+/// What must be said beside every number of the run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Labels {
+    /// Weights or routing were made up: the speed is real, the text is not.
+    pub synthetic: bool,
+    /// Where the blocks ran: `cpu`, `cuda:0`, `cuda:0 + cpu`.
+    pub executed_on: String,
+    /// Anything else a reader should know, one sentence each.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SoftwareFacts {
+    pub moectl_version: String,
+    /// Cargo features of this build.
+    pub features: Vec<String>,
+    /// Like `x86_64-unknown-linux-gnu`.
+    pub target: String,
+    pub rustc_version: String,
+    /// `reference`, `cpu` or `cuda:N`.
+    pub backend: String,
+    /// Kernel variant picked at run time, like `avx512-vnni int16`.
+    pub kernels: Option<String>,
+    pub threads: usize,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    pub warmups: usize,
+    pub repetitions: usize,
+    /// Tokens generated per repetition.
+    pub generated_tokens: usize,
+    /// Name of the corpus the prompts were cut from.
+    pub corpus: String,
+    pub corpus_sha256: Option<String>,
+    /// The command line, so that the run can be repeated.
+    pub command: String,
+}
+
+/// All repetitions at one context length.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ContextRun {
+    /// As asked for; a prompt may be shorter where the text ran out.
+    pub context_tokens: usize,
+    pub repetitions: Vec<Repetition>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<Prediction>,
+    /// (predicted - measured) / measured decode tok/s, of the median.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prediction_error: Option<f64>,
+    /// Weights, state and KV cache that one decode step reads, for GB/s and the roofline.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_read_per_token: Option<u64>,
+}
+
+/// One prompt, prefilled and continued.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Repetition {
+    pub prompt_tokens: usize,
+    /// The first comes out of prefill, the others out of decode.
+    pub generated_tokens: usize,
+    /// From the prompt's ids to the first generated token.
+    pub ttft_ms: f64,
+    /// Time between tokens: `generated_tokens - 1` samples.
+    pub itl_ms: Vec<f64>,
+    pub prefill_tok_s: f64,
+    pub decode_tok_s: f64,
+    pub e2e_ms: f64,
+    pub experts: ExpertCounts,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_energy_j: Option<f64>,
+    /// SHA-256 over the generated ids as little-endian u32.
+    pub output_sha256: String,
+}
+
+/// Expert accesses of one repetition, one per token, layer and chosen expert.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpertCounts {
+    /// Found in the fastest tier of the placement.
+    pub hits: u64,
+    pub misses: u64,
+    /// Copied between tiers: fetches and promotions.
+    pub moved_bytes: u64,
+    /// Of those, over PCIe to the GPU.
+    pub h2d_bytes: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MemoryRecord {
+    /// Itemised as the placement has it.
+    pub components: Vec<MemoryComponent>,
+    pub vram_budget_bytes: Option<u64>,
+    pub peak_rss_bytes: u64,
+    pub peak_vram_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryComponent {
+    /// Like `expert slots`, `KV cache`.
+    pub component: String,
+    pub tier: Tier,
+    pub bytes: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    Vram,
+    Ram,
+    Disk,
+}
+
+/// What the plan said, as terms that add up to the time of one decode token.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Prediction {
+    pub decode_tok_s: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill_tok_s: Option<f64>,
+    pub terms: Vec<PredictionTerm>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PredictionTerm {
+    /// Like `experts in RAM`.
+    pub name: String,
+    pub ms_per_token: f64,
+}
+
+/// How far the fast path is from the reference backend, on held-out text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Quality {
+    pub reference: String,
+    pub tokens: usize,
+    /// KL(reference || this run), natural logarithm, per token.
+    pub mean_kl_nats: f64,
+    pub perplexity: f64,
+    pub reference_perplexity: f64,
+}
+
+impl Tier {
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::Vram => "VRAM",
+            Tier::Ram => "RAM",
+            Tier::Disk => "Disk",
+        }
+    }
+}
+
+impl ContextRun {
+    /// Fills in `prediction_error` from the prediction and the median of the repetitions.
+    pub fn compare_prediction(&mut self) {
+        let measured = metrics::DECODE_TOK_S.summary(self);
+        self.prediction_error =
+            self.prediction.as_ref().zip(measured).and_then(|(p, m)| {
+                (m.median > 0.0).then(|| (p.decode_tok_s - m.median) / m.median)
+            });
+    }
+
+    /// Time between tokens of all repetitions together.
+    pub fn pooled_itl_ms(&self) -> Vec<f64> {
+        self.repetitions
+            .iter()
+            .flat_map(|r| r.itl_ms.iter().copied())
+            .collect()
+    }
+}
+
+impl RunBody {
+    /// Whether every repetition of a context gave the same text, and the same as in `other`.
+    pub fn same_output(&self, other: &RunBody) -> Option<bool> {
+        let hashes = |body: &RunBody| -> Vec<(usize, Vec<String>)> {
+            let of = |c: &ContextRun| {
+                let mut hashes: Vec<String> = c
+                    .repetitions
+                    .iter()
+                    .map(|r| r.output_sha256.clone())
+                    .collect();
+                hashes.sort();
+                hashes.dedup();
+                (c.context_tokens, hashes)
+            };
+            body.contexts.iter().map(of).collect()
+        };
+        let theirs = hashes(other);
+        let mut compared = None;
+        for (context, mine) in hashes(self) {
+            if let Some((_, other)) = theirs.iter().find(|(c, _)| *c == context) {
+                compared = Some(compared.unwrap_or(true) && mine == *other);
+            }
+        }
+        compared
+    }
+}

@@ -1,0 +1,224 @@
+//! Median, spread and a bootstrap interval: few samples, no assumption of a normal distribution.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Resamples of [`bootstrap_median`]; more move the ends by less than a digit shown.
+const RESAMPLES: usize = 4000;
+/// Any fixed seed: the same samples give the same interval, always.
+const SEED: u64 = 0x6d6f_6563_746c;
+/// A sample is an outlier if its modified Z-score is above this; 10 times the 1.4826 that makes
+/// the MAD a standard deviation, so that only what is far out is named.
+///
+/// Source: Iglewicz and Hoaglin, How to detect and handle outliers, 1993.
+const OUTLIER_Z: f64 = 14.826;
+
+/// What a table or a chart shows of a set of samples.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    pub samples: usize,
+    pub median: f64,
+    /// Median absolute deviation from the median, unscaled.
+    pub mad: f64,
+    pub min: f64,
+    pub max: f64,
+    /// Bootstrap 95% interval of the median. A point if there is one sample.
+    pub interval: Interval,
+    pub outliers: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Interval {
+    pub low: f64,
+    pub high: f64,
+}
+
+impl Interval {
+    pub fn overlaps(self, other: Interval) -> bool {
+        self.low <= other.high && other.low <= self.high
+    }
+}
+
+impl Summary {
+    /// `None` if no sample is finite.
+    pub fn of(samples: &[f64]) -> Option<Self> {
+        let sorted = sorted(samples);
+        let (&min, &max) = (sorted.first()?, sorted.last()?);
+        let median = percentile_of_sorted(&sorted, 50.0);
+        let mad = mad(&sorted, median);
+        let z = |x: f64| 0.6745 * (x - median).abs() / mad;
+        Some(Self {
+            samples: sorted.len(),
+            median,
+            mad,
+            min,
+            max,
+            interval: bootstrap_median(&sorted),
+            outliers: match mad > 0.0 {
+                true => sorted.iter().filter(|&&x| z(x) > OUTLIER_Z).count(),
+                false => 0,
+            },
+        })
+    }
+
+    /// What to tell the reader when the samples look disturbed.
+    pub fn outlier_note(&self) -> Option<String> {
+        let n = self.outliers;
+        (n > 0).then(|| {
+            format!(
+                "{n} of {} samples {} far from the others; other programs may have been running, \
+                 repeat on a quiet machine or with more repetitions",
+                self.samples,
+                if n == 1 { "is" } else { "are" }
+            )
+        })
+    }
+}
+
+/// Percentile `p` (0 to 100) with linear interpolation between the two nearest samples.
+pub fn percentile(samples: &[f64], p: f64) -> Option<f64> {
+    let sorted = sorted(samples);
+    (!sorted.is_empty()).then(|| percentile_of_sorted(&sorted, p))
+}
+
+pub fn median(samples: &[f64]) -> Option<f64> {
+    percentile(samples, 50.0)
+}
+
+fn sorted(samples: &[f64]) -> Vec<f64> {
+    let mut sorted: Vec<f64> = samples.iter().copied().filter(|x| x.is_finite()).collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted
+}
+
+fn percentile_of_sorted(sorted: &[f64], p: f64) -> f64 {
+    let position = (p / 100.0).clamp(0.0, 1.0) * (sorted.len() - 1) as f64;
+    let below = position.floor() as usize;
+    let above = (below + 1).min(sorted.len() - 1);
+    sorted[below] + (sorted[above] - sorted[below]) * position.fract()
+}
+
+fn mad(values: &[f64], median: f64) -> f64 {
+    let deviations = sorted(
+        &values
+            .iter()
+            .map(|x| (x - median).abs())
+            .collect::<Vec<_>>(),
+    );
+    percentile_of_sorted(&deviations, 50.0)
+}
+
+/// Percentile bootstrap: the middle 95% of the medians of samples drawn with replacement.
+fn bootstrap_median(values: &[f64]) -> Interval {
+    let mut rng = ChaCha8Rng::seed_from_u64(SEED);
+    let mut draw = vec![0.0; values.len()];
+    let mut medians: Vec<f64> = (0..RESAMPLES)
+        .map(|_| {
+            draw.fill_with(|| values[rng.random_range(0..values.len())]);
+            draw.sort_by(f64::total_cmp);
+            percentile_of_sorted(&draw, 50.0)
+        })
+        .collect();
+    medians.sort_by(f64::total_cmp);
+    Interval {
+        low: percentile_of_sorted(&medians, 2.5),
+        high: percentile_of_sorted(&medians, 97.5),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn median_and_mad_of_a_known_set() {
+        let summary = Summary::of(&[1.0, 1.0, 2.0, 2.0, 4.0, 6.0, 9.0]).unwrap();
+        assert_eq!((summary.median, summary.mad), (2.0, 1.0));
+        assert_eq!((summary.min, summary.max), (1.0, 9.0));
+        assert_eq!(median(&[4.0, 1.0]), Some(2.5));
+    }
+
+    #[test]
+    fn percentiles_interpolate_between_the_nearest_samples() {
+        let samples = [10.0, 20.0, 30.0, 40.0];
+        assert_eq!(percentile(&samples, 0.0), Some(10.0));
+        assert_eq!(percentile(&samples, 50.0), Some(25.0));
+        assert_eq!(percentile(&samples, 90.0), Some(37.0));
+        assert_eq!(percentile(&samples, 100.0), Some(40.0));
+        assert_eq!(percentile(&[], 50.0), None);
+    }
+
+    #[test]
+    fn samples_that_are_not_numbers_are_left_out() {
+        assert_eq!(Summary::of(&[f64::NAN, f64::INFINITY]), None);
+        assert_eq!(Summary::of(&[f64::NAN, 3.0]).unwrap().samples, 1);
+    }
+
+    #[test]
+    fn one_sample_has_a_point_as_its_interval() {
+        let summary = Summary::of(&[7.0]).unwrap();
+        assert_eq!(
+            summary.interval,
+            Interval {
+                low: 7.0,
+                high: 7.0
+            }
+        );
+        assert_eq!(summary.mad, 0.0);
+    }
+
+    #[test]
+    fn the_interval_narrows_with_more_samples_and_covers_the_true_median() {
+        let samples = |n: usize| -> Vec<f64> {
+            (0..n)
+                .map(|i| 100.0 + 10.0 * ((i * 7919) % 1000) as f64 / 1000.0)
+                .collect()
+        };
+        let few = Summary::of(&samples(10)).unwrap().interval;
+        let many = Summary::of(&samples(1000)).unwrap().interval;
+        assert!(many.high - many.low < few.high - few.low);
+        assert!(many.low <= 105.0 && 105.0 <= many.high);
+    }
+
+    #[test]
+    fn a_far_sample_is_named_and_scatter_is_not() {
+        let mut samples = vec![10.0, 10.1, 9.9, 10.2, 9.8];
+        assert_eq!(Summary::of(&samples).unwrap().outlier_note(), None);
+        samples.push(50.0);
+        let note = Summary::of(&samples).unwrap().outlier_note().unwrap();
+        assert!(note.starts_with("1 of 6 samples is far"), "{note}");
+    }
+
+    #[test]
+    fn intervals_that_touch_overlap() {
+        let a = Interval {
+            low: 1.0,
+            high: 2.0,
+        };
+        assert!(a.overlaps(Interval {
+            low: 2.0,
+            high: 3.0
+        }));
+        assert!(!a.overlaps(Interval {
+            low: 2.1,
+            high: 3.0
+        }));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn an_interval_holds_the_median_lies_within_the_samples_and_repeats(
+            samples in proptest::collection::vec(0.1f64..1e4, 1..40)
+        ) {
+            let summary = Summary::of(&samples).unwrap();
+            prop_assert!(summary.min <= summary.interval.low);
+            prop_assert!(summary.interval.low <= summary.median);
+            prop_assert!(summary.median <= summary.interval.high);
+            prop_assert!(summary.interval.high <= summary.max);
+            prop_assert_eq!(Summary::of(&samples).unwrap(), summary);
+        }
+    }
+}
