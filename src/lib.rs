@@ -1,6 +1,59 @@
-//! moectl: large mixture-of-experts language models on one small GPU plus system RAM.
+//! moectl runs large mixture-of-experts language models on one small GPU plus system RAM, and
+//! tells beforehand how fast it will be.
+//!
+//! This page is the map. `moectl --help` is the manual.
+//!
+//! # Data flow
+//!
+//! ```text
+//! checkpoint --formats--> weights --model--> blocks --backend--> logits --engine--> tokens
+//!                                              |  routing events (layer, position, experts, weights)
+//!                                              v
+//! planning: trace -> stats, hit curves -> knapsack over VRAM, by a cost model -> placement
+//! ```
+//!
+//! A checkpoint is mapped, never read as a whole: [`formats`] hands out views. [`model`] gives
+//! them roles and shapes and runs the blocks in order. A [`backend`] computes blocks. The
+//! [`engine`] turns logits into tokens and text. What the router picks leaves the loop over blocks
+//! as events, which [`planning`] counts, simulates caches on, and turns into a placement.
+//!
+//! # Layers
+//!
+//! Imports point one way: `commands -> engine -> model -> backend -> formats`.
+//!
+//! | module | is | does not know |
+//! |---|---|---|
+//! | [`formats`] | safetensors, NF4, corpora, JSON envelopes, atomic writes | devices, models |
+//! | [`backend`] | the blocks on one kind of hardware; [`backend::reference`] is the oracle | tensor names, text |
+//! | [`model`] | config, weights by role, tokenizer, chat template, the loop over blocks | hardware |
+//! | [`engine`] | prefill, sampling, streaming, stopping | flags, files of results |
+//! | [`planning`] | traces, statistics, policies, simulator, cost model, knapsack | files, clocks, GPUs |
+//! | [`hardware`] | facts and measured bandwidths of this machine | models |
+//! | [`report`] | records, statistics, tables, charts | how anything was computed |
+//! | [`commands`], [`cli`] | flags and flow of each verb | how blocks are computed |
+//!
+//! # Invariants
+//!
+//! - The seam to a backend is the block, not the tensor op: inside a block a backend fuses as it
+//!   likes.
+//! - Feeding a sequence in other pieces changes no result beyond rounding, and greedy tokens not
+//!   at all.
+//! - Which weights are quantised is decided per tensor from the file, never from the config.
+//! - Bad input is an error that names file, place and way out; a panic is a bug of ours.
+//! - A file is written whole or not at all ([`formats::atomic`]).
+//! - Simulated and real caches execute the same [`planning::policy`] code.
+//! - An estimate is never shown as a measurement, nor synthetic data without the word.
+//!
+//! # Absent on purpose
+//!
+//! Training, other quantisations than NF4, several GPUs, a web interface.
 
 pub mod backend;
+pub mod cli;
+pub mod commands;
 pub mod engine;
 pub mod formats;
+pub mod hardware;
 pub mod model;
+pub mod planning;
+pub mod report;

@@ -1,7 +1,244 @@
+//! The engine: a loaded model that takes tokens and gives logits, on whatever backend.
+
+pub mod generate;
 pub mod sampler;
 pub mod stream;
+pub mod text;
 
-pub use sampler::{
-    SampleError, Sampler, SamplingParams, TokenLogprob, token_logprob, top_logprobs,
+use std::fmt;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use crate::backend::reference::Reference;
+use crate::backend::{BackendError, ModelShape};
+use crate::formats::ModelId;
+use crate::model::weights;
+use crate::model::{
+    ChatError, GenerationConfigError, LogitRows, ModelConfig, OnRouting, Runner, Sequence, Source,
+    SourceError, Tokenizer, TokenizerError,
 };
-pub use stream::TextStream;
+
+pub use text::TextModel;
+
+/// Tokens fed to the model at once in prefill. Large enough that an expert's weights are read for
+/// several tokens, small enough that Ctrl-C and progress bars answer at once.
+pub const PREFILL_CHUNK: usize = 512;
+
+/// Which backend computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// The fastest this machine has
+    #[default]
+    Auto,
+    Reference,
+}
+
+impl FromStr for BackendChoice {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "auto" => Ok(BackendChoice::Auto),
+            "reference" => Ok(BackendChoice::Reference),
+            _ => Err(format!(
+                "unknown backend `{name}`; expected auto or reference"
+            )),
+        }
+    }
+}
+
+impl fmt::Display for BackendChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            BackendChoice::Auto => "auto",
+            BackendChoice::Reference => "reference",
+        })
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    pub backend: BackendChoice,
+    /// Worker threads; all usable cores if `None`
+    pub threads: Option<usize>,
+    /// Room for this many tokens, prompt and answer together
+    pub max_tokens: usize,
+}
+
+/// Why a model could not be loaded or driven.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Format(#[from] crate::formats::FormatError),
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Chat(#[from] ChatError),
+    #[error(transparent)]
+    GenerationConfig(#[from] GenerationConfigError),
+    #[error(transparent)]
+    Sampler(#[from] sampler::SampleError),
+    #[error("{location}: has no chat template; use a prompt without --chat")]
+    NoChatTemplate { location: String },
+    #[error("token id {id} is not in the vocabulary of {vocab_size}")]
+    TokenId { id: u32, vocab_size: usize },
+    #[error(
+        "context of {asked} tokens is above the model's {limit} (max_position_embeddings); \
+         lower --ctx"
+    )]
+    Context { asked: usize, limit: usize },
+    #[error("the prompt is empty; generation needs at least one token to start from")]
+    EmptyPrompt,
+}
+
+pub type Result<T> = std::result::Result<T, EngineError>;
+
+/// A model in memory with one sequence.
+pub struct Engine {
+    runner: Box<dyn Runner>,
+    config: ModelConfig,
+    text: TextModel,
+    model_id: ModelId,
+    notes: Vec<String>,
+}
+
+impl Engine {
+    /// Loads config, weights and text of a model.
+    ///
+    /// # Errors
+    /// Anything wrong with the model's files, by file and tensor; a context above the model's.
+    pub fn load(source: &Source, options: &LoadOptions) -> Result<Self> {
+        let config = source.config()?;
+        let limit = config.max_position_embeddings;
+        if options.max_tokens > limit {
+            return Err(EngineError::Context {
+                asked: options.max_tokens,
+                limit,
+            });
+        }
+        let text = TextModel::load(source)?;
+        let checkpoint = source.checkpoint()?;
+        let model_id = source.model_id(Some(&checkpoint))?;
+        let weights = weights::load(&checkpoint, &config)?;
+        let mut notes = Vec::new();
+        let mtp_tensors = weights::count_mtp_tensors(&checkpoint);
+        if mtp_tensors > 0 {
+            notes.push(format!(
+                "skipped {mtp_tensors} multi-token-prediction tensors (mtp.*)"
+            ));
+        }
+        let runner: Box<dyn Runner> = match options.backend {
+            BackendChoice::Auto | BackendChoice::Reference => {
+                let backend = Reference::new(config.shape.clone(), weights);
+                Box::new(Sequence::new(backend, options.max_tokens)?)
+            }
+        };
+        Ok(Engine {
+            runner,
+            config,
+            text,
+            model_id,
+            notes,
+        })
+    }
+
+    pub fn shape(&self) -> &ModelShape {
+        &self.config.shape
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    pub fn text(&self) -> &TextModel {
+        &self.text
+    }
+
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.text.tokenizer
+    }
+
+    pub fn model_id(&self) -> &ModelId {
+        &self.model_id
+    }
+
+    /// What a user should know about this model and did not ask.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    pub fn backend_name(&self) -> String {
+        self.runner.backend_name()
+    }
+
+    /// Tokens in the sequence.
+    pub fn position(&self) -> usize {
+        self.runner.position()
+    }
+
+    /// Forgets the sequence and makes room for `max_tokens`.
+    pub fn reset(&mut self, max_tokens: usize) -> Result<()> {
+        let limit = self.config.max_position_embeddings;
+        if max_tokens > limit {
+            return Err(EngineError::Context {
+                asked: max_tokens,
+                limit,
+            });
+        }
+        Ok(self.runner.reset(max_tokens)?)
+    }
+
+    /// Feeds one chunk of tokens; `[rows, vocab_size]` logits.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, a full context, or a failing backend.
+    pub fn forward(
+        &mut self,
+        ids: &[u32],
+        rows: LogitRows,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<Vec<f32>> {
+        let vocab_size = self.config.shape.vocab_size;
+        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
+            return Err(EngineError::TokenId { id, vocab_size });
+        }
+        Ok(self.runner.forward(ids, rows, on_routing)?)
+    }
+
+    /// Feeds a prompt in chunks; the logits of its last token.
+    ///
+    /// `proceed` is asked before each chunk with the tokens done so far; `None` is returned when
+    /// it says no.
+    ///
+    /// # Errors
+    /// As [`Engine::forward`]; an empty prompt.
+    pub fn prefill(
+        &mut self,
+        ids: &[u32],
+        on_routing: &mut OnRouting<'_>,
+        proceed: &mut dyn FnMut(usize) -> bool,
+    ) -> Result<Option<Vec<f32>>> {
+        let chunks = ids.len().div_ceil(PREFILL_CHUNK);
+        for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
+            if !proceed(i * PREFILL_CHUNK) {
+                return Ok(None);
+            }
+            let last = i + 1 == chunks;
+            let rows = if last {
+                LogitRows::Last
+            } else {
+                LogitRows::None
+            };
+            let logits = self.forward(chunk, rows, on_routing)?;
+            if last {
+                return Ok(Some(logits));
+            }
+        }
+        Err(EngineError::EmptyPrompt)
+    }
+}

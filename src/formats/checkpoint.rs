@@ -1,24 +1,23 @@
 //! safetensors checkpoints: one file or sharded with an index, mapped, never read as a whole.
 //!
-//! The headers are parsed by the `safetensors` crate, which checks lengths, offsets and overlaps.
-//! What stays in memory is a compact table: 40 bytes per tensor and its name.
+//! What stays in memory is a compact table of 40 bytes per tensor; names stay in the mapped headers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
 
 use memmap2::Mmap;
-use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 
+use super::header::{self, Entry};
 use super::matrix::DenseMatrix;
-use super::nf4::{Absmax, BLOCKSIZE, NESTED_BLOCKSIZE, Nf4Matrix, QuantState};
+use super::nf4::{Absmax, BLOCKSIZE, NESTED_BLOCKSIZE, Nf4Matrix, QuantState, STATE_SUFFIX};
 use super::{Bytes, Dtype, FormatError, Matrix};
 
 /// Name of the file that maps tensors to shards.
-const INDEX: &str = "model.safetensors.index.json";
-const SINGLE: &str = "model.safetensors";
-const NF4_STATE: &str = ".quant_state.bitsandbytes__nf4";
+pub const INDEX: &str = "model.safetensors.index.json";
+/// Name of the only file of an unsharded checkpoint.
+pub const SINGLE: &str = "model.safetensors";
 const STATE_PREFIX: &str = ".quant_state.";
 
 /// An opened checkpoint: every tensor by name, bytes left on disk.
@@ -26,20 +25,8 @@ const STATE_PREFIX: &str = ".quant_state.";
 pub struct Checkpoint {
     location: String,
     shards: Vec<Bytes>,
-    /// All names, sorted, end to end.
-    names: String,
     /// Sorted by name.
     entries: Vec<Entry>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Entry {
-    name: (u32, u32),
-    shard: u16,
-    dtype: Dtype,
-    ndim: u8,
-    shape: [u32; 4],
-    start: u64,
 }
 
 /// One tensor: a view into the mapped file.
@@ -103,6 +90,14 @@ impl Checkpoint {
         builder.finish()
     }
 
+    /// The files that a shard index names, without opening them.
+    ///
+    /// # Errors
+    /// If the index cannot be read or names anything but plain files beside it.
+    pub fn shard_names(index: &Path) -> Result<BTreeSet<String>, FormatError> {
+        Ok(read_index(index)?.into_values().collect())
+    }
+
     /// Where it came from, as errors name it.
     pub fn location(&self) -> &str {
         &self.location
@@ -130,10 +125,10 @@ impl Checkpoint {
         self.get(name).ok_or_else(|| self.missing(name))
     }
 
-    /// A float vector of `len` elements, in any shape with that many, widened to f32.
+    /// The float tensor `name` of that shape, widened to f32.
     ///
     /// # Errors
-    /// Missing, not a float type, or of another length.
+    /// Missing, not a float type, or of another shape.
     pub fn vector(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, FormatError> {
         let tensor = self.tensor(name)?;
         check_float(name, tensor.dtype)?;
@@ -200,7 +195,7 @@ impl Checkpoint {
     /// A state of another kind than nf4, a damaged one, or one that is missing where the codes
     /// show that there should be one.
     pub fn quant_state(&self, name: &str) -> Result<Option<QuantState>, FormatError> {
-        if let Some(json) = self.get(&format!("{name}{NF4_STATE}")) {
+        if let Some(json) = self.get(&format!("{name}{STATE_SUFFIX}")) {
             return QuantState::parse(name, &json.data).map(Some);
         }
         let prefix = format!("{name}{STATE_PREFIX}");
@@ -216,7 +211,7 @@ impl Checkpoint {
             });
         }
         if self.contains(&format!("{name}.absmax")) {
-            let reason = format!("`{name}.absmax` is there, `{name}{NF4_STATE}` is not");
+            let reason = format!("`{name}.absmax` is there, `{name}{STATE_SUFFIX}` is not");
             return Err(FormatError::QuantState {
                 name: name.into(),
                 reason,
@@ -284,14 +279,15 @@ impl Checkpoint {
         let mut hash = Sha256::new();
         hash.update(config);
         for e in &self.entries {
-            let shape = &e.shape[..usize::from(e.ndim)];
+            let shape: Vec<usize> = e.shape().collect();
             hash.update(format!("\n{} {} {shape:?}", self.name(e), e.dtype.name()));
         }
         format!("{:x}", hash.finalize())
     }
 
     fn name(&self, e: &Entry) -> &str {
-        &self.names[e.name.0 as usize..e.name.1 as usize]
+        let name = e.name(&self.shards[usize::from(e.shard)]);
+        std::str::from_utf8(name).expect("part of a header that was UTF-8 when it was mapped")
     }
 
     fn find(&self, name: &str) -> Option<&Entry> {
@@ -303,17 +299,10 @@ impl Checkpoint {
     }
 
     fn view(&self, e: &Entry) -> Tensor {
-        let shape: Vec<usize> = e.shape[..usize::from(e.ndim)]
-            .iter()
-            .map(|&d| d as usize)
-            .collect();
-        let start = e.start as usize;
-        let len = shape.iter().product::<usize>() * e.dtype.size_bytes();
-        let data = self.shards[usize::from(e.shard)].slice(start..start + len);
         Tensor {
             dtype: e.dtype,
-            shape,
-            data,
+            shape: e.shape().collect(),
+            data: self.shards[usize::from(e.shard)].slice(e.range()),
         }
     }
 
@@ -329,7 +318,7 @@ impl Checkpoint {
 struct Builder {
     location: String,
     shards: Vec<Bytes>,
-    tensors: Vec<(String, Entry)>,
+    entries: Vec<Entry>,
 }
 
 impl Builder {
@@ -337,70 +326,46 @@ impl Builder {
         Builder {
             location,
             shards: Vec::new(),
-            tensors: Vec::new(),
+            entries: Vec::new(),
         }
     }
 
     fn add(&mut self, path: &Path, bytes: Bytes) -> Result<(), FormatError> {
-        let invalid = |reason: String| FormatError::Safetensors {
+        let shard = u16::try_from(self.shards.len()).map_err(|_| FormatError::Safetensors {
             path: path.into(),
-            reason,
-        };
-        let (header_len, metadata) =
-            SafeTensors::read_metadata(&bytes).map_err(|e| invalid(describe(&e, &bytes)))?;
-        let shard =
-            u16::try_from(self.shards.len()).map_err(|_| invalid("too many shards".into()))?;
-        for (name, info) in metadata.tensors() {
-            let dtype = dtype_of(info.dtype).ok_or_else(|| FormatError::Dtype {
-                name: name.clone(),
-                found: format!("{:?}", info.dtype),
-                expected: "F32, F16, BF16, U8, I8, I32 or I64".into(),
-            })?;
-            let mut shape = [0u32; 4];
-            if info.shape.len() > 4 || info.shape.iter().any(|&d| u32::try_from(d).is_err()) {
-                return Err(invalid(format!(
-                    "tensor `{name}` has shape {:?}",
-                    info.shape
-                )));
-            }
-            for (to, &from) in shape.iter_mut().zip(&info.shape) {
-                *to = from as u32;
-            }
-            let entry = Entry {
-                name: (0, 0),
-                shard,
-                dtype,
-                ndim: info.shape.len() as u8,
-                shape,
-                start: (8 + header_len + info.data_offsets.0) as u64,
-            };
-            self.tensors.push((name, entry));
+            reason: "shard 65536, at most 65535 allowed".into(),
+        })?;
+        let mut entries = header::read(path, &bytes, shard)?;
+        if self.entries.is_empty() {
+            self.entries = entries;
+        } else {
+            self.entries.append(&mut entries);
         }
         self.shards.push(bytes);
         Ok(())
     }
 
-    fn finish(mut self) -> Result<Checkpoint, FormatError> {
-        self.tensors.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        if let Some(pair) = self.tensors.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-            let reason = format!("tensor `{}` is in two shards", pair[0].0);
+    fn finish(self) -> Result<Checkpoint, FormatError> {
+        let Builder {
+            location,
+            shards,
+            mut entries,
+        } = self;
+        let name = |e: &Entry| e.name(&shards[usize::from(e.shard)]);
+        entries.sort_unstable_by(|a, b| name(a).cmp(name(b)));
+        if let Some(pair) = entries.windows(2).find(|p| name(&p[0]) == name(&p[1])) {
+            let reason = format!(
+                "tensor `{}` is there twice",
+                String::from_utf8_lossy(name(&pair[0]))
+            );
             return Err(FormatError::Index {
-                path: self.location.into(),
+                path: location.into(),
                 reason,
             });
         }
-        let mut names = String::with_capacity(self.tensors.iter().map(|(n, _)| n.len()).sum());
-        let mut entries = Vec::with_capacity(self.tensors.len());
-        for (name, mut entry) in self.tensors {
-            let start = names.len() as u32;
-            names.push_str(&name);
-            entry.name = (start, names.len() as u32);
-            entries.push(entry);
-        }
         Ok(Checkpoint {
-            location: self.location,
-            shards: self.shards,
-            names,
+            location,
+            shards,
             entries,
         })
     }
@@ -445,45 +410,6 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, FormatError> {
 
 fn is_plain_file_name(name: &str) -> bool {
     Path::new(name).file_name().is_some_and(|file| file == name)
-}
-
-/// The crate's error, with the numbers a user needs to see.
-fn describe(error: &safetensors::SafeTensorError, bytes: &[u8]) -> String {
-    use safetensors::SafeTensorError as E;
-    let claimed = bytes.first_chunk().map(|b| u64::from_le_bytes(*b));
-    match (error, claimed) {
-        (E::HeaderTooSmall, _) | (_, None) => {
-            format!("{} bytes, too short to hold a header", bytes.len())
-        }
-        (E::HeaderTooLarge, Some(n)) => format!("header of {n} bytes, at most 100,000,000 allowed"),
-        (E::InvalidHeaderLength, Some(n)) => {
-            format!(
-                "header of {n} bytes in a file of {}; truncated?",
-                bytes.len()
-            )
-        }
-        (E::MetadataIncompleteBuffer, Some(n)) => format!(
-            "tensors end elsewhere than the file: {} bytes after a header of {n}; truncated?",
-            (bytes.len() as u64).saturating_sub(8 + n)
-        ),
-        (E::InvalidOffset(name), _) => {
-            format!("tensor `{name}` overlaps its neighbour or leaves a gap")
-        }
-        (other, _) => other.to_string(),
-    }
-}
-
-fn dtype_of(dtype: safetensors::Dtype) -> Option<Dtype> {
-    Some(match dtype {
-        safetensors::Dtype::F32 => Dtype::F32,
-        safetensors::Dtype::F16 => Dtype::F16,
-        safetensors::Dtype::BF16 => Dtype::Bf16,
-        safetensors::Dtype::U8 => Dtype::U8,
-        safetensors::Dtype::I8 => Dtype::I8,
-        safetensors::Dtype::I32 => Dtype::I32,
-        safetensors::Dtype::I64 => Dtype::I64,
-        _ => return None,
-    })
 }
 
 fn check_float(name: &str, found: Dtype) -> Result<(), FormatError> {

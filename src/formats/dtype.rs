@@ -28,6 +28,20 @@ impl Dtype {
         }
     }
 
+    /// The type of that safetensors spelling, if it is one of these.
+    pub fn parse(name: &str) -> Option<Dtype> {
+        const ALL: [Dtype; 7] = [
+            Dtype::F32,
+            Dtype::F16,
+            Dtype::Bf16,
+            Dtype::U8,
+            Dtype::I8,
+            Dtype::I32,
+            Dtype::I64,
+        ];
+        ALL.into_iter().find(|dtype| dtype.name() == name)
+    }
+
     /// The spelling inside a bitsandbytes `quant_state` (`bfloat16`), for the float types.
     pub fn torch_name(self) -> Option<&'static str> {
         match self {

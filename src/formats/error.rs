@@ -42,4 +42,10 @@ pub enum FormatError {
         "tensor `{name}`: quantisation `{found}` is not supported; supported: bitsandbytes nf4"
     )]
     QuantType { name: String, found: String },
+    #[error("tensor `{name}`: {what} is {found}, expected a finite number")]
+    NotFinite {
+        name: String,
+        what: String,
+        found: f32,
+    },
 }

@@ -5,13 +5,18 @@
 pub mod atomic;
 pub mod bytes;
 pub mod checkpoint;
+pub mod corpus;
+pub mod document;
 pub mod dtype;
 pub mod error;
+mod header;
 pub mod matrix;
 pub mod nf4;
+pub mod writer;
 
 pub use bytes::Bytes;
 pub use checkpoint::{Checkpoint, Tensor};
+pub use document::{Document, DocumentError, ModelId};
 pub use dtype::Dtype;
 pub use error::FormatError;
 pub use matrix::Matrix;

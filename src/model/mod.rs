@@ -1,8 +1,18 @@
+//! What a checkpoint means: its configuration, its weights by role, its text, and the order in
+//! which blocks run. Knows no hardware: blocks are computed by a [`Backend`](crate::backend::Backend).
+
 pub mod chat;
+pub mod config;
+pub mod forward;
 pub mod generation_config;
-pub mod python_json;
+mod python_json;
+pub mod source;
 pub mod tokenizer;
+pub mod weights;
 
 pub use chat::{ChatError, ChatTemplate, Message};
+pub use config::{ConfigError, ModelConfig};
+pub use forward::{LogitRows, OnRouting, Runner, Sequence};
 pub use generation_config::{GenerationConfig, GenerationConfigError};
+pub use source::{Source, SourceError};
 pub use tokenizer::{Tokenizer, TokenizerError};

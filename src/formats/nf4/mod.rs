@@ -8,6 +8,8 @@
 //! arXiv:2305.14314.
 
 pub mod dequantize;
+pub mod dynamic_map;
+pub mod mean;
 pub mod quantize;
 pub mod state;
 
@@ -19,6 +21,9 @@ pub const BLOCKSIZE: usize = 64;
 
 /// Scales that share one scale of scales.
 pub const NESTED_BLOCKSIZE: usize = 256;
+
+/// What follows a weight's name in the name of its state.
+pub const STATE_SUFFIX: &str = ".quant_state.bitsandbytes__nf4";
 
 /// The NF4 code book: quantiles of the normal distribution, scaled to [-1, 1], with an exact 0.
 ///

@@ -1,0 +1,201 @@
+//! The command line: one line per verb, and settings from the environment and files.
+
+use std::path::PathBuf;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::commands::{bench, doctor, plan, profile, quantize, report, run};
+use crate::engine::BackendChoice;
+
+/// Runs large mixture-of-experts language models on one small GPU plus system RAM, and tells
+/// beforehand how fast.
+///
+/// Without --model every verb uses the built-in tiny MoE: a trained 30M-parameter Qwen3-Next in
+/// the same NF4 format as the 80B model. Settings come from flags, then MOECTL_* variables, then
+/// ./moectl.toml, then $XDG_CONFIG_HOME/moectl/config.toml.
+///
+/// Exit codes: 0 done, 1 error, 2 usage, 3 regression, 4 does not fit, 130 interrupted.
+#[derive(Debug, Parser)]
+#[command(name = "moectl", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Record what the router picks on a corpus
+    Profile(profile::ProfileArgs),
+    /// Decide what lives where within a memory budget, and predict the speed
+    Plan(plan::PlanArgs),
+    /// Generate text: one prompt, standard input, or a chat
+    Run(run::RunArgs),
+    /// Measure throughput, latency and memory on real text
+    Bench(bench::BenchArgs),
+    /// Turn run and profile files into tables and charts
+    Report(report::ReportArgs),
+    /// Show what this machine can do, measured
+    Doctor(doctor::DoctorArgs),
+    /// Write a bf16 checkpoint as bitsandbytes NF4
+    Quantize(quantize::QuantizeArgs),
+}
+
+/// Where output goes and how much of it.
+#[derive(Clone, Debug, Args)]
+pub struct OutputArgs {
+    /// Print the result as one JSON object
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Print no progress and no notes
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
+    pub quiet: bool,
+    /// Say more about what is done
+    #[arg(short, long, global = true)]
+    pub verbose: bool,
+}
+
+/// Which model, computed by what.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Model folder, org/name[@revision] on the Hugging Face hub, or `tiny` [default: tiny]
+    #[arg(short, long, value_name = "MODEL", env = "MOECTL_MODEL")]
+    pub model: Option<String>,
+}
+
+/// What computes.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Compute")]
+pub struct ComputeArgs {
+    /// What computes: auto (the fastest there is) or reference (exact, slow)
+    #[arg(long, value_name = "NAME", env = "MOECTL_BACKEND", default_value_t)]
+    pub backend: BackendChoice,
+    /// Worker threads [default: all cores the process may use]
+    #[arg(long, value_name = "N", env = "MOECTL_THREADS")]
+    pub threads: Option<usize>,
+}
+
+impl Cli {
+    /// Parses the process' arguments; prints help or usage errors and exits where clap does.
+    ///
+    /// # Errors
+    /// A settings file that cannot be read or names what no verb has.
+    pub fn from_process() -> anyhow::Result<Self> {
+        let settings = settings::load(&settings_files())?;
+        let command = settings::as_defaults(Cli::command(), &settings)?;
+        let matches = command.get_matches();
+        Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit()))
+    }
+}
+
+/// Settings files, the strongest first.
+fn settings_files() -> Vec<PathBuf> {
+    let mut files = vec![PathBuf::from("moectl.toml")];
+    let config_home = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
+    let config_home = config_home.filter(|path| path.is_absolute()).or_else(|| {
+        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config"))
+    });
+    files.extend(config_home.map(|folder| folder.join("moectl/config.toml")));
+    files
+}
+
+/// Settings files: keys are long flag names, at the top for every verb or under `[verb]`.
+mod settings {
+    use std::collections::BTreeMap;
+    use std::path::PathBuf;
+
+    use anyhow::{Context, bail};
+    use clap::builder::{OsStr, Resettable};
+    use toml::Value;
+
+    /// `(verb or empty, flag)` to value and the file it came from.
+    pub type Settings = BTreeMap<(String, String), (String, PathBuf)>;
+
+    pub fn load(files: &[PathBuf]) -> anyhow::Result<Settings> {
+        let mut settings = Settings::new();
+        // Weakest first, so that stronger files overwrite.
+        for path in files.iter().rev() {
+            let text = match std::fs::read_to_string(path) {
+                Ok(text) => text,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(e).with_context(|| path.display().to_string()),
+            };
+            let table: toml::Table =
+                text.parse().with_context(|| format!("{}: not valid TOML", path.display()))?;
+            for (key, value) in table {
+                match value {
+                    Value::Table(section) => {
+                        for (flag, value) in section {
+                            let value = scalar(&value)
+                                .with_context(|| format!("{}: [{key}] {flag}", path.display()))?;
+                            settings.insert((key.clone(), flag), (value, path.clone()));
+                        }
+                    }
+                    value => {
+                        let value =
+                            scalar(&value).with_context(|| format!("{}: {key}", path.display()))?;
+                        settings.insert((String::new(), key), (value, path.clone()));
+                    }
+                }
+            }
+        }
+        Ok(settings)
+    }
+
+    fn scalar(value: &Value) -> anyhow::Result<String> {
+        Ok(match value {
+            Value::String(text) => text.clone(),
+            Value::Integer(number) => number.to_string(),
+            Value::Float(number) => number.to_string(),
+            Value::Boolean(flag) => flag.to_string(),
+            other => bail!("is {}, expected a string, number or true/false", other.type_str()),
+        })
+    }
+
+    /// Makes the settings the defaults of the flags they name.
+    pub fn as_defaults(
+        mut command: clap::Command,
+        settings: &Settings,
+    ) -> anyhow::Result<clap::Command> {
+        let verbs: Vec<String> =
+            command.get_subcommands().map(|verb| verb.get_name().to_string()).collect();
+        // General settings first: a `[verb]` section overrides them.
+        for ((verb, flag), (value, path)) in settings {
+            if !verb.is_empty() && !verbs.contains(verb) {
+                bail!("{}: [{verb}] is no verb; verbs: {}", path.display(), verbs.join(", "));
+            }
+            let mut known = false;
+            for name in verbs.iter().filter(|name| verb.is_empty() || *name == verb) {
+                command = command.mut_subcommand(name, |sub| {
+                    let Some(id) = sub
+                        .get_arguments()
+                        .find(|arg| arg.get_long() == Some(flag) && arg.get_action().takes_values())
+                        .map(|arg| arg.get_id().clone())
+                    else {
+                        return sub;
+                    };
+                    known = true;
+                    let value: Resettable<OsStr> = OsStr::from(value.clone()).into();
+                    sub.mut_arg(id, |arg| arg.default_value(value))
+                });
+            }
+            if !known {
+                let place = if verb.is_empty() { "any verb" } else { verb };
+                bail!("{}: `{flag}` is no setting of {place}", path.display());
+            }
+        }
+        Ok(command)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flag_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

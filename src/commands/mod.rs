@@ -1,0 +1,94 @@
+//! The verbs: flags and flow of each. Results go to stdout, everything else to stderr.
+
+pub mod bench;
+pub mod doctor;
+pub mod plan;
+pub mod profile;
+pub mod quantize;
+pub mod report;
+pub mod run;
+
+mod console;
+mod interrupt;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use thiserror::Error;
+
+use crate::cli::{Cli, Command};
+use crate::formats::atomic;
+use console::Console;
+
+/// Ends of a verb that have an exit code of their own; any other error is 1.
+#[derive(Debug, Error)]
+pub enum Failure {
+    /// 2: the flags contradict each other or the input
+    #[error("{0}")]
+    Usage(String),
+    /// 3: slower than the baseline allows
+    #[error("{0}")]
+    Regression(String),
+    /// 4: the budget cannot hold it
+    #[error("{0}")]
+    DoesNotFit(String),
+    /// 130: Ctrl-C; what there was has been printed
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Failure::Usage(_) => 2,
+            Failure::Regression(_) => 3,
+            Failure::DoesNotFit(_) => 4,
+            Failure::Interrupted => 130,
+        }
+    }
+}
+
+/// Runs the verb that the command line names.
+pub fn execute(cli: Cli) -> anyhow::Result<()> {
+    let console = Console::new(&cli.output);
+    match cli.command {
+        Command::Profile(args) => profile::execute(args, &console),
+        Command::Plan(args) => plan::execute(args, &console),
+        Command::Run(args) => run::execute(args, &console),
+        Command::Bench(args) => bench::execute(args, &console),
+        Command::Report(args) => report::execute(args, &console),
+        Command::Doctor(args) => doctor::execute(args, &console),
+        Command::Quantize(args) => quantize::execute(args, &console),
+    }
+}
+
+/// The exit code an error stands for, after telling the user.
+pub fn report_error(error: &anyhow::Error) -> ExitCode {
+    // A reader that closed the pipe has seen enough.
+    let broken_pipe = error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    });
+    if broken_pipe {
+        return ExitCode::SUCCESS;
+    }
+    match error.downcast_ref::<Failure>() {
+        Some(failure) => {
+            if !matches!(failure, Failure::Interrupted) {
+                eprintln!("error: {failure}");
+            }
+            ExitCode::from(failure.exit_code())
+        }
+        None => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Finds out before the work starts whether its result can be written.
+fn check_output(path: &Path) -> anyhow::Result<()> {
+    atomic::check_writable(path)
+        .map_err(|e| anyhow::anyhow!("{}: cannot be written: {e}", path.display()))
+}

@@ -1,0 +1,451 @@
+//! `moectl run`: generate text.
+
+use std::io::{self, BufRead, IsTerminal, Read, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::Context;
+use clap::Args;
+use serde::Serialize;
+
+use super::console::{Console, Unit};
+use super::{Failure, interrupt};
+use crate::backend::Routing;
+use crate::cli::{ComputeArgs, ModelArgs};
+use crate::engine::generate::{FinishReason, GenerateOptions, Generation, Observer};
+use crate::engine::sampler::SamplingParams;
+use crate::engine::{Engine, LoadOptions, TextModel};
+use crate::formats::ModelId;
+use crate::hardware::monitor::high_water_mark;
+use crate::model::{Message, Source};
+use crate::planning::units::{parse_tokens, show_bytes};
+
+/// Generate text: one prompt, standard input, or a chat
+///
+/// With a chat template the prompt is one user turn; --raw continues it as plain text. Text goes
+/// to standard output as it comes, the closing figures to standard error.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  moectl run \"What is the meaning of the noun \\\"river\\\"?\"
+  moectl run --raw -n 64 --temperature 0 \"def fibonacci(n):\"
+  cat notes.txt | moectl run --system \"Summarise.\" --json
+  moectl run --chat --model org/name")]
+pub struct RunArgs {
+    /// Prompt text [default: standard input]
+    #[arg(conflicts_with_all = ["prompt_ids", "chat"])]
+    prompt: Option<String>,
+    /// Prompt as token ids, taken as they are
+    #[arg(long, value_name = "ID,ID,...", value_delimiter = ',', conflicts_with = "chat")]
+    prompt_ids: Option<Vec<u32>>,
+    /// Chat: one turn per line of input, with history
+    #[arg(long, conflicts_with = "raw")]
+    chat: bool,
+    /// Continue the prompt as plain text, without the chat template
+    #[arg(long)]
+    raw: bool,
+    /// System message of the conversation
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "prompt_ids"])]
+    system: Option<String>,
+    /// Most tokens to generate, per turn
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 512)]
+    max_tokens: usize,
+    /// Room for prompt and answer, in tokens (32k = 32768) [default: what they need; 8k in a chat]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
+    ctx: Option<u64>,
+    #[command(flatten)]
+    sampling: SamplingArgs,
+    /// End before this text; may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on past end-of-text tokens, to the full -n
+    #[arg(long)]
+    ignore_eos: bool,
+    /// Report the K best tokens of each step (with --json)
+    #[arg(long, value_name = "K", default_value_t = 0, requires = "json")]
+    logprobs: usize,
+    #[command(flatten)]
+    model: ModelArgs,
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+/// How tokens are drawn; what is not given is the model's generation_config.json.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sampling (defaults: the model's generation_config.json)")]
+struct SamplingArgs {
+    /// Randomness; 0 always takes the best token
+    #[arg(long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Keep the K best tokens; 0 keeps all
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Keep the best tokens that together have this probability
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Keep tokens at least this probable relative to the best
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
+    /// Weaken tokens seen before, prompt included; 1 is off
+    #[arg(long, value_name = "X")]
+    repetition_penalty: Option<f32>,
+    /// Subtracted from logits of tokens generated before
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    presence_penalty: Option<f32>,
+    /// Subtracted per earlier generation of a token
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    frequency_penalty: Option<f32>,
+    /// Seed of the draws [default: a new one each run]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+}
+
+impl SamplingArgs {
+    /// The model's defaults with these flags over them.
+    fn over(&self, defaults: SamplingParams) -> anyhow::Result<SamplingParams> {
+        let params = SamplingParams {
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
+            seed: self.seed.unwrap_or_else(rand::random),
+        };
+        params.validate().map_err(|e| Failure::Usage(e.to_string()))?;
+        Ok(params)
+    }
+}
+
+/// The object that `--json` prints.
+#[derive(Serialize)]
+struct RunRecord<'a> {
+    model: &'a ModelId,
+    backend: String,
+    seed: u64,
+    prompt_ids: &'a [u32],
+    token_ids: &'a [u32],
+    text: &'a str,
+    finish_reason: &'static str,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    logprobs: Vec<Vec<LogprobRecord>>,
+    timings: TimingsRecord,
+    experts: ExpertCounts,
+    peak_rss_bytes: Option<u64>,
+}
+
+#[derive(Serialize)]
+struct LogprobRecord {
+    id: u32,
+    logit: f32,
+    logprob: f32,
+}
+
+#[derive(Serialize)]
+struct TimingsRecord {
+    prompt_tokens: usize,
+    generated_tokens: usize,
+    prefill_ms: f64,
+    ttft_ms: f64,
+    decode_ms: f64,
+    prefill_tok_s: f64,
+    decode_tok_s: f64,
+}
+
+/// Where the picked experts were found.
+#[derive(Clone, Debug, Default, Serialize)]
+struct ExpertCounts {
+    /// Picks computed from VRAM slots
+    hits: u64,
+    /// Picks computed in RAM
+    misses: u64,
+    h2d_bytes: u64,
+}
+
+pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
+    if args.chat && console.json {
+        return Err(Failure::Usage("--chat does not go with --json; use one prompt".into()).into());
+    }
+    let source = Source::resolve(args.model.model.as_deref())?;
+    let text = TextModel::load(&source)?;
+    let options = GenerateOptions {
+        max_new_tokens: args.max_tokens,
+        sampling: args.sampling.over(SamplingParams::from(&text.generation_config))?,
+        stop: args.stop.clone(),
+        ignore_eos: args.ignore_eos,
+        logprobs: args.logprobs,
+    };
+    if args.chat { chat(&args, &source, options, console) } else {
+        one_prompt(&args, &source, &text, &options, console)
+    }
+}
+
+fn one_prompt(
+    args: &RunArgs,
+    source: &Source,
+    text: &TextModel,
+    options: &GenerateOptions,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let prompt_ids = prompt_ids(args, text)?;
+    let limit = source.config()?.max_position_embeddings;
+    let max_tokens = match args.ctx {
+        Some(ctx) => ctx as usize,
+        None => (prompt_ids.len() + args.max_tokens).min(limit),
+    };
+    if prompt_ids.len() >= max_tokens.max(1) && args.max_tokens > 0 {
+        return Err(Failure::Usage(format!(
+            "the prompt has {} tokens, the context {max_tokens}; raise --ctx (the model's limit is \
+             {limit}) or shorten the prompt",
+            prompt_ids.len()
+        ))
+        .into());
+    }
+    let mut engine = load(args, source, max_tokens, console)?;
+    let interrupt = interrupt::flag();
+    let mut experts = ExpertCounts::default();
+    let show = !console.json;
+    let generation =
+        generate(&mut engine, &prompt_ids, options, interrupt, show, &mut experts, console)?;
+    if console.json {
+        console.result_json(&record(&engine, options, &prompt_ids, &generation, experts))?;
+    } else {
+        writeln!(io::stdout())?;
+    }
+    closing_line(&generation, console);
+    match generation.finish_reason {
+        FinishReason::Interrupted => Err(Failure::Interrupted.into()),
+        _ => Ok(()),
+    }
+}
+
+/// The prompt's token ids, from wherever the flags say.
+fn prompt_ids(args: &RunArgs, text: &TextModel) -> anyhow::Result<Vec<u32>> {
+    if let Some(ids) = &args.prompt_ids {
+        return Ok(ids.clone());
+    }
+    let prompt = match &args.prompt {
+        Some(prompt) => prompt.clone(),
+        None if io::stdin().is_terminal() => {
+            let way_out = "no prompt: give one, pipe one in, or use --chat";
+            return Err(Failure::Usage(way_out.into()).into());
+        }
+        None => {
+            let mut prompt = String::new();
+            io::stdin().read_to_string(&mut prompt).context("standard input")?;
+            prompt
+        }
+    };
+    let ids = match (&text.chat_template, args.raw) {
+        (Some(_), false) => {
+            let mut messages = system_message(args);
+            messages.push(Message::new("user", prompt));
+            text.encode_chat(&messages)?
+        }
+        _ => text.tokenizer.encode(&prompt)?,
+    };
+    if ids.is_empty() {
+        return Err(Failure::Usage("the prompt is empty".into()).into());
+    }
+    Ok(ids)
+}
+
+fn system_message(args: &RunArgs) -> Vec<Message> {
+    args.system.iter().map(|text| Message::new("system", text.clone())).collect()
+}
+
+fn load(
+    args: &RunArgs,
+    source: &Source,
+    max_tokens: usize,
+    console: &Console,
+) -> anyhow::Result<Engine> {
+    let options = LoadOptions {
+        backend: args.compute.backend,
+        threads: args.compute.threads,
+        max_tokens,
+    };
+    let engine = Engine::load(source, &options)?;
+    engine.notes().iter().for_each(|note| console.note(format!("note: {note}")));
+    console.detail(format!(
+        "model {} on backend {}, context {max_tokens}",
+        source.id(),
+        engine.backend_name()
+    ));
+    Ok(engine)
+}
+
+fn generate(
+    engine: &mut Engine,
+    prompt_ids: &[u32],
+    options: &GenerateOptions,
+    interrupt: &AtomicBool,
+    show: bool,
+    experts: &mut ExpertCounts,
+    console: &Console,
+) -> anyhow::Result<Generation> {
+    let bar = console.progress("prefill", prompt_ids.len() as u64, Unit::Tokens);
+    let mut stdout_error = None;
+    let generation = engine.generate(
+        prompt_ids,
+        options,
+        interrupt,
+        &mut Observer {
+            on_prefill: &mut |done| match done == prompt_ids.len() {
+                true => bar.finish_and_clear(),
+                false => bar.set_position(done as u64),
+            },
+            on_text: &mut |text| {
+                if show && stdout_error.is_none() {
+                    let mut out = io::stdout().lock();
+                    let written = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+                    if let Err(e) = written {
+                        // Nobody reads any more: end the generation as Ctrl-C would.
+                        interrupt.store(true, Ordering::Relaxed);
+                        stdout_error = Some(e);
+                    }
+                }
+            },
+            on_routing: &mut |_, _, routing: &Routing| {
+                experts.misses += routing.topk_ids.len() as u64;
+            },
+        },
+    )?;
+    bar.finish_and_clear();
+    match stdout_error {
+        Some(error) => Err(error.into()),
+        None => Ok(generation),
+    }
+}
+
+fn record<'a>(
+    engine: &'a Engine,
+    options: &GenerateOptions,
+    prompt_ids: &'a [u32],
+    generation: &'a Generation,
+    experts: ExpertCounts,
+) -> RunRecord<'a> {
+    let timings = &generation.timings;
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    RunRecord {
+        model: engine.model_id(),
+        backend: engine.backend_name(),
+        seed: options.sampling.seed,
+        prompt_ids,
+        token_ids: &generation.token_ids,
+        text: &generation.text,
+        finish_reason: generation.finish_reason.name(),
+        logprobs: generation
+            .logprobs
+            .iter()
+            .map(|best| {
+                let record = |t: &crate::engine::sampler::TokenLogprob| LogprobRecord {
+                    id: t.id,
+                    logit: t.logit,
+                    logprob: t.logprob,
+                };
+                best.iter().map(record).collect()
+            })
+            .collect(),
+        timings: TimingsRecord {
+            prompt_tokens: timings.prompt_tokens,
+            generated_tokens: generation.token_ids.len(),
+            prefill_ms: ms(timings.prefill),
+            ttft_ms: ms(timings.ttft),
+            decode_ms: ms(timings.inter_token.iter().sum()),
+            prefill_tok_s: timings.prefill_tok_s(),
+            decode_tok_s: timings.decode_tok_s(),
+        },
+        experts,
+        peak_rss_bytes: high_water_mark(),
+    }
+}
+
+fn closing_line(generation: &Generation, console: &Console) {
+    let timings = &generation.timings;
+    let memory = high_water_mark().map_or(String::new(), |bytes| {
+        format!(", {} memory", show_bytes(bytes))
+    });
+    console.note(format!(
+        "[prompt {} tokens, {:.1} tok/s; generated {} tokens, {:.1} tok/s{memory}]",
+        timings.prompt_tokens,
+        timings.prefill_tok_s(),
+        generation.token_ids.len(),
+        timings.decode_tok_s(),
+    ));
+}
+
+/// One turn per line, the conversation so far always in context.
+fn chat(
+    args: &RunArgs,
+    source: &Source,
+    options: GenerateOptions,
+    console: &Console,
+) -> anyhow::Result<()> {
+    const DEFAULT_CONTEXT: usize = 8192;
+    let limit = source.config()?.max_position_embeddings;
+    let max_tokens = args.ctx.map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx as usize);
+    let mut engine = load(args, source, max_tokens, console)?;
+    let mut messages = system_message(args);
+    // A template that cannot be used is told before the first line is typed.
+    engine.text().encode_chat(&[Message::new("user", "")])?;
+    let mut in_sequence: Vec<u32> = Vec::new();
+    let prompting = io::stdin().is_terminal();
+    if prompting {
+        console.note("chat: one line per turn; /reset starts over, Ctrl-D ends");
+    }
+    loop {
+        if prompting {
+            eprint!("> ");
+        }
+        let mut line = String::new();
+        if io::stdin().lock().read_line(&mut line).context("standard input")? == 0 {
+            return Ok(());
+        }
+        let line = line.trim_end_matches(['\r', '\n']);
+        if line == "/reset" {
+            messages = system_message(args);
+            continue;
+        }
+        if line.trim().is_empty() {
+            continue;
+        }
+        messages.push(Message::new("user", line));
+        let ids = engine.text().encode_chat(&messages)?;
+        // What the sequence has seen is kept where the new conversation begins with it.
+        let seen = if ids.starts_with(&in_sequence) && ids.len() > in_sequence.len() {
+            in_sequence.len()
+        } else {
+            engine.reset(max_tokens)?;
+            0
+        };
+        if ids.len() >= max_tokens {
+            return Err(Failure::Usage(format!(
+                "the conversation has {} tokens, the context {max_tokens}; raise --ctx (the \
+                 model's limit is {limit}) or start over with /reset",
+                ids.len()
+            ))
+            .into());
+        }
+        let interrupt = interrupt::flag();
+        let mut experts = ExpertCounts::default();
+        let generation = generate(
+            &mut engine,
+            &ids[seen..],
+            &options,
+            interrupt,
+            true,
+            &mut experts,
+            console,
+        )?;
+        writeln!(io::stdout())?;
+        closing_line(&generation, console);
+        if generation.finish_reason == FinishReason::Interrupted {
+            return Err(Failure::Interrupted.into());
+        }
+        in_sequence = ids;
+        in_sequence.extend(&generation.token_ids);
+        in_sequence.truncate(engine.position());
+        messages.push(Message::new("assistant", generation.text));
+    }
+}

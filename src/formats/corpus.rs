@@ -1,0 +1,220 @@
+//! Corpora: JSON lines of text, prompts or conversations, read by streaming.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, Read};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+/// One line of a corpus.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    /// The line's own `id`, or `line N`
+    pub id: String,
+    /// `unlabelled` where the line has none
+    pub domain: String,
+    pub content: Content,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub enum Content {
+    /// Plain text: everything is context.
+    Text(String),
+    /// Plain text that a model continues.
+    Prompt(String),
+    /// A conversation, for the model's chat template.
+    Messages(Vec<Value>),
+}
+
+/// A checked corpus: every line was read once and is well formed.
+#[derive(Clone, Debug)]
+pub struct Corpus {
+    name: String,
+    origin: Origin,
+    pub records: usize,
+    /// Lines per domain
+    pub domains: BTreeMap<String, usize>,
+    pub sha256: String,
+}
+
+#[derive(Clone, Debug)]
+enum Origin {
+    File(PathBuf),
+    Static(&'static str),
+}
+
+#[derive(Debug, Error)]
+pub enum CorpusError {
+    #[error("{name}: {source}")]
+    Io {
+        name: String,
+        source: std::io::Error,
+    },
+    #[error("{name}:{line}: {reason}")]
+    Line {
+        name: String,
+        line: usize,
+        reason: String,
+    },
+    #[error(
+        "{name}: holds no records; expected one JSON object per line with \
+         `text`, `prompt` or `messages`"
+    )]
+    Empty { name: String },
+}
+
+#[derive(Deserialize)]
+struct Line {
+    id: Option<Value>,
+    domain: Option<String>,
+    text: Option<String>,
+    prompt: Option<String>,
+    messages: Option<Vec<Value>>,
+}
+
+impl Corpus {
+    /// Reads the file once: counts, hashes and checks every line.
+    ///
+    /// # Errors
+    /// The first malformed line by number; a file without records.
+    pub fn open(path: &Path) -> Result<Self, CorpusError> {
+        Self::check(path.display().to_string(), Origin::File(path.into()))
+    }
+
+    /// A corpus that is part of the program.
+    pub fn from_static(name: &str, text: &'static str) -> Result<Self, CorpusError> {
+        Self::check(name.into(), Origin::Static(text))
+    }
+
+    fn check(name: String, origin: Origin) -> Result<Self, CorpusError> {
+        let mut corpus = Corpus {
+            name,
+            origin,
+            records: 0,
+            domains: BTreeMap::new(),
+            sha256: String::new(),
+        };
+        let mut hash = Sha256::new();
+        std::io::copy(&mut corpus.reader()?, &mut hash).map_err(|e| corpus.io(e))?;
+        corpus.sha256 = format!("{:x}", hash.finalize());
+        let mut domains = BTreeMap::new();
+        for record in corpus.records()? {
+            *domains.entry(record?.domain).or_insert(0) += 1;
+        }
+        corpus.records = domains.values().sum();
+        corpus.domains = domains;
+        if corpus.records == 0 {
+            return Err(CorpusError::Empty { name: corpus.name });
+        }
+        Ok(corpus)
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The records in file order, read line by line; blank lines are skipped.
+    pub fn records(
+        &self,
+    ) -> Result<impl Iterator<Item = Result<Record, CorpusError>>, CorpusError> {
+        let name = self.name.clone();
+        let lines = BufReader::with_capacity(1 << 20, self.reader()?)
+            .lines()
+            .enumerate();
+        Ok(lines.filter_map(move |(at, line)| {
+            let number = at + 1;
+            match line {
+                Ok(line) if line.trim().is_empty() => None,
+                Ok(line) => Some(parse(&line, number).map_err(|reason| CorpusError::Line {
+                    name: name.clone(),
+                    line: number,
+                    reason,
+                })),
+                Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                    let reason = "not valid UTF-8".into();
+                    Some(Err(CorpusError::Line {
+                        name: name.clone(),
+                        line: number,
+                        reason,
+                    }))
+                }
+                Err(source) => Some(Err(CorpusError::Io {
+                    name: name.clone(),
+                    source,
+                })),
+            }
+        }))
+    }
+
+    fn reader(&self) -> Result<Box<dyn Read + Send>, CorpusError> {
+        match &self.origin {
+            Origin::File(path) => Ok(Box::new(File::open(path).map_err(|e| self.io(e))?)),
+            Origin::Static(text) => Ok(Box::new(Cursor::new(text.as_bytes()))),
+        }
+    }
+
+    fn io(&self, source: std::io::Error) -> CorpusError {
+        CorpusError::Io {
+            name: self.name.clone(),
+            source,
+        }
+    }
+}
+
+fn parse(line: &str, number: usize) -> Result<Record, String> {
+    let line: Line = serde_json::from_str(line)
+        .map_err(|e| format!("not a JSON object of the form expected: {e}"))?;
+    let content = match (line.text, line.prompt, line.messages) {
+        (Some(text), None, None) => Content::Text(text),
+        (None, Some(prompt), None) => Content::Prompt(prompt),
+        (None, None, Some(messages)) => Content::Messages(messages),
+        (None, None, None) => return Err("has none of `text`, `prompt`, `messages`".into()),
+        _ => return Err("has more than one of `text`, `prompt`, `messages`".into()),
+    };
+    let id = match line.id {
+        Some(Value::String(id)) => id,
+        Some(other) => other.to_string(),
+        None => format!("line {number}"),
+    };
+    Ok(Record {
+        id,
+        domain: line.domain.unwrap_or_else(|| "unlabelled".into()),
+        content,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_line_is_named_by_number() {
+        for (text, expected) in [
+            ("{\"text\": \"a\"}\n{oops\n", "c:2: not a JSON object"),
+            ("\n\n{\"id\": 1}", "c:3: has none of"),
+            (
+                "{\"text\": \"a\", \"prompt\": \"b\"}",
+                "c:1: has more than one of",
+            ),
+            ("  \n\n", "c: holds no records"),
+        ] {
+            let error = Corpus::from_static("c", text).unwrap_err().to_string();
+            assert!(error.starts_with(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn records_carry_id_domain_and_content() {
+        let text = "{\"id\": 7, \"domain\": \"code\", \"prompt\": \"fn\"}\n{\"messages\": []}";
+        let corpus = Corpus::from_static("c", text).unwrap();
+        let records: Vec<Record> = corpus.records().unwrap().map(Result::unwrap).collect();
+        assert_eq!(records[0].id, "7");
+        assert_eq!(records[0].content, Content::Prompt("fn".into()));
+        assert_eq!(records[1].domain, "unlabelled");
+        assert_eq!(corpus.domains["code"], 1);
+    }
+}

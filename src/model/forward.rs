@@ -1,0 +1,106 @@
+//! The loop over blocks, the same for every backend. Routing events leave here.
+
+use crate::backend::{Backend, BackendError, Result, Routing};
+
+/// Which positions of a chunk want logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitRows {
+    None,
+    /// Only the last token: what generation needs.
+    Last,
+    All,
+}
+
+/// Receives what the router chose: layer, position of the chunk's first token, the choice.
+pub type OnRouting<'a> = dyn FnMut(usize, usize, &Routing) + 'a;
+
+/// A model with one sequence, whatever the backend: what the engine drives.
+pub trait Runner: Send {
+    /// Feeds `ids` after what the sequence has seen; returns `[rows, vocab_size]` logits.
+    ///
+    /// # Errors
+    /// The context is full, or the backend failed.
+    fn forward(
+        &mut self,
+        ids: &[u32],
+        rows: LogitRows,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<Vec<f32>>;
+
+    /// Forgets the sequence and makes room for one of `max_tokens`.
+    fn reset(&mut self, max_tokens: usize) -> Result<()>;
+
+    /// Tokens the sequence has seen.
+    fn position(&self) -> usize;
+
+    fn backend_name(&self) -> String;
+}
+
+/// A backend and the state of the sequence it is working on.
+pub struct Sequence<B: Backend> {
+    pub backend: B,
+    pub state: B::State,
+    position: usize,
+    max_tokens: usize,
+}
+
+impl<B: Backend> Sequence<B> {
+    /// An empty sequence with room for `max_tokens`.
+    pub fn new(backend: B, max_tokens: usize) -> Result<Self> {
+        let state = backend.new_state(max_tokens)?;
+        Ok(Sequence {
+            backend,
+            state,
+            position: 0,
+            max_tokens,
+        })
+    }
+}
+
+impl<B: Backend> Runner for Sequence<B> {
+    fn forward(
+        &mut self,
+        ids: &[u32],
+        rows: LogitRows,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<Vec<f32>> {
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let needed = self.position + ids.len();
+        if needed > self.max_tokens {
+            return Err(BackendError::ContextFull {
+                needed,
+                capacity: self.max_tokens,
+            });
+        }
+        let mut hidden = self.backend.embed(ids)?;
+        for layer in 0..self.backend.shape().num_layers() {
+            self.backend.mixer(layer, &mut hidden, &mut self.state)?;
+            let routing = self.backend.router(layer, &hidden)?;
+            on_routing(layer, self.position, &routing);
+            self.backend.experts(layer, &mut hidden, &routing)?;
+        }
+        self.position = needed;
+        match rows {
+            LogitRows::None => Ok(Vec::new()),
+            LogitRows::Last => self.backend.head(&hidden, ids.len() - 1..ids.len()),
+            LogitRows::All => self.backend.head(&hidden, 0..ids.len()),
+        }
+    }
+
+    fn reset(&mut self, max_tokens: usize) -> Result<()> {
+        self.state = self.backend.new_state(max_tokens)?;
+        self.position = 0;
+        self.max_tokens = max_tokens;
+        Ok(())
+    }
+
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn backend_name(&self) -> String {
+        self.backend.name()
+    }
+}

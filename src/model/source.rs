@@ -1,0 +1,352 @@
+//! Where a model's files come from: the binary, a folder, or the Hugging Face hub and its cache.
+
+use std::path::{Path, PathBuf};
+
+use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+use sha2::{Digest, Sha256};
+use thiserror::Error;
+
+use super::config::{ConfigError, ModelConfig};
+use crate::formats::{Checkpoint, FormatError, ModelId};
+
+/// Name of the built-in model.
+pub const BUILTIN: &str = "tiny";
+
+/// A model whose files can be read; nothing large is read or fetched before it is asked for.
+pub struct Source {
+    id: String,
+    revision: Option<String>,
+    files: Files,
+}
+
+enum Files {
+    Builtin,
+    Folder(PathBuf),
+    Hub(Box<Hub>),
+}
+
+struct Hub {
+    cache: Cache,
+    repo: Repo,
+    /// `None` when `HF_HUB_OFFLINE` is set.
+    api: Option<ApiRepo>,
+}
+
+/// A model that cannot be found or opened.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    #[error(
+        "model `{spec}` is neither a folder nor of the form org/name; \
+         use a folder with config.json, org/name[@revision], or `{BUILTIN}`"
+    )]
+    Unknown { spec: String },
+    #[error("this build has no built-in model (feature `tiny-moe` is off); use --model")]
+    NoBuiltin,
+    #[error("{}: has no {file}; expected a model folder", folder.display())]
+    MissingFile { folder: PathBuf, file: String },
+    #[error("model {id}: {file} is not in the cache and HF_HUB_OFFLINE is set; unset it to fetch")]
+    Offline { id: String, file: String },
+    #[error("model {id}: {file}: {source}")]
+    Hub {
+        id: String,
+        file: String,
+        source: Box<ApiError>,
+    },
+    #[error("{}: {source}", path.display())]
+    Io {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{location}: {source}")]
+    Config {
+        location: String,
+        source: ConfigError,
+    },
+    #[error(transparent)]
+    Format(#[from] FormatError),
+}
+
+impl Source {
+    /// What `--model` names: nothing or `tiny` for the built-in model, a folder, or
+    /// `org/name[@revision]` on the hub. Touches no network yet.
+    ///
+    /// # Errors
+    /// [`SourceError::Unknown`] for anything else.
+    pub fn resolve(spec: Option<&str>) -> Result<Self, SourceError> {
+        let spec = spec.unwrap_or(BUILTIN);
+        if spec == BUILTIN {
+            if !builtin::PRESENT {
+                return Err(SourceError::NoBuiltin);
+            }
+            return Ok(Source {
+                id: BUILTIN.into(),
+                revision: None,
+                files: Files::Builtin,
+            });
+        }
+        let folder = Path::new(spec);
+        if folder.is_dir() {
+            if !folder.join("config.json").is_file() {
+                let file = "config.json".into();
+                return Err(SourceError::MissingFile {
+                    folder: folder.into(),
+                    file,
+                });
+            }
+            return Ok(Source {
+                id: spec.into(),
+                revision: None,
+                files: Files::Folder(folder.into()),
+            });
+        }
+        let (name, revision) = match spec.split_once('@') {
+            Some((name, revision)) => (name, Some(revision.to_string())),
+            None => (spec, None),
+        };
+        if !is_hub_name(name) {
+            return Err(SourceError::Unknown { spec: spec.into() });
+        }
+        let hub =
+            Hub::new(name, revision.as_deref()).map_err(|e| hub_error(spec, "(connection)", e))?;
+        Ok(Source {
+            id: name.into(),
+            revision,
+            files: Files::Hub(Box::new(hub)),
+        })
+    }
+
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    pub fn is_builtin(&self) -> bool {
+        matches!(self.files, Files::Builtin)
+    }
+
+    /// Where the files are, as errors name it.
+    pub fn location(&self) -> String {
+        match &self.files {
+            Files::Builtin => "built-in model".into(),
+            Files::Folder(folder) => folder.display().to_string(),
+            Files::Hub(_) => self.id.clone(),
+        }
+    }
+
+    /// One of the model's small files; `None` if the model has no such file.
+    ///
+    /// # Errors
+    /// If it exists and cannot be read or fetched.
+    pub fn read(&self, file: &str) -> Result<Option<Vec<u8>>, SourceError> {
+        let path = match &self.files {
+            Files::Builtin => return Ok(builtin::read(file).map(<[u8]>::to_vec)),
+            Files::Folder(folder) => Some(folder.join(file)).filter(|path| path.is_file()),
+            Files::Hub(hub) => hub.find(&self.id, file, true)?,
+        };
+        path.map(|path| std::fs::read(&path).map_err(|source| SourceError::Io { path, source }))
+            .transpose()
+    }
+
+    /// Like [`Source::read`] for a file the model cannot do without.
+    pub fn read_required(&self, file: &str) -> Result<Vec<u8>, SourceError> {
+        self.read(file)?.ok_or_else(|| SourceError::MissingFile {
+            folder: self.location().into(),
+            file: file.into(),
+        })
+    }
+
+    /// The checked config.json.
+    pub fn config(&self) -> Result<ModelConfig, SourceError> {
+        ModelConfig::parse(&self.read_required("config.json")?).map_err(|source| {
+            SourceError::Config {
+                location: self.location(),
+                source,
+            }
+        })
+    }
+
+    /// Opens the weights; from the hub they are fetched first, with a progress bar.
+    pub fn checkpoint(&self) -> Result<Checkpoint, SourceError> {
+        self.open_checkpoint(true)?
+            .ok_or_else(|| SourceError::MissingFile {
+                folder: self.location().into(),
+                file: "model.safetensors".into(),
+            })
+    }
+
+    /// The weights if they are on this machine already: planning needs only the headers, and can
+    /// do without them.
+    pub fn local_checkpoint(&self) -> Result<Option<Checkpoint>, SourceError> {
+        self.open_checkpoint(false)
+    }
+
+    fn open_checkpoint(&self, fetch: bool) -> Result<Option<Checkpoint>, SourceError> {
+        let folder = match &self.files {
+            Files::Builtin => {
+                let Some(bytes) = builtin::read("model.safetensors") else {
+                    return Err(SourceError::NoBuiltin);
+                };
+                return Ok(Some(Checkpoint::from_bytes(
+                    "built-in model",
+                    bytes.into(),
+                )?));
+            }
+            Files::Folder(folder) => Some(folder.clone()),
+            Files::Hub(hub) => hub.weights_folder(&self.id, fetch)?,
+        };
+        let has_weights = |folder: &PathBuf| {
+            ["model.safetensors", "model.safetensors.index.json"]
+                .iter()
+                .any(|file| folder.join(file).is_file())
+        };
+        match folder.filter(|folder| fetch || has_weights(folder)) {
+            Some(folder) => Ok(Some(Checkpoint::open(&folder)?)),
+            None => Ok(None),
+        }
+    }
+
+    /// How other files refer to this model, by its weights where they are at hand.
+    pub fn model_id(&self, checkpoint: Option<&Checkpoint>) -> Result<ModelId, SourceError> {
+        let config = self.read_required("config.json")?;
+        Ok(ModelId {
+            id: self.id.clone(),
+            revision: self.revision.clone(),
+            fingerprint: checkpoint.map(|checkpoint| checkpoint.fingerprint(&config)),
+            config_sha256: format!("{:x}", Sha256::digest(&config)),
+        })
+    }
+}
+
+impl Hub {
+    fn new(name: &str, revision: Option<&str>) -> Result<Self, ApiError> {
+        let revision = revision.unwrap_or("main").to_string();
+        let repo = Repo::with_revision(name.into(), RepoType::Model, revision);
+        let offline = std::env::var("HF_HUB_OFFLINE")
+            .is_ok_and(|v| !matches!(v.to_lowercase().as_str(), "" | "0" | "false" | "no"));
+        let api = if offline {
+            None
+        } else {
+            let mut builder = ApiBuilder::from_env();
+            if let Ok(token) = std::env::var("HF_TOKEN") {
+                builder = builder.with_token(Some(token));
+            }
+            Some(builder.build()?.repo(repo.clone()))
+        };
+        Ok(Hub {
+            cache: Cache::from_env(),
+            repo,
+            api,
+        })
+    }
+
+    /// The file in the cache, by branch or by commit.
+    fn cached(&self, file: &str) -> Option<PathBuf> {
+        let repo = self.cache.repo(self.repo.clone());
+        repo.get(file).or_else(|| {
+            let by_commit = repo.pointer_path(self.repo.revision()).join(file);
+            by_commit.exists().then_some(by_commit)
+        })
+    }
+
+    fn find(&self, id: &str, file: &str, optional: bool) -> Result<Option<PathBuf>, SourceError> {
+        if let Some(path) = self.cached(file) {
+            return Ok(Some(path));
+        }
+        let Some(api) = &self.api else {
+            // Without config.json nothing of the model is here; other files may not exist at all.
+            if file == "config.json" || !optional {
+                return Err(SourceError::Offline {
+                    id: id.into(),
+                    file: file.into(),
+                });
+            }
+            return Ok(None);
+        };
+        match api.download(file) {
+            Ok(path) => Ok(Some(path)),
+            Err(error) if optional && is_not_found(&error) => Ok(None),
+            Err(error) => Err(hub_error(id, file, error)),
+        }
+    }
+
+    /// The snapshot folder that holds all weights; `None` if they are not here and not fetched.
+    fn weights_folder(&self, id: &str, fetch: bool) -> Result<Option<PathBuf>, SourceError> {
+        const INDEX: &str = "model.safetensors.index.json";
+        const SINGLE: &str = "model.safetensors";
+        let get = |file: &str, optional| match fetch {
+            true => self.find(id, file, optional),
+            false => Ok(self.cached(file)),
+        };
+        let first = match get(INDEX, true)? {
+            Some(index) => {
+                for shard in Checkpoint::shard_names(&index)? {
+                    if get(&shard, false)?.is_none() {
+                        return Ok(None);
+                    }
+                }
+                Some(index)
+            }
+            None => get(SINGLE, false)?,
+        };
+        Ok(first.and_then(|path| path.parent().map(Path::to_path_buf)))
+    }
+}
+
+/// `org/name` as the hub allows it.
+fn is_hub_name(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('/').collect();
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    parts.len() == 2
+        && parts
+            .iter()
+            .all(|p| !p.is_empty() && !p.starts_with('.') && p.chars().all(allowed))
+}
+
+fn is_not_found(error: &ApiError) -> bool {
+    match error {
+        ApiError::RequestError(error) => error.to_string().contains("404"),
+        ApiError::TooManyRetries(error) => is_not_found(error),
+        _ => false,
+    }
+}
+
+fn hub_error(id: &str, file: &str, source: ApiError) -> SourceError {
+    SourceError::Hub {
+        id: id.into(),
+        file: file.into(),
+        source: Box::new(source),
+    }
+}
+
+#[cfg(feature = "tiny-moe")]
+mod builtin {
+    pub const PRESENT: bool = true;
+
+    macro_rules! files {
+        ($($name:literal),*) => {
+            pub fn read(file: &str) -> Option<&'static [u8]> {
+                match file {
+                    $($name => Some(include_bytes!(concat!("../../workloads/tiny-moe/", $name))),)*
+                    _ => None,
+                }
+            }
+        };
+    }
+
+    files!(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json"
+    );
+}
+
+#[cfg(not(feature = "tiny-moe"))]
+mod builtin {
+    pub const PRESENT: bool = false;
+
+    pub fn read(_file: &str) -> Option<&'static [u8]> {
+        None
+    }
+}

@@ -1,0 +1,148 @@
+//! What goes where: the body of placement.json.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::cost::{DecodePrediction, PrefillPrediction};
+use super::footprint::{Footprint, KvDtype};
+use super::hardware::Basis;
+use super::knapsack::Solution;
+use super::policy::{LayerSlots, PolicyConfig};
+use super::validation::Validation;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    Vram,
+    Ram,
+    Disk,
+}
+
+/// One line of the memory table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryItem {
+    pub component: String,
+    pub tier: Tier,
+    pub bytes: u64,
+}
+
+/// What the hit rates were taken from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CurveSource {
+    /// Nothing known: every expert as likely as any other.
+    Uniform,
+    Profile,
+    /// The training part of a trace.
+    Trace,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Placement {
+    pub vram_budget_bytes: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ram_budget_bytes: Option<u64>,
+    pub ctx_tokens: u64,
+    pub kv_dtype: KvDtype,
+    /// Size of one slot.
+    pub expert_bytes: u64,
+    pub num_experts: usize,
+    pub memory: Vec<MemoryItem>,
+    pub policy: PolicyConfig,
+    pub layers: Vec<LayerSlots>,
+    /// Per layer, for these slots and this policy.
+    pub expected_hit_rates: Vec<f64>,
+    pub curves_from: CurveSource,
+    pub solution: Solution,
+    /// The machine the prediction is for.
+    pub hardware: String,
+    pub hardware_basis: Basis,
+    pub decode: DecodePrediction,
+    pub prefill: PrefillPrediction,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<Validation>,
+}
+
+/// A placement that does not describe this model.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum PlacementError {
+    #[error("placement: {what} is {found}, the model has {expected}; make a plan for this model")]
+    OtherModel {
+        what: &'static str,
+        found: usize,
+        expected: usize,
+    },
+    #[error("placement: layer {layer}: {reason}; make the plan again")]
+    Layer { layer: usize, reason: String },
+}
+
+impl Placement {
+    pub fn bytes_in(&self, tier: Tier) -> u64 {
+        let items = self.memory.iter().filter(|i| i.tier == tier);
+        items.map(|i| i.bytes).sum()
+    }
+
+    pub fn total_slots(&self) -> usize {
+        self.layers.iter().map(|l| l.slots).sum()
+    }
+
+    /// Experts of a layer that are in VRAM from the start, hottest first.
+    pub fn planned_experts(&self, layer: usize) -> impl Iterator<Item = u16> + '_ {
+        let layer = &self.layers[layer];
+        layer
+            .pinned_experts
+            .iter()
+            .chain(&layer.initial_experts)
+            .copied()
+    }
+
+    /// Whether the policy can be built for a model of this size; a file may say anything.
+    ///
+    /// # Errors
+    /// What differs from the model, or which layer contradicts itself.
+    pub fn check(&self, model: &Footprint) -> Result<(), PlacementError> {
+        for (what, found, expected) in [
+            ("the number of layers", self.layers.len(), model.num_layers),
+            ("the number of experts", self.num_experts, model.num_experts),
+            (
+                "an expert's size in bytes",
+                self.expert_bytes as usize,
+                model.expert_bytes as usize,
+            ),
+        ] {
+            if found != expected {
+                return Err(PlacementError::OtherModel {
+                    what,
+                    found,
+                    expected,
+                });
+            }
+        }
+        for (layer, slots) in self.layers.iter().enumerate() {
+            let wrong = |reason| Err(PlacementError::Layer { layer, reason });
+            let planned: Vec<u16> = self.planned_experts(layer).collect();
+            if slots.slots > self.num_experts {
+                return wrong(format!(
+                    "{} slots for {} experts",
+                    slots.slots, self.num_experts
+                ));
+            }
+            if planned.len() > slots.slots {
+                return wrong(format!(
+                    "{} experts in {} slots",
+                    planned.len(),
+                    slots.slots
+                ));
+            }
+            let mut seen = vec![false; self.num_experts];
+            for expert in planned {
+                match seen.get_mut(usize::from(expert)) {
+                    None => return wrong(format!("there is no expert {expert}")),
+                    Some(true) => return wrong(format!("expert {expert} is named twice")),
+                    Some(new) => *new = true,
+                }
+            }
+        }
+        Ok(())
+    }
+}

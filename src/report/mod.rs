@@ -1,0 +1,1 @@
+//! Records, statistics, charts and text reports.

@@ -1,0 +1,199 @@
+//! Recorded results of the real libraries, and how to compare with them.
+#![allow(dead_code)] // each test binary uses its part
+
+use std::path::PathBuf;
+
+use moectl::backend::{Backend, ModelShape, ModelWeights, Routing};
+use moectl::formats::Checkpoint;
+use moectl::model::{LogitRows, ModelConfig, Runner, Sequence, weights};
+use serde_json::Value;
+
+/// A recorded checkpoint and the results of one library on it.
+pub struct Golden {
+    /// `tiny-a/nf4-f32`, for messages.
+    pub name: String,
+    pub model_dir: PathBuf,
+    pub results: Checkpoint,
+    pub prompts: Vec<Prompt>,
+    pub detail_prompt: String,
+}
+
+pub struct Prompt {
+    pub name: String,
+    pub ids: Vec<u32>,
+    pub greedy: Vec<u32>,
+    /// Smallest relative gap at the router's top-k boundary.
+    pub router_gap: f64,
+}
+
+pub fn data(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data")
+        .join(path)
+}
+
+pub fn tiny_moe() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("workloads/tiny-moe")
+}
+
+pub fn json(path: PathBuf) -> Value {
+    let text = std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_slice(&text).unwrap()
+}
+
+pub fn ids(value: &Value) -> Vec<u32> {
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|v| v.as_u64().unwrap() as u32)
+        .collect()
+}
+
+/// Every recorded f32 result: `(model, checkpoint folder)`.
+pub const F32_GOLDENS: &[(&str, &str)] = &[
+    ("tiny-a", "bf16"),
+    ("tiny-a", "nf4"),
+    ("tiny-b", "nf4"),
+    ("tiny-c", "bf16"),
+    ("tiny-c", "bf16-fused"),
+    ("tiny-c", "nf4"),
+    ("tiny-c", "nf4-v5"),
+    ("tiny-c", "nf4-fused"),
+];
+
+pub fn golden(model: &str, layout: &str) -> Golden {
+    let folder = data("goldens").join(model);
+    // The fused file holds the same weights as the per-expert one, and so has its results.
+    let recorded = if layout == "bf16-fused" {
+        "bf16"
+    } else {
+        layout
+    };
+    let results = folder.join(format!("golden/{recorded}-f32.safetensors"));
+    let results = std::fs::read(results).unwrap();
+    let results = Checkpoint::from_bytes("golden results", results.into()).unwrap();
+    let manifest = json(folder.join("golden/manifest.json"));
+    let manifest_v5 = json(folder.join("golden/manifest-v5.json"));
+    let mode = format!("{recorded}/f32");
+    let prompts = manifest["prompts"].as_object().unwrap().iter();
+    let prompts = prompts
+        .map(|(name, prompt)| {
+            // Layouts that only transformers 5 writes are in its manifest.
+            let facts = match &manifest["modes"][&mode][name] {
+                Value::Null => &manifest_v5["layouts"][&mode][name],
+                facts => facts,
+            };
+            Prompt {
+                name: name.clone(),
+                ids: ids(&prompt["ids"]),
+                greedy: ids(&facts["greedy"]),
+                router_gap: facts["router_min_relative_gap"].as_f64().unwrap(),
+            }
+        })
+        .collect();
+    Golden {
+        name: format!("{model}/{layout}-f32"),
+        model_dir: folder.join(layout),
+        results,
+        prompts,
+        detail_prompt: manifest["detail_prompt"].as_str().unwrap().into(),
+    }
+}
+
+impl Golden {
+    pub fn f32s(&self, name: &str) -> Vec<f32> {
+        let tensor = self.results.tensor(name).unwrap();
+        let mut out = vec![0.0; tensor.shape.iter().product()];
+        tensor.dtype.widen(&tensor.data, &mut out);
+        out
+    }
+
+    pub fn i32s(&self, name: &str) -> Vec<i32> {
+        let tensor = self.results.tensor(name).unwrap();
+        tensor
+            .data
+            .chunks_exact(4)
+            .map(|b| i32::from_le_bytes(b.try_into().unwrap()))
+            .collect()
+    }
+}
+
+/// Shape and weights of a checkpoint folder.
+pub fn open(dir: &std::path::Path) -> (ModelShape, ModelWeights) {
+    let config = std::fs::read(dir.join("config.json")).unwrap();
+    let config = ModelConfig::parse(&config).unwrap();
+    let checkpoint = Checkpoint::open(dir).unwrap();
+    let weights = weights::load(&checkpoint, &config).unwrap();
+    (config.shape, weights)
+}
+
+/// Logits of every prompt token and the routing per layer, fed in pieces of at most `piece`.
+pub fn prefill<B: Backend>(
+    sequence: &mut Sequence<B>,
+    ids: &[u32],
+    piece: usize,
+) -> (Vec<f32>, Vec<Routing>) {
+    let mut logits = Vec::new();
+    let mut routing: Vec<Routing> = Vec::new();
+    for piece in ids.chunks(piece) {
+        let rows = sequence.forward(piece, LogitRows::All, &mut |layer, _, chosen| {
+            if routing.len() == layer {
+                routing.push(chosen.clone());
+            } else {
+                routing[layer].topk_ids.extend(&chosen.topk_ids);
+                routing[layer].topk_weights.extend(&chosen.topk_weights);
+            }
+        });
+        logits.extend(rows.unwrap());
+    }
+    (logits, routing)
+}
+
+/// The largest difference, which must not be NaN.
+pub fn max_diff(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    found.iter().zip(expected).fold(0.0, |worst: f32, (a, b)| {
+        let diff = (a - b).abs();
+        assert!(!diff.is_nan());
+        worst.max(diff)
+    })
+}
+
+/// The largest value's index; the lowest on ties.
+pub fn argmax(logits: &[f32]) -> u32 {
+    let best = logits
+        .iter()
+        .enumerate()
+        .rev()
+        .max_by(|a, b| a.1.total_cmp(b.1));
+    best.unwrap().0 as u32
+}
+
+/// Greedy continuation of a sequence whose last logits are `logits`.
+pub fn greedy<B: Backend>(sequence: &mut Sequence<B>, logits: &[f32], n: usize) -> Vec<u32> {
+    let mut tokens = vec![argmax(logits)];
+    while tokens.len() < n {
+        let last = *tokens.last().unwrap();
+        let logits = sequence
+            .forward(&[last], LogitRows::Last, &mut |_, _, _| {})
+            .unwrap();
+        tokens.push(argmax(&logits));
+    }
+    tokens
+}
+
+/// Compares the experts of each token as sets with recorded ids `[T, k]`; counts unequal tokens.
+pub fn unequal_expert_sets(found: &Routing, expected: &[i32]) -> usize {
+    let k = found.num_experts_per_tok;
+    let pairs = found.topk_ids.chunks(k).zip(expected.chunks(k));
+    pairs
+        .filter(|(found, expected)| {
+            let mut found: Vec<i32> = found.iter().map(|&e| i32::from(e)).collect();
+            let mut expected = expected.to_vec();
+            found.sort_unstable();
+            expected.sort_unstable();
+            found != expected
+        })
+        .count()
+}
