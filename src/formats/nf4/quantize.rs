@@ -155,13 +155,8 @@ pub fn quantize(
             scale
         });
         let codes = codes(&values);
-        packed.extend(
-            codes[..len.next_multiple_of(2)]
-                .as_chunks()
-                .0
-                .iter()
-                .map(|[high, low]: &[u8; 2]| high << 4 | low),
-        );
+        let pairs = codes.chunks_exact(2).take(len.div_ceil(2));
+        packed.extend(pairs.map(|pair| pair[0] << 4 | pair[1]));
     }
 
     let mut state = state(dtype, shape, double_quant);
