@@ -94,9 +94,9 @@ impl Cli {
 fn settings_files() -> Vec<PathBuf> {
     let mut files = vec![PathBuf::from("moectl.toml")];
     let config_home = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
-    let config_home = config_home.filter(|path| path.is_absolute()).or_else(|| {
-        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config"))
-    });
+    let config_home = config_home
+        .filter(|path| path.is_absolute())
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config")));
     files.extend(config_home.map(|folder| folder.join("moectl/config.toml")));
     files
 }
@@ -107,7 +107,6 @@ mod settings {
     use std::path::PathBuf;
 
     use anyhow::{Context, bail};
-    use clap::builder::{OsStr, Resettable};
     use toml::Value;
 
     /// `(verb or empty, flag)` to value and the file it came from.
@@ -122,8 +121,9 @@ mod settings {
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
                 Err(e) => return Err(e).with_context(|| path.display().to_string()),
             };
-            let table: toml::Table =
-                text.parse().with_context(|| format!("{}: not valid TOML", path.display()))?;
+            let table: toml::Table = text
+                .parse()
+                .with_context(|| format!("{}: not valid TOML", path.display()))?;
             for (key, value) in table {
                 match value {
                     Value::Table(section) => {
@@ -150,7 +150,10 @@ mod settings {
             Value::Integer(number) => number.to_string(),
             Value::Float(number) => number.to_string(),
             Value::Boolean(flag) => flag.to_string(),
-            other => bail!("is {}, expected a string, number or true/false", other.type_str()),
+            other => bail!(
+                "is {}, expected a string, number or true/false",
+                other.type_str()
+            ),
         })
     }
 
@@ -159,12 +162,18 @@ mod settings {
         mut command: clap::Command,
         settings: &Settings,
     ) -> anyhow::Result<clap::Command> {
-        let verbs: Vec<String> =
-            command.get_subcommands().map(|verb| verb.get_name().to_string()).collect();
+        let verbs: Vec<String> = command
+            .get_subcommands()
+            .map(|verb| verb.get_name().to_string())
+            .collect();
         // General settings first: a `[verb]` section overrides them.
         for ((verb, flag), (value, path)) in settings {
             if !verb.is_empty() && !verbs.contains(verb) {
-                bail!("{}: [{verb}] is no verb; verbs: {}", path.display(), verbs.join(", "));
+                bail!(
+                    "{}: [{verb}] is no verb; verbs: {}",
+                    path.display(),
+                    verbs.join(", ")
+                );
             }
             let mut known = false;
             for name in verbs.iter().filter(|name| verb.is_empty() || *name == verb) {
@@ -177,7 +186,7 @@ mod settings {
                         return sub;
                     };
                     known = true;
-                    let value: Resettable<OsStr> = OsStr::from(value.clone()).into();
+                    let value = value.clone();
                     sub.mut_arg(id, |arg| arg.default_value(value))
                 });
             }

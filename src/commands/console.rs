@@ -17,7 +17,11 @@ pub struct Console {
 
 impl Console {
     pub fn new(args: &OutputArgs) -> Self {
-        Console { json: args.json, quiet: args.quiet, verbose: args.verbose }
+        Console {
+            json: args.json,
+            quiet: args.quiet,
+            verbose: args.verbose,
+        }
     }
 
     /// A line on stderr, unless `-q`.
@@ -55,14 +59,15 @@ impl Console {
     /// A progress bar over `len` units, drawn on a terminal only.
     pub fn progress(&self, what: &'static str, len: u64, unit: Unit) -> ProgressBar {
         let hidden = self.quiet || !io::stderr().is_terminal();
-        let target =
-            if hidden { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let target = if hidden {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
         let bar = ProgressBar::with_draw_target(Some(len), target);
         let template = match unit {
             Unit::Tokens => "{msg:10} {bar:32} {pos}/{len} tokens  {per_sec}  {eta} left",
-            Unit::Bytes => {
-                "{msg:10} {bar:32} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left"
-            }
+            Unit::Bytes => "{msg:10} {bar:32} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left",
             Unit::Runs => "{msg:10} {bar:32} {pos}/{len}",
         };
         let style = ProgressStyle::with_template(template).expect("the templates are valid");

@@ -129,11 +129,17 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
     if let (Some(profile), Some(path)) = (&profile, &args.profile) {
         profile.check_model(path, &model_id)?;
     }
-    let trace = args.trace.as_deref().map(|path| read_trace(path, &model_id, console)).transpose()?;
+    let trace = args
+        .trace
+        .as_deref()
+        .map(|path| read_trace(path, &model_id, console))
+        .transpose()?;
     let request = PlanRequest {
         footprint: &footprint,
         hardware: &hardware,
-        vram_budget_bytes: args.vram.unwrap_or_else(|| default_budget(&footprint, args.ctx, args.kv)),
+        vram_budget_bytes: args
+            .vram
+            .unwrap_or_else(|| default_budget(&footprint, args.ctx, args.kv)),
         ram_budget_bytes: args.ram,
         ctx_tokens: args.ctx,
         kv_dtype: args.kv.into(),
@@ -176,7 +182,10 @@ pub(super) fn read(
 ) -> anyhow::Result<Document<Placement>> {
     let document = Document::<Placement>::read(path, PLACEMENT)?;
     document.check_model(path, model)?;
-    document.body.check(footprint).with_context(|| path.display().to_string())?;
+    document
+        .body
+        .check(footprint)
+        .with_context(|| path.display().to_string())?;
     Ok(document)
 }
 
@@ -195,10 +204,12 @@ fn check_context(config: &ModelConfig, ctx: u64) -> anyhow::Result<()> {
 /// Free GPU memory, or what holds the dense part and a quarter of the experts.
 pub(super) fn default_budget(footprint: &Footprint, ctx: u64, kv: Kv) -> u64 {
     let gpus = GpuReport::detect().devices;
-    gpus.first().and_then(|gpu| gpu.memory_free_bytes).unwrap_or_else(|| {
-        let kv_bytes = ctx * footprint.kv_bytes_per_token(kv.into());
-        footprint.fixed_vram_bytes() + kv_bytes + footprint.experts_bytes() / 4
-    })
+    gpus.first()
+        .and_then(|gpu| gpu.memory_free_bytes)
+        .unwrap_or_else(|| {
+            let kv_bytes = ctx * footprint.kv_bytes_per_token(kv.into());
+            footprint.fixed_vram_bytes() + kv_bytes + footprint.experts_bytes() / 4
+        })
 }
 
 fn read_trace(path: &Path, model: &ModelId, console: &Console) -> anyhow::Result<RoutingTrace> {
@@ -206,11 +217,23 @@ fn read_trace(path: &Path, model: &ModelId, console: &Console) -> anyhow::Result
     let file = std::fs::File::open(path).with_context(context)?;
     let reader = TraceReader::new(std::io::BufReader::new(file)).with_context(context)?;
     let recorded = &reader.header().fingerprint;
-    if model.fingerprint.as_ref().is_some_and(|mine| mine != recorded) {
-        anyhow::bail!("{}: recorded with another model than `{}`", path.display(), model.id);
+    if model
+        .fingerprint
+        .as_ref()
+        .is_some_and(|mine| mine != recorded)
+    {
+        anyhow::bail!(
+            "{}: recorded with another model than `{}`",
+            path.display(),
+            model.id
+        );
     }
     let (trace, tail) = reader.read_all().with_context(context)?;
-    if let Tail::Cut { lost_bytes, lost_tokens } = tail {
+    if let Tail::Cut {
+        lost_bytes,
+        lost_tokens,
+    } = tail
+    {
         let tokens = lost_tokens.map_or(String::new(), |n| format!(" ({n} tokens)"));
         console.note(format!(
             "note: {}: cut off; the last {lost_bytes} bytes{tokens} were not used",
@@ -229,7 +252,11 @@ pub(super) fn describe(placement: &Placement) -> String {
             Tier::Ram => "RAM",
             Tier::Disk => "disk",
         };
-        out += &format!("{:18} {tier:5} {:>11}\n", item.component, show_bytes(item.bytes));
+        out += &format!(
+            "{:18} {tier:5} {:>11}\n",
+            item.component,
+            show_bytes(item.bytes)
+        );
     }
     out += &format!(
         "{:18} VRAM  {:>11} of {}\n",

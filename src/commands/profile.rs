@@ -1,8 +1,7 @@
 //! `moectl profile`: what does the router pick on this text?
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -78,7 +77,9 @@ impl FromStr for Shard {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let parts = text.split_once('/').and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
+        let parts = text
+            .split_once('/')
+            .and_then(|(i, n)| Some((i.parse().ok()?, n.parse().ok()?)));
         match parts {
             Some((index, count)) if (1..=count).contains(&index) => Ok(Shard { index, count }),
             _ => Err("expected I/N with I from 1 to N, such as 1/4".into()),
@@ -95,7 +96,10 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
         let source = Source::resolve(args.model.model.as_deref())?;
         let corpora = open_corpora(&args.corpora)?;
         let mut engine = load(&args, &source)?;
-        engine.notes().iter().for_each(|note| console.note(format!("note: {note}")));
+        engine
+            .notes()
+            .iter()
+            .for_each(|note| console.note(format!("note: {note}")));
         let settings = Settings {
             ctx: args.ctx as usize,
             generate: args.generate,
@@ -131,7 +135,12 @@ pub(super) struct Settings {
 impl Settings {
     /// The first records of each corpus, prefill only, cut at `ctx` tokens.
     pub(super) fn quick(max_records: usize, ctx: usize) -> Self {
-        Settings { ctx, generate: 0, shard: Shard { index: 1, count: 1 }, max_records }
+        Settings {
+            ctx,
+            generate: 0,
+            shard: Shard { index: 1, count: 1 },
+            max_records,
+        }
     }
 }
 
@@ -184,7 +193,7 @@ pub(super) fn record(
     engine: &mut Engine,
     corpora: &[Corpus],
     settings: &Settings,
-    trace: Option<&mut dyn Write>,
+    mut trace: Option<&mut dyn Write>,
     console: &Console,
 ) -> anyhow::Result<Document<ProfileBody>> {
     let moe = engine.shape().moe.clone();
@@ -195,18 +204,18 @@ pub(super) fn record(
         num_experts_per_tok: moe.num_experts_per_tok as u16,
         fingerprint: engine.model_id().fingerprint.clone().unwrap_or_default(),
     };
-    let mut null = io::sink();
-    let keep_events = trace.is_some();
-    let mut out = BufWriter::new(trace.unwrap_or(&mut null));
+    let trace = trace
+        .as_mut()
+        .map(|out| TraceWriter::new(out, &header))
+        .transpose()?;
     let mut sink = Sink {
         stats: RoutingStats::new(num_layers, moe.num_experts, moe.num_experts_per_tok),
-        trace: if keep_events { Some(TraceWriter::new(&mut out, &header)?) } else { None },
+        trace,
         prompt_end: 0,
         error: None,
     };
     let interrupt = interrupt::flag();
-    let in_shard =
-        |number: &usize| number % settings.shard.count == settings.shard.index - 1;
+    let in_shard = |number: &usize| number % settings.shard.count == settings.shard.index - 1;
     let used = |corpus: &Corpus| corpus.records.min(settings.max_records);
     let total: usize = corpora.iter().map(used).sum();
     let total = (0..total).filter(in_shard).count();
@@ -237,39 +246,54 @@ pub(super) fn record(
         trace.finish()?;
     }
     let hashes: BTreeSet<String> = corpora.iter().map(|corpus| corpus.sha256.clone()).collect();
-    Ok(Document::new(PROFILE, Some(engine.model_id().clone()), stats.profile(hashes)))
+    Ok(Document::new(
+        PROFILE,
+        Some(engine.model_id().clone()),
+        stats.profile(hashes),
+    ))
 }
 
 /// Where routing events go.
-struct Sink<'a> {
+struct Sink<'a, 'w> {
     stats: RoutingStats,
-    trace: Option<TraceWriter<'a, BufWriter<&'a mut dyn Write>>>,
+    trace: Option<TraceWriter<'a, &'w mut dyn Write>>,
     /// Tokens from this position on are decode
     prompt_end: usize,
     /// The first failure to write; events come from where none can be returned
     error: Option<io::Error>,
 }
 
-impl Sink<'_> {
+impl Sink<'_, '_> {
     fn begin_document(&mut self, domain: &str, prompt_tokens: usize) -> io::Result<()> {
         self.prompt_end = prompt_tokens;
         self.stats.begin_document(domain);
         match &mut self.trace {
-            Some(trace) => trace.push(&Event::Document { domain: domain.into() }),
+            Some(trace) => trace.push(&Event::Document {
+                domain: domain.into(),
+            }),
             None => Ok(()),
         }
     }
 
     fn record(&mut self, layer: usize, first_position: usize, routing: &Routing) {
-        let phase = if first_position < self.prompt_end { Phase::Prefill } else { Phase::Decode };
-        self.stats.record(phase, layer, &routing.topk_ids, &routing.topk_weights);
+        let phase = if first_position < self.prompt_end {
+            Phase::Prefill
+        } else {
+            Phase::Decode
+        };
+        self.stats
+            .record(phase, layer, &routing.topk_ids, &routing.topk_weights);
         if let (Some(trace), None) = (&mut self.trace, &self.error) {
             let event = Event::Picks(Picks {
                 phase,
                 layer: layer as u16,
                 first_position: first_position as u32,
                 topk_ids: routing.topk_ids.clone(),
-                topk_weights: routing.topk_weights.iter().map(|&w| f16::from_f32(w)).collect(),
+                topk_weights: routing
+                    .topk_weights
+                    .iter()
+                    .map(|&w| f16::from_f32(w))
+                    .collect(),
             });
             self.error = trace.push(&event).err();
         }
@@ -282,7 +306,7 @@ fn feed(
     record: &Record,
     settings: &Settings,
     interrupt: &AtomicBool,
-    sink: &mut Sink<'_>,
+    sink: &mut Sink<'_, '_>,
 ) -> anyhow::Result<bool> {
     let mut ids = engine.text().encode_content(&record.content)?;
     ids.truncate(settings.ctx);
@@ -334,8 +358,10 @@ fn merge(paths: &[PathBuf]) -> anyhow::Result<Document<ProfileBody>> {
         if let Some(model) = &sum.model {
             next.check_model(path, model)?;
         }
-        sum.body =
-            sum.body.merge(&next.body).with_context(|| format!("merging {}", path.display()))?;
+        sum.body = sum
+            .body
+            .merge(&next.body)
+            .with_context(|| format!("merging {}", path.display()))?;
     }
     Ok(Document::new(PROFILE, sum.model, sum.body))
 }
@@ -343,13 +369,19 @@ fn merge(paths: &[PathBuf]) -> anyhow::Result<Document<ProfileBody>> {
 /// A profile whose counts are consistent.
 pub(super) fn read(path: &Path) -> anyhow::Result<Document<ProfileBody>> {
     let profile = Document::<ProfileBody>::read(path, PROFILE)?;
-    profile.body.check().with_context(|| path.display().to_string())?;
+    profile
+        .body
+        .check()
+        .with_context(|| path.display().to_string())?;
     Ok(profile)
 }
 
 /// What a person wants to know first.
 fn summary(profile: &ProfileBody) -> String {
-    let (prefill, decode) = (profile.tokens(Phase::Prefill), profile.tokens(Phase::Decode));
+    let (prefill, decode) = (
+        profile.tokens(Phase::Prefill),
+        profile.tokens(Phase::Decode),
+    );
     let mut out = format!(
         "{} documents, {prefill} tokens of prefill, {decode} of decode, {} domains\n\n\
          layer  entropy  gini   reuse  LRU hits at 12.5% / 25% / 50% of {} experts",
@@ -360,7 +392,12 @@ fn summary(profile: &ProfileBody) -> String {
     for (i, layer) in profile.layers.iter().enumerate() {
         let at = |share: usize| {
             let slots = profile.num_experts * share / 8;
-            100.0 * layer.lru_hit_rate_by_slots.get(slots).copied().unwrap_or(0.0)
+            100.0
+                * layer
+                    .lru_hit_rate_by_slots
+                    .get(slots)
+                    .copied()
+                    .unwrap_or(0.0)
         };
         out += &format!(
             "\n{i:5}  {:7.2}  {:.3}  {:5.1}%  {:5.1}% {:5.1}% {:5.1}%",

@@ -35,7 +35,12 @@ pub struct RunArgs {
     #[arg(conflicts_with_all = ["prompt_ids", "chat"])]
     prompt: Option<String>,
     /// Prompt as token ids, taken as they are
-    #[arg(long, value_name = "ID,ID,...", value_delimiter = ',', conflicts_with = "chat")]
+    #[arg(
+        long,
+        value_name = "ID,ID,...",
+        value_delimiter = ',',
+        conflicts_with = "chat"
+    )]
     prompt_ids: Option<Vec<u32>>,
     /// Chat: one turn per line of input, with history
     #[arg(long, conflicts_with = "raw")]
@@ -107,12 +112,16 @@ impl SamplingArgs {
             top_k: self.top_k.unwrap_or(defaults.top_k),
             top_p: self.top_p.unwrap_or(defaults.top_p),
             min_p: self.min_p.unwrap_or(defaults.min_p),
-            repetition_penalty: self.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+            repetition_penalty: self
+                .repetition_penalty
+                .unwrap_or(defaults.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
             seed: self.seed.unwrap_or_else(rand::random),
         };
-        params.validate().map_err(|e| Failure::Usage(e.to_string()))?;
+        params
+            .validate()
+            .map_err(|e| Failure::Usage(e.to_string()))?;
         Ok(params)
     }
 }
@@ -170,12 +179,16 @@ pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
     let text = TextModel::load(&source)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_tokens,
-        sampling: args.sampling.over(SamplingParams::from(&text.generation_config))?,
+        sampling: args
+            .sampling
+            .over(SamplingParams::from(&text.generation_config))?,
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
         logprobs: args.logprobs,
     };
-    if args.chat { chat(&args, &source, options, console) } else {
+    if args.chat {
+        chat(&args, &source, options, console)
+    } else {
         one_prompt(&args, &source, &text, &options, console)
     }
 }
@@ -205,8 +218,15 @@ fn one_prompt(
     let interrupt = interrupt::flag();
     let mut experts = ExpertCounts::default();
     let show = !console.json;
-    let generation =
-        generate(&mut engine, &prompt_ids, options, interrupt, show, &mut experts, console)?;
+    let generation = generate(
+        &mut engine,
+        &prompt_ids,
+        options,
+        interrupt,
+        show,
+        &mut experts,
+        console,
+    )?;
     if console.json {
         console.result_json(&record(&engine, options, &prompt_ids, &generation, experts))?;
     } else {
@@ -232,7 +252,9 @@ fn prompt_ids(args: &RunArgs, text: &TextModel) -> anyhow::Result<Vec<u32>> {
         }
         None => {
             let mut prompt = String::new();
-            io::stdin().read_to_string(&mut prompt).context("standard input")?;
+            io::stdin()
+                .read_to_string(&mut prompt)
+                .context("standard input")?;
             prompt
         }
     };
@@ -251,7 +273,10 @@ fn prompt_ids(args: &RunArgs, text: &TextModel) -> anyhow::Result<Vec<u32>> {
 }
 
 fn system_message(args: &RunArgs) -> Vec<Message> {
-    args.system.iter().map(|text| Message::new("system", text.clone())).collect()
+    args.system
+        .iter()
+        .map(|text| Message::new("system", text.clone()))
+        .collect()
 }
 
 fn load(
@@ -266,7 +291,10 @@ fn load(
         max_tokens,
     };
     let engine = Engine::load(source, &options)?;
-    engine.notes().iter().for_each(|note| console.note(format!("note: {note}")));
+    engine
+        .notes()
+        .iter()
+        .for_each(|note| console.note(format!("note: {note}")));
     console.detail(format!(
         "model {} on backend {}, context {max_tokens}",
         source.id(),
@@ -384,7 +412,9 @@ fn chat(
 ) -> anyhow::Result<()> {
     const DEFAULT_CONTEXT: usize = 8192;
     let limit = source.config()?.max_position_embeddings;
-    let max_tokens = args.ctx.map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx as usize);
+    let max_tokens = args
+        .ctx
+        .map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx as usize);
     let mut engine = load(args, source, max_tokens, console)?;
     let mut messages = system_message(args);
     // A template that cannot be used is told before the first line is typed.
@@ -399,7 +429,12 @@ fn chat(
             eprint!("> ");
         }
         let mut line = String::new();
-        if io::stdin().lock().read_line(&mut line).context("standard input")? == 0 {
+        if io::stdin()
+            .lock()
+            .read_line(&mut line)
+            .context("standard input")?
+            == 0
+        {
             return Ok(());
         }
         let line = line.trim_end_matches(['\r', '\n']);

@@ -17,7 +17,10 @@ pub const LONG: &str = "long";
 
 /// All built-in corpora.
 pub fn all() -> Result<Vec<Corpus>, CorpusError> {
-    BUILT_IN.iter().map(|(name, text)| Corpus::from_static(name, text)).collect()
+    BUILT_IN
+        .iter()
+        .map(|(name, text)| Corpus::from_static(name, text))
+        .collect()
 }
 
 /// The built-in corpus of that name, if there is one.

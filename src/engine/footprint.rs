@@ -48,7 +48,11 @@ impl LinearBytes {
         let expert = |e: &ExpertWeights| {
             kernel_bytes(&e.gate_proj) + kernel_bytes(&e.up_proj) + kernel_bytes(&e.down_proj)
         };
-        let mut sum = LinearBytes { dense: 0, router: 0, largest_expert: 0 };
+        let mut sum = LinearBytes {
+            dense: 0,
+            router: 0,
+            largest_expert: 0,
+        };
         for layer in &weights.layers {
             let mixer: Vec<&Matrix> = match &layer.mixer {
                 MixerWeights::GatedDeltaNet(w) => vec![&w.in_proj_qkvz, &w.in_proj_ba, &w.out_proj],
@@ -72,9 +76,17 @@ fn published_linear_bytes(shape: &ModelShape) -> u64 {
     let hidden = shape.hidden_size;
     let shared = shape.moe.shared_expert_intermediate_size;
     let bytes = |matrices: &[(usize, usize)]| -> u64 {
-        matrices.iter().map(|&(rows, cols)| nf4_matrix_bytes(rows as u64, cols as u64)).sum()
+        matrices
+            .iter()
+            .map(|&(rows, cols)| nf4_matrix_bytes(rows as u64, cols as u64))
+            .sum()
     };
-    let moe = bytes(&[(shared, hidden), (shared, hidden), (hidden, shared), (1, hidden)]);
+    let moe = bytes(&[
+        (shared, hidden),
+        (shared, hidden),
+        (hidden, shared),
+        (1, hidden),
+    ]);
     let mixer = |kind: &MixerKind| match kind {
         MixerKind::GatedDeltaNet => bytes(&[
             (net.qkvz_rows(), hidden),

@@ -20,6 +20,10 @@ use crate::model::{
     SourceError, Tokenizer, TokenizerError,
 };
 
+pub use sampler::{
+    SampleError, Sampler, SamplingParams, TokenLogprob, token_logprob, top_logprobs,
+};
+pub use stream::TextStream;
 pub use text::TextModel;
 
 /// Tokens fed to the model at once in prefill. Large enough that an expert's weights are read for
@@ -83,7 +87,7 @@ pub enum EngineError {
     #[error(transparent)]
     GenerationConfig(#[from] GenerationConfigError),
     #[error(transparent)]
-    Sampler(#[from] sampler::SampleError),
+    Sampler(#[from] SampleError),
     #[error("{location}: has no chat template; use a prompt without --chat")]
     NoChatTemplate { location: String },
     #[error("token id {id} is not in the vocabulary of {vocab_size}")]

@@ -190,7 +190,10 @@ pub fn nf4_matrix_bytes(rows: u64, cols: u64) -> u64 {
 }
 
 fn nf4_bytes(matrices: &[(u64, u64)]) -> u64 {
-    matrices.iter().map(|&(rows, cols)| nf4_matrix_bytes(rows, cols)).sum()
+    matrices
+        .iter()
+        .map(|&(rows, cols)| nf4_matrix_bytes(rows, cols))
+        .sum()
 }
 
 #[cfg(test)]

@@ -7,9 +7,9 @@ use sha2::{Digest, Sha256};
 use crate::backend::Routing;
 use crate::commands::console::{Console, Unit};
 use crate::commands::{Failure, interrupt};
+use crate::engine::Engine;
 use crate::engine::generate::{FinishReason, GenerateOptions, Observer};
 use crate::engine::sampler::SamplingParams;
-use crate::engine::Engine;
 use crate::formats::corpus::Corpus;
 use crate::report::record::{ContextRun, ExpertCounts, Repetition};
 
@@ -43,7 +43,10 @@ pub fn contexts(
                 prompt.len()
             ));
         }
-        let mut run = ContextRun { context_tokens: context, ..ContextRun::default() };
+        let mut run = ContextRun {
+            context_tokens: context,
+            ..ContextRun::default()
+        };
         for number in 0..plan.warmups + plan.repetitions {
             let repetition = repeat(engine, prompt, plan.generated_tokens)?;
             if number >= plan.warmups {
@@ -99,7 +102,10 @@ fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Res
     let timings = &generation.timings;
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     let mut hash = Sha256::new();
-    generation.token_ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+    generation
+        .token_ids
+        .iter()
+        .for_each(|id| hash.update(id.to_le_bytes()));
     Ok(Repetition {
         prompt_tokens: prompt.len(),
         generated_tokens: generation.token_ids.len(),

@@ -18,9 +18,9 @@ use super::{Failure, check_output, workloads};
 use crate::cli::{ComputeArgs, ModelArgs};
 use crate::engine::footprint::footprint;
 use crate::engine::{Engine, LoadOptions};
+use crate::formats::Document;
 use crate::formats::corpus::Corpus;
 use crate::formats::document::{PLACEMENT, RUN};
-use crate::formats::Document;
 use crate::hardware::{HardwareBody, Monitor};
 use crate::model::Source;
 use crate::planning::cost::{self, DecodeSituation};
@@ -32,8 +32,8 @@ use crate::planning::profile::ProfileBody;
 use crate::planning::units::{parse_bytes, parse_tokens};
 use crate::planning::{TraceReader, placement};
 use crate::report::record::{
-    ContextRun, Labels, MemoryComponent, MemoryRecord, Prediction, PredictionTerm, RunBody,
-    Settings, SoftwareFacts, Tier,
+    Labels, MemoryComponent, MemoryRecord, Prediction, PredictionTerm, RunBody, Settings,
+    SoftwareFacts, Tier,
 };
 
 /// Measure throughput, latency and memory on real text
@@ -97,8 +97,15 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
 
     let source = Source::resolve(args.model.model.as_deref())?;
     let config = source.config()?;
-    let longest = args.ctx.iter().copied().max().expect("clap gives one at least");
-    let room = (longest as usize).max(PROFILE_TOKENS).min(config.max_position_embeddings);
+    let longest = args
+        .ctx
+        .iter()
+        .copied()
+        .max()
+        .expect("clap gives one at least");
+    let room = (longest as usize)
+        .max(PROFILE_TOKENS)
+        .min(config.max_position_embeddings);
     if longest as usize > config.max_position_embeddings {
         let limit = config.max_position_embeddings;
         return Err(Failure::Usage(format!(
@@ -112,7 +119,10 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         max_tokens: room,
     };
     let mut engine = Engine::load(&source, &options)?;
-    engine.notes().iter().for_each(|note| console.note(format!("note: {note}")));
+    engine
+        .notes()
+        .iter()
+        .for_each(|note| console.note(format!("note: {note}")));
     let footprint = footprint(&config, source.local_checkpoint()?.as_ref())?;
     let hardware = HardwareBody::measure();
     let executed_on = "cpu";
@@ -147,11 +157,20 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let quality = match args.quality_tokens {
         0 => None,
         _ if engine.backend_name() == "reference" => None,
-        tokens => Some(quality::against_reference(&mut engine, &source, tokens, console)?),
+        tokens => Some(quality::against_reference(
+            &mut engine,
+            &source,
+            tokens,
+            console,
+        )?),
     };
 
     let body = RunBody {
-        labels: Labels { synthetic: false, executed_on: executed_on.into(), notes: notes(&engine) },
+        labels: Labels {
+            synthetic: false,
+            executed_on: executed_on.into(),
+            notes: notes(&engine),
+        },
         hardware,
         software: software(&engine, &args),
         settings: Settings {
@@ -170,15 +189,22 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     };
     let document = Document::new(RUN, Some(engine.model_id().clone()), body);
     document.write(&run_path)?;
-    let files =
-        write_charts(&args.output, &[document.clone()], profile.as_ref(), Some(&placement.body))?;
+    let files = write_charts(
+        &args.output,
+        std::slice::from_ref(&document),
+        profile.as_ref(),
+        Some(&placement.body),
+    )?;
     if console.json {
         console.result_json(&document)?;
     } else {
         console.result(print_table(&document))?;
         console.result(format!("\nwritten to {}:", args.output.display()))?;
         let names = files.iter().filter_map(|file| file.file_name()?.to_str());
-        console.result(format!("  run.json {}", names.collect::<Vec<_>>().join(" ")))?;
+        console.result(format!(
+            "  run.json {}",
+            names.collect::<Vec<_>>().join(" ")
+        ))?;
     }
     Ok(())
 }
@@ -199,13 +225,19 @@ impl BenchArgs {
 
 fn check(args: &BenchArgs) -> anyhow::Result<()> {
     if args.repetitions == 0 {
-        return Err(Failure::Usage("--repetitions 0 measures nothing; give 1 or more".into()).into());
+        return Err(
+            Failure::Usage("--repetitions 0 measures nothing; give 1 or more".into()).into(),
+        );
     }
     if args.max_tokens < 2 {
         let reason = "-n below 2 has no time between tokens; give 2 or more";
         return Err(Failure::Usage(reason.into()).into());
     }
-    match args.ctx.iter().find(|&&ctx| ctx as usize <= args.max_tokens) {
+    match args
+        .ctx
+        .iter()
+        .find(|&&ctx| ctx as usize <= args.max_tokens)
+    {
         Some(ctx) => Err(Failure::Usage(format!(
             "context of {ctx} tokens leaves no prompt beside {} generated ones; raise --ctx or \
              lower -n",
@@ -281,7 +313,12 @@ fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64) -> Prediction {
     Prediction {
         decode_tok_s: decode.tok_s,
         prefill_tok_s: None,
-        terms: terms.map(|t| PredictionTerm { name: t.name, ms_per_token: t.ms }).collect(),
+        terms: terms
+            .map(|t| PredictionTerm {
+                name: t.name,
+                ms_per_token: t.ms,
+            })
+            .collect(),
     }
 }
 
@@ -294,10 +331,7 @@ fn bytes_read(footprint: &Footprint, ctx: u64) -> u64 {
         + experts as u64 * footprint.expert_bytes
 }
 
-fn memory(
-    placement: &Placement,
-    monitor: &crate::hardware::MonitorRecord,
-) -> MemoryRecord {
+fn memory(placement: &Placement, monitor: &crate::hardware::MonitorRecord) -> MemoryRecord {
     let tier = |tier| match tier {
         placement::Tier::Vram => Tier::Vram,
         placement::Tier::Ram => Tier::Ram,

@@ -75,7 +75,11 @@ impl Sums {
         for (at, &next) in ids[1..].iter().enumerate() {
             let row = at * vocab..(at + 1) * vocab;
             let (p, q) = (log_softmax(&theirs[row.clone()]), log_softmax(&ours[row]));
-            self.kl += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>();
+            self.kl += p
+                .iter()
+                .zip(&q)
+                .map(|(p, q)| p.exp() * (p - q))
+                .sum::<f64>();
             self.loss -= q[next as usize];
             self.reference_loss -= p[next as usize];
             self.tokens += 1;
@@ -86,5 +90,8 @@ impl Sums {
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    logits.iter().map(|&l| f64::from(l - max) - sum.ln()).collect()
+    logits
+        .iter()
+        .map(|&l| f64::from(l - max) - sum.ln())
+        .collect()
 }

@@ -29,7 +29,12 @@ pub struct QuantizeArgs {
     /// Folder to write; must not exist, or be empty
     dst: PathBuf,
     /// Modules to leave as they are, by last name or full name
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',', default_value = "lm_head,gate")]
+    #[arg(
+        long,
+        value_name = "NAME,...",
+        value_delimiter = ',',
+        default_value = "lm_head,gate"
+    )]
     skip: Vec<String>,
     /// Keep the scales in f32: 4.5 bits per weight in place of 4.127
     #[arg(long)]
@@ -63,7 +68,9 @@ pub fn execute(args: QuantizeArgs, console: &Console) -> anyhow::Result<()> {
     let summary = result?;
     if summary.mtp_dropped > 0 {
         let n = summary.mtp_dropped;
-        console.note(format!("note: left out {n} multi-token-prediction tensors (mtp.*)"));
+        console.note(format!(
+            "note: left out {n} multi-token-prediction tensors (mtp.*)"
+        ));
     }
     if console.json {
         console.result_json(&summary)?;
