@@ -104,7 +104,13 @@ pub fn plan(request: &PlanRequest) -> Result<Placement, PlanError> {
     let slot_budget = slot_budget_bytes(request, kv_bytes)?;
     let capacity = (slot_budget / f.expert_bytes.max(1)).min(f.total_experts() as u64) as usize;
 
-    let costs: Vec<Vec<f64>> = curves.iter().map(|c| layer_costs(request, c)).collect();
+    let in_ram = experts_in_ram(request)?;
+    let disk_share = 1.0 - in_ram as f64 / f.total_experts().max(1) as f64;
+
+    let costs: Vec<Vec<f64>> = curves
+        .iter()
+        .map(|c| layer_costs(request, c, disk_share))
+        .collect();
     let (slots, solution) = choose(&costs, capacity);
 
     let mut policy = CANDIDATES[0];
@@ -129,7 +135,7 @@ pub fn plan(request: &PlanRequest) -> Result<Placement, PlanError> {
         validation = Some(split.validate(f, &slots, &hottest, index));
     }
 
-    let (memory, disk_share) = memory_table(request, kv_bytes, slots.iter().sum())?;
+    let memory = memory_table(f, kv_bytes, slots.iter().sum(), in_ram);
     let situation = DecodeSituation {
         ctx_tokens: request.ctx_tokens,
         kv_dtype: request.kv_dtype,
@@ -198,7 +204,9 @@ pub fn explain(request: &PlanRequest) -> Vec<Alternative> {
     };
     let ctx = request.ctx_tokens;
     vec![
-        with("one GiB more VRAM", &|r| r.vram_budget_bytes += GIB),
+        with("one GiB more VRAM", &|r| {
+            r.vram_budget_bytes = r.vram_budget_bytes.saturating_add(GIB);
+        }),
         with("one GiB less VRAM", &|r| {
             r.vram_budget_bytes = r.vram_budget_bytes.saturating_sub(GIB);
         }),
@@ -233,40 +241,42 @@ fn slot_budget_bytes(request: &PlanRequest, kv_bytes: u64) -> Result<u64, PlanEr
 }
 
 /// Time of a layer's experts by its slots; misses alone where no GPU would make use of hits.
-fn layer_costs(request: &PlanRequest, curve: &HitCurve) -> Vec<f64> {
-    let cost = |&hit_rate: &f64| match request.hardware.gpu {
-        Some(_) => cost::expert_layer_ms(request.footprint, request.hardware, hit_rate),
+fn layer_costs(request: &PlanRequest, curve: &HitCurve, disk_share: f64) -> Vec<f64> {
+    let (f, hardware) = (request.footprint, request.hardware);
+    let cost = |&hit_rate: &f64| match hardware.gpu {
+        Some(_) => {
+            cost::expert_layer_ms(f, hardware, hit_rate)
+                + cost::disk_layer_ms(f, hardware, hit_rate, disk_share)
+        }
         None => 1.0 - hit_rate,
     };
     curve.as_slice().iter().map(cost).collect()
 }
 
-/// The itemised memory and the share of experts that only the disk holds.
-fn memory_table(
-    request: &PlanRequest,
-    kv_bytes: u64,
-    slots: usize,
-) -> Result<(Vec<MemoryItem>, f64), PlanError> {
+/// How many experts the RAM budget holds beside the embedding.
+fn experts_in_ram(request: &PlanRequest) -> Result<u64, PlanError> {
     let f = request.footprint;
+    let all = f.total_experts() as u64;
+    let Some(budget_bytes) = request.ram_budget_bytes else {
+        return Ok(all);
+    };
+    // A token's experts of one layer must at least pass through.
+    let smallest_bytes = f.embedding_bytes + f.num_experts_per_tok as u64 * f.expert_bytes;
+    if budget_bytes < smallest_bytes {
+        return Err(PlanError::RamDoesNotFit {
+            budget_bytes,
+            smallest_bytes,
+        });
+    }
+    Ok(all.min((budget_bytes - f.embedding_bytes) / f.expert_bytes.max(1)))
+}
+
+/// Every byte by component and tier.
+fn memory_table(f: &Footprint, kv_bytes: u64, slots: usize, in_ram: u64) -> Vec<MemoryItem> {
     let item = |component: &str, tier, bytes| MemoryItem {
         component: component.into(),
         tier,
         bytes,
-    };
-    let in_ram = match request.ram_budget_bytes {
-        None => f.total_experts() as u64,
-        Some(budget) => {
-            // A token's experts of one layer must at least pass through.
-            let smallest_bytes = f.embedding_bytes + f.num_experts_per_tok as u64 * f.expert_bytes;
-            if budget < smallest_bytes {
-                return Err(PlanError::RamDoesNotFit {
-                    budget_bytes: budget,
-                    smallest_bytes,
-                });
-            }
-            let experts = (budget - f.embedding_bytes) / f.expert_bytes.max(1);
-            experts.min(f.total_experts() as u64)
-        }
     };
     let on_disk = f.total_experts() as u64 - in_ram;
     let mut memory = vec![
@@ -285,7 +295,7 @@ fn memory_table(
     if on_disk > 0 {
         memory.push(item("experts", Tier::Disk, on_disk * f.expert_bytes));
     }
-    Ok((memory, on_disk as f64 / f.total_experts().max(1) as f64))
+    memory
 }
 
 type KnownRouting<'a> = (Vec<HitCurve>, Vec<Vec<u16>>, CurveSource, Option<Split<'a>>);
@@ -407,11 +417,16 @@ mod tests {
         let mut cpu_only = Hardware::laptop_4090();
         cpu_only.gpu = None;
         for hardware in [Hardware::laptop_4090(), Hardware::h100_box(), cpu_only] {
-            for routing in [RoutingSource::Unknown, RoutingSource::Profile(&profile)] {
+            for (routing, ram_budget_bytes) in [
+                (RoutingSource::Unknown, None),
+                (RoutingSource::Profile(&profile), None),
+                (RoutingSource::Profile(&profile), Some(680_000_000)),
+            ] {
                 let (mut last, mut slots) = (0.0, 0);
                 for n in 0..60 {
                     let plan = plan(&PlanRequest {
                         vram_budget_bytes: 2_800_000_000 + n * f.expert_bytes,
+                        ram_budget_bytes,
                         routing,
                         ..request(&f, &hardware)
                     })
