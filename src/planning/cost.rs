@@ -98,10 +98,8 @@ pub fn decode(f: &Footprint, hardware: &Hardware, at: &DecodeSituation) -> Decod
             .sum(),
     );
     if at.disk_share > 0.0 {
-        terms.add(
-            "experts from disk",
-            ms(misses_bytes * at.disk_share, cpu.disk_read_gb_s),
-        );
+        let disk_ms = |l| disk_layer_ms(f, hardware, hit_rate(l), at.disk_share);
+        terms.add("experts from disk", layers.clone().map(disk_ms).sum());
     }
     let total_ms = terms.total();
     let promoted = match hardware.gpu {
@@ -131,6 +129,15 @@ pub fn expert_layer_ms(f: &Footprint, hardware: &Hardware, hit_rate: f64) -> f64
         )),
         None => ms(bytes, hardware.cpu.expert_kernel_gb_s),
     }
+}
+
+/// Waiting for the disk, in one layer and token, for the misses that RAM does not hold.
+pub fn disk_layer_ms(f: &Footprint, hardware: &Hardware, hit_rate: f64, disk_share: f64) -> f64 {
+    let bytes = f.num_experts_per_tok as f64 * f.expert_bytes as f64;
+    ms(
+        bytes * (1.0 - hit_rate) * disk_share,
+        hardware.cpu.disk_read_gb_s,
+    )
 }
 
 /// Predicts the prefill of `prompt_tokens` in chunks of `chunk_tokens`.

@@ -1,6 +1,7 @@
 //! A machine in a few numbers: the bandwidths that bound a token, measured or modelled.
 
 use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
 /// Whether the numbers come from this machine or from data sheets and experience.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +49,49 @@ pub struct Gpu {
     pub handoff_us_per_layer: f64,
 }
 
+/// A machine that cannot be: a file may say anything.
+#[derive(Clone, Debug, Error, PartialEq)]
+#[error("hardware `{label}`: {field} is {found}, expected a positive number; measure it again")]
+pub struct HardwareError {
+    pub label: String,
+    pub field: &'static str,
+    pub found: f64,
+}
+
 impl Hardware {
+    /// # Errors
+    /// Names the first bandwidth or rate that is not a positive number.
+    pub fn check(&self) -> Result<(), HardwareError> {
+        let cpu = &self.cpu;
+        let mut fields = vec![
+            ("dram_read_gb_s", cpu.dram_read_gb_s),
+            ("expert_kernel_gb_s", cpu.expert_kernel_gb_s),
+            ("expert_kernel_gflops", cpu.expert_kernel_gflops),
+            ("disk_read_gb_s", cpu.disk_read_gb_s),
+        ];
+        if let Some(gpu) = &self.gpu {
+            fields.extend([
+                ("vram_gb_s", gpu.vram_gb_s),
+                ("h2d_gb_s", gpu.h2d_gb_s),
+                ("gemm_tflops", gpu.gemm_tflops),
+                ("attention_tflops", gpu.attention_tflops),
+                ("launch_us_per_layer", gpu.launch_us_per_layer),
+                ("handoff_us_per_layer", gpu.handoff_us_per_layer),
+            ]);
+        }
+        match fields
+            .into_iter()
+            .find(|(_, n)| !(n.is_finite() && *n > 0.0))
+        {
+            None => Ok(()),
+            Some((field, found)) => Err(HardwareError {
+                label: self.label.clone(),
+                field,
+                found,
+            }),
+        }
+    }
+
     /// A laptop with a 16 GB RTX 4090 and two channels of DDR5-5600.
     pub fn laptop_4090() -> Self {
         Hardware {

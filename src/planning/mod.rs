@@ -26,7 +26,7 @@ pub mod validation;
 pub use codec::{Tail, TraceError, TraceReader, TraceWriter};
 pub use cost::{DecodePrediction, PrefillPrediction, Term};
 pub use footprint::{Footprint, KvDtype, ShapeNumbers};
-pub use hardware::{Basis, Cpu, Gpu, Hardware};
+pub use hardware::{Basis, Cpu, Gpu, Hardware, HardwareError};
 pub use placement::{MemoryItem, Placement, PlacementError, Tier};
 pub use planner::{PlanError, PlanRequest, RoutingSource, explain, plan};
 pub use policy::{Admit, LayerSlots, Policy, PolicyConfig};

@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use super::cost::{self, DecodeSituation};
 use super::footprint::{Footprint, KvDtype};
-use super::hardware::Hardware;
+use super::hardware::{Hardware, HardwareError};
 use super::knapsack::choose;
 use super::placement::{CurveSource, MemoryItem, Placement, Tier};
 use super::profile::{ProfileBody, ProfileError};
@@ -79,6 +79,8 @@ pub enum PlanError {
     },
     #[error(transparent)]
     Profile(#[from] ProfileError),
+    #[error(transparent)]
+    Hardware(#[from] HardwareError),
 }
 
 fn shorter(largest_ctx_tokens: Option<u64>) -> String {
@@ -94,6 +96,7 @@ fn shorter(largest_ctx_tokens: Option<u64>) -> String {
 /// If the budget cannot hold what must be in VRAM or RAM, or the routing is of another model.
 pub fn plan(request: &PlanRequest) -> Result<Placement, PlanError> {
     let f = request.footprint;
+    request.hardware.check()?;
     let (curves, hottest, curves_from, split) = routing(request)?;
     let kv_bytes = request
         .ctx_tokens
@@ -101,7 +104,13 @@ pub fn plan(request: &PlanRequest) -> Result<Placement, PlanError> {
     let slot_budget = slot_budget_bytes(request, kv_bytes)?;
     let capacity = (slot_budget / f.expert_bytes.max(1)).min(f.total_experts() as u64) as usize;
 
-    let costs: Vec<Vec<f64>> = curves.iter().map(|c| layer_costs(request, c)).collect();
+    let in_ram = experts_in_ram(request)?;
+    let disk_share = 1.0 - in_ram as f64 / f.total_experts().max(1) as f64;
+
+    let costs: Vec<Vec<f64>> = curves
+        .iter()
+        .map(|c| layer_costs(request, c, disk_share))
+        .collect();
     let (slots, solution) = choose(&costs, capacity);
 
     let mut policy = CANDIDATES[0];
@@ -126,7 +135,7 @@ pub fn plan(request: &PlanRequest) -> Result<Placement, PlanError> {
         validation = Some(split.validate(f, &slots, &hottest, index));
     }
 
-    let (memory, disk_share) = memory_table(request, kv_bytes, slots.iter().sum())?;
+    let memory = memory_table(f, kv_bytes, slots.iter().sum(), in_ram);
     let situation = DecodeSituation {
         ctx_tokens: request.ctx_tokens,
         kv_dtype: request.kv_dtype,
@@ -176,8 +185,11 @@ pub struct Alternative {
 /// Plans for the neighbouring choices: one GiB more and less, the other KV type, half and twice
 /// the context, and no expert in VRAM.
 pub fn explain(request: &PlanRequest) -> Vec<Alternative> {
-    let smallest = request.footprint.fixed_vram_bytes()
-        + request.ctx_tokens * request.footprint.kv_bytes_per_token(request.kv_dtype);
+    let f = request.footprint;
+    let kv_bytes = request
+        .ctx_tokens
+        .saturating_mul(f.kv_bytes_per_token(request.kv_dtype));
+    let smallest = f.fixed_vram_bytes().saturating_add(kv_bytes);
     let other_kv = match request.kv_dtype {
         KvDtype::Bf16 => (KvDtype::Int8, "int8 KV cache"),
         KvDtype::Int8 => (KvDtype::Bf16, "bf16 KV cache"),
@@ -192,7 +204,9 @@ pub fn explain(request: &PlanRequest) -> Vec<Alternative> {
     };
     let ctx = request.ctx_tokens;
     vec![
-        with("one GiB more VRAM", &|r| r.vram_budget_bytes += GIB),
+        with("one GiB more VRAM", &|r| {
+            r.vram_budget_bytes = r.vram_budget_bytes.saturating_add(GIB);
+        }),
         with("one GiB less VRAM", &|r| {
             r.vram_budget_bytes = r.vram_budget_bytes.saturating_sub(GIB);
         }),
@@ -200,9 +214,10 @@ pub fn explain(request: &PlanRequest) -> Vec<Alternative> {
         with(&format!("context {}", show_tokens(ctx / 2)), &|r| {
             r.ctx_tokens = ctx / 2
         }),
-        with(&format!("context {}", show_tokens(ctx * 2)), &|r| {
-            r.ctx_tokens = ctx * 2
-        }),
+        with(
+            &format!("context {}", show_tokens(ctx.saturating_mul(2))),
+            &|r| r.ctx_tokens = ctx.saturating_mul(2),
+        ),
         with("no expert in VRAM", &|r| r.vram_budget_bytes = smallest),
     ]
 }
@@ -226,40 +241,42 @@ fn slot_budget_bytes(request: &PlanRequest, kv_bytes: u64) -> Result<u64, PlanEr
 }
 
 /// Time of a layer's experts by its slots; misses alone where no GPU would make use of hits.
-fn layer_costs(request: &PlanRequest, curve: &HitCurve) -> Vec<f64> {
-    let cost = |&hit_rate: &f64| match request.hardware.gpu {
-        Some(_) => cost::expert_layer_ms(request.footprint, request.hardware, hit_rate),
+fn layer_costs(request: &PlanRequest, curve: &HitCurve, disk_share: f64) -> Vec<f64> {
+    let (f, hardware) = (request.footprint, request.hardware);
+    let cost = |&hit_rate: &f64| match hardware.gpu {
+        Some(_) => {
+            cost::expert_layer_ms(f, hardware, hit_rate)
+                + cost::disk_layer_ms(f, hardware, hit_rate, disk_share)
+        }
         None => 1.0 - hit_rate,
     };
     curve.as_slice().iter().map(cost).collect()
 }
 
-/// The itemised memory and the share of experts that only the disk holds.
-fn memory_table(
-    request: &PlanRequest,
-    kv_bytes: u64,
-    slots: usize,
-) -> Result<(Vec<MemoryItem>, f64), PlanError> {
+/// How many experts the RAM budget holds beside the embedding.
+fn experts_in_ram(request: &PlanRequest) -> Result<u64, PlanError> {
     let f = request.footprint;
+    let all = f.total_experts() as u64;
+    let Some(budget_bytes) = request.ram_budget_bytes else {
+        return Ok(all);
+    };
+    // A token's experts of one layer must at least pass through.
+    let smallest_bytes = f.embedding_bytes + f.num_experts_per_tok as u64 * f.expert_bytes;
+    if budget_bytes < smallest_bytes {
+        return Err(PlanError::RamDoesNotFit {
+            budget_bytes,
+            smallest_bytes,
+        });
+    }
+    Ok(all.min((budget_bytes - f.embedding_bytes) / f.expert_bytes.max(1)))
+}
+
+/// Every byte by component and tier.
+fn memory_table(f: &Footprint, kv_bytes: u64, slots: usize, in_ram: u64) -> Vec<MemoryItem> {
     let item = |component: &str, tier, bytes| MemoryItem {
         component: component.into(),
         tier,
         bytes,
-    };
-    let in_ram = match request.ram_budget_bytes {
-        None => f.total_experts() as u64,
-        Some(budget) => {
-            // A token's experts of one layer must at least pass through.
-            let smallest_bytes = f.embedding_bytes + f.num_experts_per_tok as u64 * f.expert_bytes;
-            if budget < smallest_bytes {
-                return Err(PlanError::RamDoesNotFit {
-                    budget_bytes: budget,
-                    smallest_bytes,
-                });
-            }
-            let experts = (budget - f.embedding_bytes) / f.expert_bytes.max(1);
-            experts.min(f.total_experts() as u64)
-        }
     };
     let on_disk = f.total_experts() as u64 - in_ram;
     let mut memory = vec![
@@ -278,7 +295,7 @@ fn memory_table(
     if on_disk > 0 {
         memory.push(item("experts", Tier::Disk, on_disk * f.expert_bytes));
     }
-    Ok((memory, on_disk as f64 / f.total_experts().max(1) as f64))
+    memory
 }
 
 type KnownRouting<'a> = (Vec<HitCurve>, Vec<Vec<u16>>, CurveSource, Option<Split<'a>>);
@@ -400,11 +417,16 @@ mod tests {
         let mut cpu_only = Hardware::laptop_4090();
         cpu_only.gpu = None;
         for hardware in [Hardware::laptop_4090(), Hardware::h100_box(), cpu_only] {
-            for routing in [RoutingSource::Unknown, RoutingSource::Profile(&profile)] {
+            for (routing, ram_budget_bytes) in [
+                (RoutingSource::Unknown, None),
+                (RoutingSource::Profile(&profile), None),
+                (RoutingSource::Profile(&profile), Some(680_000_000)),
+            ] {
                 let (mut last, mut slots) = (0.0, 0);
                 for n in 0..60 {
                     let plan = plan(&PlanRequest {
                         vram_budget_bytes: 2_800_000_000 + n * f.expert_bytes,
+                        ram_budget_bytes,
                         routing,
                         ..request(&f, &hardware)
                     })
@@ -468,7 +490,7 @@ mod tests {
             ..request(&f, &laptop)
         };
         let some = plan(&short).unwrap();
-        assert!(some.bytes_in(Tier::Ram) <= 20 << 30 && some.bytes_in(Tier::Disk) > 20 << 30);
+        assert!(some.bytes_in(Tier::Ram) <= 20 << 30 && some.bytes_in(Tier::Disk) > 18 << 30);
         assert!(some.decode.tok_s < all.decode.tok_s / 2.0);
         let none = PlanRequest {
             ram_budget_bytes: Some(1 << 20),
@@ -520,6 +542,18 @@ mod tests {
         })
         .unwrap_err();
         assert!(error.to_string().contains("[3, 16, 4]"), "{error}");
+    }
+
+    #[test]
+    fn a_machine_without_bandwidth_is_refused() {
+        let f = qwen3_next_80b();
+        let mut broken = Hardware::laptop_4090();
+        broken.cpu.dram_read_gb_s = 0.0;
+        let error = plan(&request(&f, &broken)).unwrap_err().to_string();
+        assert!(
+            error.contains("dram_read_gb_s is 0, expected a positive number"),
+            "{error}"
+        );
     }
 
     #[test]

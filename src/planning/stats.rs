@@ -48,7 +48,7 @@ impl RoutingStats {
             profile: ProfileBody::new(num_layers, num_experts, num_experts_per_tok),
             domain: String::new(),
             layers: (0..num_layers).map(layer).collect(),
-            votes: Votes::new(num_experts),
+            votes: Votes::new(num_experts, num_experts_per_tok),
             last_chunk: (usize::MAX, Vec::new()),
         }
     }
@@ -96,7 +96,8 @@ impl RoutingStats {
 
         for (&id, &weight) in topk_ids.iter().zip(topk_weights) {
             counts.picks[usize::from(id)] += 1;
-            counts.weight_mass_q24[usize::from(id)] += (f64::from(weight) * WEIGHT_ONE_Q24) as u64;
+            counts.weight_mass_q24[usize::from(id)] +=
+                (f64::from(weight) * WEIGHT_ONE_Q24).round() as u64;
         }
         for picks in topk_ids.chunks_exact(k) {
             state
@@ -155,17 +156,23 @@ struct Votes {
     /// `[E]`, all zero between two calls.
     count: Vec<u16>,
     candidates: Vec<u16>,
+    /// `[k + 1]` candidates by their votes.
+    with_votes: Vec<usize>,
+    top: Vec<u16>,
 }
 
 impl Votes {
-    fn new(num_experts: usize) -> Self {
+    fn new(num_experts: usize, num_experts_per_tok: usize) -> Self {
         Votes {
             count: vec![0; num_experts],
             candidates: Vec::new(),
+            with_votes: vec![0; num_experts_per_tok + 1],
+            top: Vec::new(),
         }
     }
 
-    /// The k experts with most votes, of equals the lower ids; none if no expert has a list.
+    /// The k experts with most votes, of equals those of the first voters; none if no voter has a
+    /// list.
     fn top(&mut self, k: usize, voters: &[u16], successors: &[u16]) -> Option<&[u16]> {
         self.candidates.clear();
         for &voter in voters {
@@ -184,13 +191,26 @@ impl Votes {
         if self.candidates.is_empty() {
             return None;
         }
-        let count = &self.count;
-        self.candidates
-            .select_nth_unstable_by_key(k - 1, |&e| (u16::MAX - count[usize::from(e)], e));
+        // Votes are at most k, so counting finds the least that still belongs, without sorting.
+        self.with_votes.fill(0);
         for &candidate in &self.candidates {
-            self.count[usize::from(candidate)] = 0;
+            self.with_votes[usize::from(self.count[usize::from(candidate)])] += 1;
         }
-        Some(&self.candidates[..k])
+        let (mut enough, mut above) = (k, 0);
+        while above + self.with_votes[enough] < k {
+            above += self.with_votes[enough];
+            enough -= 1;
+        }
+        let mut at_threshold = k - above;
+        self.top.clear();
+        for &candidate in &self.candidates {
+            let votes = usize::from(std::mem::take(&mut self.count[usize::from(candidate)]));
+            if votes > enough || (votes == enough && at_threshold > 0) {
+                at_threshold -= usize::from(votes == enough);
+                self.top.push(candidate);
+            }
+        }
+        Some(&self.top)
     }
 }
 

@@ -103,6 +103,7 @@ impl TraceHeader {
         picks as u64 / u64::from(self.num_experts_per_tok.max(1))
     }
 
+    /// Whether `picks` can be of this model: k distinct experts that exist, for whole tokens.
     pub(super) fn holds(&self, picks: &Picks) -> bool {
         picks.layer < self.num_layers
             && picks
@@ -111,6 +112,10 @@ impl TraceHeader {
                 .is_multiple_of(usize::from(self.num_experts_per_tok))
             && picks.topk_ids.len() == picks.topk_weights.len()
             && picks.topk_ids.iter().all(|&e| e < self.num_experts)
+            && picks
+                .topk_ids
+                .chunks_exact(usize::from(self.num_experts_per_tok))
+                .all(|ids| (1..ids.len()).all(|i| !ids[..i].contains(&ids[i])))
     }
 
     pub(super) fn assert_holds(&self, picks: &Picks) {
@@ -146,7 +151,8 @@ pub(crate) mod tests {
             });
             let favourites: Vec<Vec<u16>> = (0..layers)
                 .map(|_| {
-                    let some = index::sample(&mut rng, experts.into(), usize::from(experts) / 2);
+                    let some =
+                        index::sample(&mut rng, experts.into(), usize::from(experts).div_ceil(2));
                     some.into_iter().map(|e| e as u16).collect()
                 })
                 .collect();
