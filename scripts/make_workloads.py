@@ -33,6 +33,7 @@ LONG = {"tom-sawyer": 130_000, "sherlock-holmes": 110_000, "go-tests": 30_000}
 # Part of a document is enough where the domain asks for variety.
 PIECE_CHARS = 3_000
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.S)
+# Pieces with a web address are left out: addresses die, and say nothing about a domain.
 ADDRESS = re.compile(r"https?://|www\.")
 
 
@@ -66,14 +67,13 @@ def body(domain, source, text):
         head, fence, rest = text.partition("```js\n")
         return {"prompt": head + fence + rest.split("\n")[0] + "\n"}
     if domain == "code" and even:
-        return {"prompt": cut(text, PIECE_CHARS // 3)}
+        return {"prompt": cut(text, PIECE_CHARS // 2)}
     return {"text": cut(text, PIECE_CHARS)}
 
 
 def pick(domain, size, sources, records):
     """Records of `sources` in turn, until their lines take `size` bytes."""
-    queues = [sorted((r for r in records if r["source"] == s and not ADDRESS.search(r["text"])),
-                     key=lambda r: digest(r["text"])) for s in sources]
+    queues = [sorted((r for r in records if r["source"] == s), key=lambda r: digest(r["text"])) for s in sources]
     lines, used = [], 0
     for turn in range(max(map(len, queues))):
         for source, queue in zip(sources, queues):
@@ -81,7 +81,7 @@ def pick(domain, size, sources, records):
                 r = queue[turn]
                 line = json.dumps({"id": f"{source}-{digest(r['text'])}", "domain": domain, "source": source,
                                    "lang": r["lang"], **body(domain, source, r["text"])}, ensure_ascii=False)
-                if used + len(line.encode()) <= size:
+                if not ADDRESS.search(line) and used + len(line.encode()) <= size:
                     lines.append(line)
                     used += len(line.encode()) + 1
     return lines
