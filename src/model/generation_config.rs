@@ -36,7 +36,6 @@ pub struct GenerationConfig {
 #[derive(Default, Deserialize)]
 struct File {
     eos_token_id: Option<OneOrMany>,
-    #[serde(default)]
     do_sample: Option<bool>,
     temperature: Option<f32>,
     top_k: Option<usize>,

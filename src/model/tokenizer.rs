@@ -40,7 +40,6 @@ pub struct Tokenizer {
 
 #[derive(Default, Deserialize)]
 struct TokenizerConfig {
-    #[serde(default)]
     eos_token: Option<SpecialToken>,
 }
 

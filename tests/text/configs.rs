@@ -1,4 +1,4 @@
-use moectl::engine::SamplingParams;
+use moectl::engine::sampler::SamplingParams;
 use moectl::model::GenerationConfig;
 
 use crate::{golden_model, read};
@@ -57,7 +57,9 @@ fn stop_tokens_fall_back_to_the_model_config() {
 fn impossible_values_are_errors_that_name_file_and_field() {
     for (generation, model, expected) in [
         ("{", "{}", "generation_config.json: "),
+        ("[]", "{}", "generation_config.json: "),
         ("{}", "[", "config.json: "),
+        ("{}", "[]", "config.json: "),
         (
             r#"{"eos_token_id": "x"}"#,
             "{}",

@@ -1,6 +1,6 @@
 //! The sampling rules of transformers written down directly, slow and plain.
 
-use moectl::engine::SamplingParams;
+use moectl::engine::sampler::SamplingParams;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 

@@ -1,7 +1,6 @@
 use std::sync::LazyLock;
 
-use moectl::engine::TextStream;
-use moectl::engine::stream::StopStrings;
+use moectl::engine::stream::{StopStrings, TextStream};
 use moectl::model::Tokenizer;
 use proptest::prelude::*;
 
