@@ -419,7 +419,6 @@ fn chat(
     let mut messages = system_message(args);
     // A template that cannot be used is told before the first line is typed.
     engine.text().encode_chat(&[Message::new("user", "")])?;
-    let mut in_sequence: Vec<u32> = Vec::new();
     let prompting = io::stdin().is_terminal();
     if prompting {
         console.note("chat: one line per turn; /reset starts over, Ctrl-D ends");
@@ -448,11 +447,12 @@ fn chat(
         messages.push(Message::new("user", line));
         let ids = engine.text().encode_chat(&messages)?;
         // What the sequence has seen is kept where the new conversation begins with it.
-        let seen = if ids.starts_with(&in_sequence) && ids.len() > in_sequence.len() {
-            in_sequence.len()
-        } else {
-            engine.reset(max_tokens)?;
-            0
+        let seen = match ids.strip_prefix(engine.tokens()) {
+            Some(rest) if !rest.is_empty() => engine.tokens().len(),
+            _ => {
+                engine.reset(max_tokens)?;
+                0
+            }
         };
         if ids.len() >= max_tokens {
             return Err(Failure::Usage(format!(
@@ -478,9 +478,6 @@ fn chat(
         if generation.finish_reason == FinishReason::Interrupted {
             return Err(Failure::Interrupted.into());
         }
-        in_sequence = ids;
-        in_sequence.extend(&generation.token_ids);
-        in_sequence.truncate(engine.position());
         messages.push(Message::new("assistant", generation.text));
     }
 }

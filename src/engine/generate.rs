@@ -113,6 +113,7 @@ impl Engine {
         let eos = self.text().generation_config.eos_token_ids.clone();
         let mut stream = TextStream::new(self.tokenizer(), true, &options.stop);
         let mut sampler = Sampler::new(options.sampling.clone())?;
+        sampler.observe_prompt(self.tokens());
         sampler.observe_prompt(prompt_ids);
         let mut generation = Generation {
             token_ids: Vec::new(),

@@ -106,6 +106,8 @@ pub type Result<T> = std::result::Result<T, EngineError>;
 /// A model in memory with one sequence.
 pub struct Engine {
     runner: Box<dyn Runner>,
+    /// What the sequence holds
+    tokens: Vec<u32>,
     config: ModelConfig,
     text: TextModel,
     model_id: ModelId,
@@ -145,6 +147,7 @@ impl Engine {
         };
         Ok(Engine {
             runner,
+            tokens: Vec::new(),
             config,
             text,
             model_id,
@@ -181,9 +184,9 @@ impl Engine {
         self.runner.backend_name()
     }
 
-    /// Tokens in the sequence.
-    pub fn position(&self) -> usize {
-        self.runner.position()
+    /// The ids the sequence has been fed, in order.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
     }
 
     /// Forgets the sequence and makes room for `max_tokens`.
@@ -195,6 +198,7 @@ impl Engine {
                 limit,
             });
         }
+        self.tokens.clear();
         Ok(self.runner.reset(max_tokens)?)
     }
 
@@ -212,7 +216,9 @@ impl Engine {
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
             return Err(EngineError::TokenId { id, vocab_size });
         }
-        Ok(self.runner.forward(ids, rows, on_routing)?)
+        let logits = self.runner.forward(ids, rows, on_routing)?;
+        self.tokens.extend(ids);
+        Ok(logits)
     }
 
     /// Feeds a prompt in chunks; the logits of its last token.
