@@ -54,7 +54,8 @@ pub fn with_unit(value: f64, unit: &str) -> String {
     }
 }
 
-fn thousands(digits: &str) -> String {
+/// `1234.5` as `1,234.5`.
+pub fn thousands(digits: &str) -> String {
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
     let (sign, whole) = whole.strip_prefix('-').map_or(("", whole), |w| ("-", w));
     let mut grouped = String::new();

@@ -90,7 +90,11 @@ fn repetition(tokens: usize, token_ms: f64, rng: &mut ChaCha8Rng) -> Repetition 
     let itl_ms: Vec<f64> = (0..127)
         .map(|_| {
             let noise: f64 = (0..6).map(|_| rng.random::<f64>()).sum::<f64>() / 6.0;
-            let tail = if rng.random_bool(0.03) { 1.0 + rng.random::<f64>() } else { 1.0 };
+            let tail = if rng.random_bool(0.03) {
+                1.0 + rng.random::<f64>()
+            } else {
+                1.0
+            };
             token_ms * drift * (0.85 + 0.3 * noise) * tail
         })
         .collect();
@@ -186,7 +190,7 @@ pub fn picks(layers: usize, experts: usize, planned: usize, seed: u64) -> Router
     RouterPicks {
         planned: picks.iter().map(busiest).collect(),
         picks,
-        footnote: "tiny-moe  ·  workloads/chat.jsonl, 12,480 tokens  ·  2025-11-23".to_string(),
+        footnote: "tiny-moe · workloads/chat.jsonl, 12,480 tokens · 2025-11-23".to_string(),
         synthetic: false,
     }
 }

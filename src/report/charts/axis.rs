@@ -1,5 +1,7 @@
 //! From values to pixels, and the round numbers to label.
 
+use crate::report::units;
+
 /// Values of `low..=high` along pixels `from..=to`; vertical axes have `from` below `to`.
 #[derive(Clone, Copy, Debug)]
 pub struct Axis {
@@ -12,20 +14,29 @@ pub struct Axis {
 }
 
 impl Axis {
-    /// Covers `low..=high`, ends moved outwards to round numbers, about `labels` of them.
-    pub fn round(low: f64, high: f64, (from, to): (f64, f64), labels: usize) -> Self {
+    /// Exactly `low..=high`; the labelled round numbers lie inside.
+    pub fn exact(low: f64, high: f64, (from, to): (f64, f64), labels: usize) -> Self {
         let span = if high > low {
             high - low
         } else {
             high.abs().max(1.0)
         };
-        let step = round_step(span / labels as f64);
         Self {
-            low: (low / step).floor() * step,
-            high: ((low + span) / step).ceil() * step,
+            low,
+            high: low + span,
             from,
             to,
-            step,
+            step: round_step(span / labels as f64),
+        }
+    }
+
+    /// Covers `low..=high`, ends moved outwards to round numbers, about `labels` of them.
+    pub fn round(low: f64, high: f64, pixels: (f64, f64), labels: usize) -> Self {
+        let exact = Self::exact(low, high, pixels, labels);
+        Self {
+            low: (exact.low / exact.step).floor() * exact.step,
+            high: (exact.high / exact.step).ceil() * exact.step,
+            ..exact
         }
     }
 
@@ -36,15 +47,13 @@ impl Axis {
     /// Labelled values with their texts, all with the decimals the step needs.
     pub fn ticks(&self) -> Vec<(f64, String)> {
         let decimals = (-self.step.log10().floor()).clamp(0.0, 6.0) as usize;
-        let count = ((self.high - self.low) / self.step).round() as usize;
-        (0..=count)
+        // A hair of slack: 0.3 / 0.1 is not 3.
+        let first = (self.low / self.step - 1e-9).ceil() as i64;
+        let last = (self.high / self.step + 1e-9).floor() as i64;
+        (first..=last)
             .map(|i| {
-                let value = self.low + i as f64 * self.step;
-                let text = match value {
-                    v if v >= 10_000.0 => format!("{}k", v / 1000.0),
-                    v => format!("{v:.decimals$}"),
-                };
-                (value, text)
+                let value = i as f64 * self.step;
+                (value, units::thousands(&format!("{value:.decimals$}")))
             })
             .collect()
     }
@@ -87,6 +96,9 @@ mod tests {
         let texts: Vec<String> = axis.ticks().into_iter().map(|t| t.1).collect();
         assert_eq!(texts, ["0", "50", "100"]);
         assert_eq!((axis.at(0.0), axis.at(100.0)), (200.0, 0.0));
+        let axis = Axis::exact(970.0, 2100.0, (0.0, 1.0), 3);
+        let texts: Vec<String> = axis.ticks().into_iter().map(|t| t.1).collect();
+        assert_eq!(texts, ["1,000", "1,500", "2,000"]);
         let axis = Axis::round(0.31, 0.36, (0.0, 1.0), 5);
         let texts: Vec<String> = axis.ticks().into_iter().map(|t| t.1).collect();
         assert_eq!(texts.first().unwrap(), "0.31");

@@ -42,11 +42,11 @@ pub fn compare(runs: &[Run]) -> Option<Chart> {
     );
     let mut svg = Frame {
         width: WIDTH,
-        height: block_height * blocks.len() as f64,
+        height: block_height * blocks.len() as f64 - 14.0,
         title: &title,
         subtitle: &subtitle,
         footnote: &super::footnote(runs),
-        synthetic: super::is_synthetic(runs),
+        warning: super::synthetic_warning(runs),
     }
     .draw();
     for (i, metric) in blocks.into_iter().enumerate() {
@@ -124,7 +124,7 @@ fn block(svg: &mut Svg, runs: &[Run], contexts: &[ContextRun], metric: &Metric, 
         svg.text((x.to + 16.0, middle + 4.0), &text, VALUE);
         if i > 0 {
             let ratio = format!(
-                "{} ×",
+                "{}×",
                 units::significant(summary.median / summaries[0].median)
             );
             let style = Text::new(12.0, Regular, MUTED).anchored(Anchor::End);

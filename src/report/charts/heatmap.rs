@@ -68,7 +68,7 @@ pub fn heatmap(router: &RouterPicks) -> Option<Chart> {
         title,
         subtitle,
         footnote: &router.footnote,
-        synthetic: router.synthetic,
+        warning: router.synthetic.then_some(super::SYNTHETIC),
     }
     .draw();
     color_key(&mut svg, grid.left, cap);
@@ -213,16 +213,21 @@ fn axes(svg: &mut Svg, grid: &Grid, layers: usize, by_id: bool) {
     let bottom = grid.corner(layers, 0).1;
     let step = [1, 2, 4, 8, 16, 32, 64, 128]
         .into_iter()
-        .find(|step| *step as f64 * grid.cell.0 >= 52.0)
+        .find(|step| *step as f64 * grid.cell.0 >= 40.0)
         .unwrap_or(128);
-    for expert in (0..grid.experts).step_by(step) {
+    // Ids count from 0, ranks from 1.
+    let first = usize::from(!by_id);
+    for number in (0..=grid.experts).step_by(step).map(|n| n.max(first)) {
+        let expert = number - first;
+        if expert >= grid.experts {
+            break;
+        }
         let x = grid.corner(0, expert).0 + grid.cell.0 / 2.0;
         svg.line(
             (x, bottom + 2.0),
             (x, bottom + 6.0),
             Stroke::solid(FAINT, 1.0),
         );
-        let number = if by_id { expert } else { expert + 1 };
         svg.text(
             (x, bottom + 19.0),
             &number.to_string(),

@@ -14,6 +14,7 @@ const BINS: usize = 72;
 
 struct Row<'a> {
     run: usize,
+    context_tokens: usize,
     heading: String,
     run_name: &'a str,
     samples: Vec<f64>,
@@ -42,11 +43,11 @@ pub fn latency(runs: &[Run]) -> Option<Chart> {
         subtitle: "Share of tokens per bin, all repetitions together; lines at the median and the \
                    99th percentile",
         footnote: &super::footnote(runs),
-        synthetic: super::is_synthetic(runs),
+        warning: super::synthetic_warning(runs),
     }
     .draw();
     let span = (MARGIN + LEGEND, WIDTH - MARGIN - 8.0);
-    let x = Axis::round(lowest, longest.min(beyond_p99), span, 8);
+    let x = Axis::exact(lowest, longest.min(beyond_p99), span, 8);
     let bottom = TOP + rows.len() as f64 * ROW;
     for (value, text) in x.ticks() {
         let at = x.at(value);
@@ -75,6 +76,7 @@ fn rows(runs: &[Run]) -> Vec<Row<'_>> {
             if let (Some(p50), Some(p90), Some(p99)) = (at(50.0), at(90.0), at(99.0)) {
                 rows.push(Row {
                     run: index,
+                    context_tokens: context.context_tokens,
                     heading: super::context_label(context.context_tokens),
                     run_name: &run.name,
                     samples,
@@ -85,6 +87,7 @@ fn rows(runs: &[Run]) -> Vec<Row<'_>> {
             }
         }
     }
+    rows.sort_by_key(|row| (row.context_tokens, row.run));
     rows
 }
 
@@ -97,7 +100,7 @@ fn low_end(rows: &[Row]) -> Option<f64> {
         .reduce(f64::min)?;
     let slowest_p99 = rows.iter().map(|r| r.p99).fold(0.0, f64::max);
     let air = 0.04 * (slowest_p99 - fastest);
-    // Within a factor of two of zero the axis may as well start there.
+    // With a wide spread the axis may as well start at zero.
     Some(if fastest < slowest_p99 / 3.0 {
         0.0
     } else {

@@ -1,6 +1,6 @@
 //! What the bytes are for: one stacked bar per tier, every component named.
 
-use super::palette::{GRID, INK, MUTED, series, tint};
+use super::palette::{GRID, INK, MUTED, series, text_on, tint};
 use super::{Anchor, Chart, Frame, LABEL, MARGIN, TOP, VALUE, WIDTH};
 use crate::report::Run;
 use crate::report::record::{MemoryComponent, MemoryRecord, Tier};
@@ -37,7 +37,7 @@ pub fn memory(runs: &[Run]) -> Option<Chart> {
         subtitle: "As planned, all bars on one scale; a line marks the measured peak, a dashed \
                    line the budget",
         footnote: &super::footnote(runs),
-        synthetic: super::is_synthetic(runs),
+        warning: super::synthetic_warning(runs),
     }
     .draw();
     let scale = (WIDTH - 2.0 * MARGIN) / largest.max(1) as f64;
@@ -164,7 +164,7 @@ impl Stack<'_> {
                 ((width - gap).max(0.5), BAR),
                 &color(&part.component),
             );
-            let inside = Text::new(11.5, SemiBold, "#fff");
+            let inside = Text::new(11.5, SemiBold, text_on(&color(&part.component)));
             let text = units::bytes(part.bytes);
             if inside.width(&text) + 16.0 < width {
                 svg.text((x + 8.0, bar + BAR / 2.0 + 4.0), &text, inside);

@@ -54,6 +54,8 @@ const MARGIN: f64 = 32.0;
 /// Where the content of a frame begins.
 const TOP: f64 = 92.0;
 const FOOT: f64 = 52.0;
+/// Between the facts of a footnote.
+pub const DIVIDER: &str = " · ";
 
 const LABEL: Text = Text {
     size: 12.0,
@@ -76,18 +78,20 @@ struct Frame<'a> {
     title: &'a str,
     subtitle: &'a str,
     footnote: &'a str,
-    synthetic: bool,
+    /// Set apart at the top right.
+    warning: Option<&'a str>,
 }
 
 impl Frame<'_> {
     fn draw(&self) -> Svg {
-        let height = TOP + self.height + FOOT;
+        let foot = Text::new(10.5, Regular, palette::FAINT);
+        let foot_lines = wrap(self.footnote, foot, self.width - 2.0 * MARGIN);
+        let height = TOP + self.height + FOOT + 15.0 * foot_lines.len().saturating_sub(1) as f64;
         let mut svg = Svg::new(self.width, height);
         let room = self.width - 2.0 * MARGIN;
         let mut title_room = room;
-        if self.synthetic {
+        if let Some(text) = self.warning {
             let tag = Text::new(11.0, SemiBold, palette::WARNING).anchored(Anchor::End);
-            let text = "SYNTHETIC WEIGHTS";
             svg.text((self.width - MARGIN, 42.0), text, tag);
             title_room -= tag.width(text) + 16.0;
         }
@@ -95,14 +99,26 @@ impl Frame<'_> {
         svg.text((MARGIN, 42.0), &title.fit(self.title, title_room), title);
         let subtitle = Text::new(12.5, Regular, palette::MUTED);
         svg.text((MARGIN, 63.0), &subtitle.fit(self.subtitle, room), subtitle);
-        let foot = Text::new(10.5, Regular, palette::FAINT);
-        svg.text(
-            (MARGIN, height - 18.0),
-            &foot.fit(self.footnote, room),
-            foot,
-        );
+        for (i, line) in foot_lines.iter().rev().enumerate() {
+            svg.text((MARGIN, height - 18.0 - 15.0 * i as f64), line, foot);
+        }
         svg
     }
+}
+
+/// Lines of `parts` (divided by [`DIVIDER`]) that are as long as `room` allows.
+fn wrap(parts: &str, style: Text, room: f64) -> Vec<String> {
+    let mut lines: Vec<String> = Vec::new();
+    for part in parts.split(DIVIDER) {
+        match lines.last_mut() {
+            Some(line) if style.width(&format!("{line}{DIVIDER}{part}")) <= room => {
+                line.push_str(DIVIDER);
+                line.push_str(part);
+            }
+            _ => lines.push(style.fit(part, room)),
+        }
+    }
+    lines
 }
 
 /// Machine, model, day, and what must be said about them.
@@ -130,16 +146,21 @@ fn footnote(runs: &[Run]) -> String {
         add(run.model.clone());
     }
     add(first.day().to_string());
-    if is_synthetic(runs) {
-        add("synthetic weights".to_string());
-    }
     add(format!("moectl {}", first.body.software.moectl_version));
-    parts.join("  ·  ")
+    parts.join(DIVIDER)
 }
 
-fn is_synthetic(runs: &[Run]) -> bool {
-    runs.iter().any(|run| run.body.labels.synthetic)
+/// Numbers of made-up weights never go without this.
+fn synthetic_warning(runs: &[Run]) -> Option<&'static str> {
+    let synthetic = runs.iter().filter(|run| run.body.labels.synthetic).count();
+    match synthetic {
+        0 => None,
+        n if n == runs.len() => Some(SYNTHETIC),
+        _ => Some("SOME RUNS ON SYNTHETIC WEIGHTS"),
+    }
 }
+
+const SYNTHETIC: &str = "SYNTHETIC WEIGHTS";
 
 /// `5 repetitions` or `5 to 10 repetitions`.
 fn repetitions(runs: &[Run]) -> String {

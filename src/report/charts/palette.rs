@@ -35,6 +35,14 @@ pub fn sequential(t: f64) -> String {
     format!("#{:02x}{:02x}{:02x}", channel(0), channel(1), channel(2))
 }
 
+/// White or ink, whichever is read more easily on `background`.
+pub fn text_on(background: &str) -> &'static str {
+    let channel = |at: usize| u8::from_str_radix(&background[at..at + 2], 16).unwrap_or(0);
+    let [r, g, b] = [1, 3, 5].map(|at| f64::from(channel(at)));
+    let luma = 0.299 * r + 0.587 * g + 0.114 * b;
+    if luma > 150.0 { INK } else { "#fff" }
+}
+
 /// A colour mixed with white, `strength` 1 for the colour itself.
 pub fn tint(color: &str, strength: f64) -> String {
     let channel = |at: usize| {

@@ -48,7 +48,7 @@ pub fn prediction(runs: &[Run]) -> Option<Chart> {
         title,
         subtitle: "Predicted terms stacked above the measured median with its 95% interval",
         footnote: &super::footnote(runs),
-        synthetic: super::is_synthetic(runs),
+        warning: super::synthetic_warning(runs),
     }
     .draw();
     for (i, line) in legend_lines.iter().enumerate() {
@@ -64,7 +64,8 @@ pub fn prediction(runs: &[Run]) -> Option<Chart> {
     }
     let top = TOP + legend_height;
     let bottom = top + rows.len() as f64 * ROW;
-    let x = Axis::round(0.0, longest, (MARGIN + NAMES, WIDTH - MARGIN - FIGURES), 5);
+    let pixels = (MARGIN + NAMES, WIDTH - MARGIN - FIGURES);
+    let x = Axis::exact(0.0, longest * 1.02, pixels, 6);
     for (value, text) in x.ticks() {
         let at = x.at(value);
         svg.line((at, top), (at, bottom), Stroke::solid(GRID, 1.0));
@@ -170,20 +171,17 @@ impl Row<'_> {
         svg.rect(
             (x.from, lower),
             (x.at(measured_ms) - x.from, BAR),
-            &tint(INK, 0.75),
+            &tint(INK, 0.3),
         );
         let (low, high) = (self.measured.interval.low, self.measured.interval.high);
         let middle = lower + BAR / 2.0;
         let ends = (x.at(1e3 / high), x.at(1e3 / low));
+        svg.line((ends.0, middle), (ends.1, middle), Stroke::solid(INK, 2.0));
+        let median = x.at(measured_ms);
         svg.line(
-            (ends.0, middle),
-            (ends.1, middle),
-            Stroke::solid("#fff", 3.5),
-        );
-        svg.line(
-            (ends.0, middle),
-            (ends.1, middle),
-            Stroke::solid(series(1), 1.75),
+            (median, lower),
+            (median, lower + BAR),
+            Stroke::solid(INK, 2.0),
         );
 
         let right = x.to + 16.0;
@@ -194,8 +192,8 @@ impl Row<'_> {
         svg.text((right, upper + 15.0), &predicted, LABEL);
         let measured = format!("{} tok/s measured", significant(self.measured.median));
         svg.text((right, lower + 15.0), &measured, VALUE);
-        let sign = if self.error < 0.0 { "−" } else { "+" };
-        let error = format!("prediction {sign}{:.1}%", self.error.abs() * 100.0);
+        let side = if self.error < 0.0 { "low" } else { "high" };
+        let error = format!("predicted {:.1}% too {side}", self.error.abs() * 100.0);
         svg.text(
             (right, lower + 32.0),
             &error,

@@ -22,17 +22,19 @@ pub fn throughput(runs: &[Run]) -> Option<Chart> {
         return None;
     }
     let title = "Throughput against context length";
-    let subtitle = format!(
-        "Median of {} with its 95% bootstrap interval; small dots are the repetitions",
-        super::repetitions(runs)
-    );
+    let subtitle = match super::repetitions(runs).as_str() {
+        "1 repetition" => "A single repetition, so there is no interval".to_string(),
+        several => format!(
+            "Median of {several} with its 95% bootstrap interval; small dots are the repetitions"
+        ),
+    };
     let mut svg = Frame {
         width: WIDTH,
         height: HEIGHT,
         title,
         subtitle: &subtitle,
         footnote: &super::footnote(runs),
-        synthetic: super::is_synthetic(runs),
+        warning: super::synthetic_warning(runs),
     }
     .draw();
     let count = panels.len() as f64;
@@ -76,10 +78,10 @@ fn panel(svg: &mut Svg, runs: &[Run], metric: &Metric, left: f64, width: f64) {
     let every = || lines.iter().flatten();
     let several = runs.len() > 1;
     let highest = every().map(|p| p.summary.max).fold(0.0, f64::max);
-    let name_room = if several { 104.0 } else { 12.0 };
+    let name_room = if several { 124.0 } else { 12.0 };
     let (top, bottom) = (TOP + 34.0, TOP + HEIGHT - 40.0);
     // A little air above the highest point holds its label.
-    let y = Axis::round(0.0, highest * 1.08, (bottom, top), 4);
+    let y = Axis::round(0.0, highest * 1.08, (bottom, top), 5);
     let ticks = y.ticks();
     let gutter = ticks.iter().map(|t| LABEL.width(&t.1)).fold(0.0, f64::max) + 10.0;
     let (x0, x1) = (left + gutter, left + width - name_room);
