@@ -88,7 +88,7 @@ fn contexts(runs: &[Run]) -> impl Iterator<Item = (&Run, &ContextRun)> {
 }
 
 fn results(runs: &[Run]) -> Section {
-    let columns = [
+    let mut columns: Vec<&Metric> = vec![
         &DECODE_TOK_S,
         &PREFILL_TOK_S,
         &TTFT_MS,
@@ -98,6 +98,7 @@ fn results(runs: &[Run]) -> Section {
         &ITL_P99_MS,
         &EXPERT_HIT_RATE,
     ];
+    columns.retain(|metric| contexts(runs).any(|(_, c)| metric.summary(c).is_some()));
     let rows = contexts(runs)
         .map(|(run, context)| {
             let mut row = vec![
@@ -159,7 +160,7 @@ fn comparison(runs: &[Run]) -> Option<Section> {
                     c.metric.key.to_string(),
                     value(c.base.median),
                     value(c.new.median),
-                    format!("{}×", units::significant(c.ratio())),
+                    format!("{:.2}×", c.ratio()),
                     if c.intervals_overlap() {
                         "overlap"
                     } else {

@@ -53,7 +53,7 @@ pub fn facts(hardware: &HardwareBody) -> Vec<(&'static str, String)> {
         });
         facts.push(("numa", nodes.collect::<Vec<_>>().join("; ")));
     }
-    facts.push(("huge pages", huge_pages(hardware)));
+    facts.extend(huge_pages(hardware).map(|text| ("huge pages", text)));
     if let Some(dram) = &hardware.dram {
         let one = rate(&dram.one_core);
         facts.push((
@@ -210,19 +210,15 @@ fn ram(hardware: &HardwareBody) -> String {
     )
 }
 
-fn huge_pages(hardware: &HardwareBody) -> String {
+/// `None` where the kernel has none, as on other systems than Linux.
+fn huge_pages(hardware: &HardwareBody) -> Option<String> {
     let memory = &hardware.memory;
-    let mode = memory
-        .transparent_huge_pages
-        .as_deref()
-        .unwrap_or("unknown");
-    let size = memory
-        .huge_page_bytes
-        .map_or("unknown".to_string(), units::bytes);
-    format!(
-        "transparent: {mode}, {} of {size} reserved",
-        memory.huge_pages_reserved
-    )
+    let mode = memory.transparent_huge_pages.as_deref()?;
+    let size = units::bytes(memory.huge_page_bytes?);
+    let reserved = memory.huge_pages_reserved;
+    Some(format!(
+        "transparent: {mode}, {reserved} of {size} reserved"
+    ))
 }
 
 fn rate(rate: &Rate) -> String {

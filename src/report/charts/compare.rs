@@ -123,10 +123,7 @@ fn block(svg: &mut Svg, runs: &[Run], contexts: &[ContextRun], metric: &Metric, 
         let text = units::with_unit(summary.median, metric.unit);
         svg.text((x.to + 16.0, middle + 4.0), &text, VALUE);
         if i > 0 {
-            let ratio = format!(
-                "{}×",
-                units::significant(summary.median / summaries[0].median)
-            );
+            let ratio = format!("{:.2}×", summary.median / summaries[0].median);
             let style = Text::new(12.0, Regular, MUTED).anchored(Anchor::End);
             svg.text((WIDTH - MARGIN, middle + 4.0), &ratio, style);
         }

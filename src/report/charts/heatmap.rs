@@ -174,7 +174,7 @@ fn outlines(svg: &mut Svg, grid: &Grid, rows: &[Vec<(usize, f64)>], planned: &[V
 fn share_bars(svg: &mut Svg, grid: &Grid, router: &RouterPicks) {
     let left = grid.left + grid.experts as f64 * grid.cell.0 + 16.0;
     let width = SHARES - 16.0 - 44.0;
-    let small = Text::new(grid.label_size(), Regular, MUTED);
+    let small = Text::new(11.0, Regular, MUTED);
     svg.text((left, grid.top - 10.0), "picks covered", LABEL);
     for (layer, picks) in router.picks.iter().enumerate() {
         let ids = router.planned.get(layer).map_or(&[][..], Vec::as_slice);
@@ -204,7 +204,7 @@ fn share_bars(svg: &mut Svg, grid: &Grid, router: &RouterPicks) {
 }
 
 fn axes(svg: &mut Svg, grid: &Grid, layers: usize, by_id: bool) {
-    let small = Text::new(grid.label_size(), Regular, MUTED).anchored(Anchor::End);
+    let small = Text::new(11.0, Regular, MUTED).anchored(Anchor::End);
     for layer in (0..layers).step_by(grid.label_every()) {
         let y = grid.corner(layer, 0).1 + grid.cell.1 / 2.0 + small.size * 0.36;
         svg.text((grid.left - 8.0, y), &layer.to_string(), small);
@@ -281,10 +281,6 @@ impl Grid {
             self.left + column as f64 * self.cell.0,
             self.top + layer as f64 * self.cell.1,
         )
-    }
-
-    fn label_size(&self) -> f64 {
-        11.0
     }
 
     fn label_every(&self) -> usize {
