@@ -137,18 +137,15 @@ fn cache_bytes(root: &Root, level: u64) -> u64 {
 
 /// The tightest quota over period of the control groups this process is in.
 fn quota(root: &Root) -> Option<f64> {
-    let v2 = root
-        .cgroup_files("\0", "", "cpu.max")
-        .into_iter()
-        .filter_map(|text| {
-            let (quota, period) = text.split_once(' ')?;
-            Some((quota.parse().ok()?, period.parse().ok()?))
-        });
-    let v1_quota = root.cgroup_files("cpu", "cpu.cfs_quota_us", "\0");
-    let v1_period = root.cgroup_files("cpu", "cpu.cfs_period_us", "\0");
-    let v1 = v1_quota
+    let v2 = root.cgroup_v2("cpu.max").into_iter().filter_map(|text| {
+        let (quota, period) = text.split_once(' ')?;
+        Some((quota.parse().ok()?, period.parse().ok()?))
+    });
+    let v1_quotas = root.cgroup_v1("cpu", "cpu.cfs_quota_us");
+    let v1_periods = root.cgroup_v1("cpu", "cpu.cfs_period_us");
+    let v1 = v1_quotas
         .iter()
-        .zip(&v1_period)
+        .zip(&v1_periods)
         .filter_map(|(quota, period)| Some((quota.parse().ok()?, period.parse().ok()?)));
     v2.chain(v1)
         .filter(|&(quota, period): &(f64, f64)| quota > 0.0 && period > 0.0)

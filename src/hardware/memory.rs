@@ -78,8 +78,10 @@ fn from_sysinfo() -> (u64, u64, u64) {
 
 /// "No limit" is `max` in version 2 and a huge number in version 1; neither is below the RAM.
 fn cgroup_limit(root: &Root, total_bytes: u64) -> Option<u64> {
-    root.cgroup_files("memory", "memory.limit_in_bytes", "memory.max")
-        .iter()
+    let v2 = root.cgroup_v2("memory.max");
+    let v1 = root.cgroup_v1("memory", "memory.limit_in_bytes");
+    v2.iter()
+        .chain(&v1)
         .filter_map(|text| text.parse().ok())
         .filter(|&limit| limit < total_bytes)
         .min()
@@ -87,23 +89,25 @@ fn cgroup_limit(root: &Root, total_bytes: u64) -> Option<u64> {
 
 /// What counts against the limit, less the page cache, which gives way.
 fn cgroup_usage(root: &Root) -> u64 {
-    let used = root
-        .cgroup_files("memory", "memory.usage_in_bytes", "memory.current")
-        .first()
-        .and_then(|text| text.parse().ok())
-        .unwrap_or(0u64);
-    let cache = root
-        .cgroup_files("memory", "memory.stat", "memory.stat")
-        .first()
-        .and_then(|stat| {
-            stat.lines().find_map(|line| {
-                let (key, value) = line.split_once(' ')?;
-                matches!(key, "inactive_file" | "total_inactive_file")
-                    .then(|| value.parse().ok())?
-            })
-        })
-        .unwrap_or(0u64);
-    used.saturating_sub(cache)
+    let first = |mut v2: Vec<String>, v1: Vec<String>| {
+        v2.extend(v1);
+        v2.into_iter().next().unwrap_or_default()
+    };
+    let used = first(
+        root.cgroup_v2("memory.current"),
+        root.cgroup_v1("memory", "memory.usage_in_bytes"),
+    );
+    let stat = first(
+        root.cgroup_v2("memory.stat"),
+        root.cgroup_v1("memory", "memory.stat"),
+    );
+    let cache = stat.lines().find_map(|line| {
+        let (key, value) = line.split_once(' ')?;
+        matches!(key, "inactive_file" | "total_inactive_file").then(|| value.parse().ok())?
+    });
+    used.parse::<u64>()
+        .unwrap_or(0)
+        .saturating_sub(cache.unwrap_or(0))
 }
 
 fn numa_nodes(root: &Root) -> Vec<NumaNode> {

@@ -54,6 +54,9 @@ pub fn dram_read(cpu: &CpuFacts, memory: &MemoryFacts) -> Option<DramProbe> {
         .copied()
         .take(threads)
         .collect();
+    if cores.is_empty() {
+        return None;
+    }
     let mut buffer = MmapMut::map_anon(bytes as usize).ok()?;
     // With 4 KiB pages the page walk would be part of what is measured. A refusal is no error.
     #[cfg(target_os = "linux")]
@@ -62,10 +65,14 @@ pub fn dram_read(cpu: &CpuFacts, memory: &MemoryFacts) -> Option<DramProbe> {
     fill(words, &cores);
     Some(DramProbe {
         buffer_bytes: bytes,
-        threads,
+        threads: cores.len(),
         all_cores: measure(words, &cores, 1),
         one_core: measure(words, &cores[..1], 1),
-        in_cache: measure(&words[..threads * IN_CACHE_WORDS_PER_THREAD], &cores, 512),
+        in_cache: measure(
+            &words[..cores.len() * IN_CACHE_WORDS_PER_THREAD],
+            &cores,
+            512,
+        ),
     })
 }
 

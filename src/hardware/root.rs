@@ -56,35 +56,32 @@ impl Root {
         Some(kib * 1024)
     }
 
-    /// The settings of this process' control group, own group first, then its parents.
-    ///
+    /// A setting of this process' version 2 control group, then of its parents.
+    pub fn cgroup_v2(&self, file: &str) -> Vec<String> {
+        self.cgroup_files(|controllers| controllers.is_empty(), "sys/fs/cgroup", file)
+    }
+
+    /// A setting of this process' version 1 control group of one controller, then of its parents.
+    pub fn cgroup_v1(&self, controller: &str, file: &str) -> Vec<String> {
+        let is_ours = |controllers: &str| controllers.split(',').any(|c| c == controller);
+        self.cgroup_files(is_ours, &format!("sys/fs/cgroup/{controller}"), file)
+    }
+
     /// Inside a container the path of `/proc/self/cgroup` is often not visible; the mount point
     /// itself is then the container's own group, and it is always the last folder tried.
-    pub fn cgroup_files(&self, controller: &str, v1_file: &str, v2_file: &str) -> Vec<String> {
+    fn cgroup_files(&self, is_ours: impl Fn(&str) -> bool, mount: &str, file: &str) -> Vec<String> {
         let groups = self.text("proc/self/cgroup").unwrap_or_default();
-        let mut files = Vec::new();
-        for line in groups.lines() {
-            let mut parts = line.splitn(3, ':').skip(1);
-            let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else {
-                continue;
-            };
-            let (mount, file) = if controllers.is_empty() {
-                ("sys/fs/cgroup".to_string(), v2_file)
-            } else if controllers.split(',').any(|c| c == controller) {
-                (format!("sys/fs/cgroup/{controller}"), v1_file)
-            } else {
-                continue;
-            };
-            let mut group = Path::new(path.trim_start_matches('/'));
-            loop {
-                files.extend(self.text(Path::new(&mount).join(group).join(file)));
-                match group.parent() {
-                    Some(parent) => group = parent,
-                    None => break,
-                }
-            }
-        }
-        files
+        let path = groups.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            is_ours(controllers).then_some(path)
+        });
+        let Some(path) = path else {
+            return Vec::new();
+        };
+        Path::new(path.trim_start_matches('/'))
+            .ancestors()
+            .filter_map(|group| self.text(Path::new(mount).join(group).join(file)))
+            .collect()
     }
 }
 

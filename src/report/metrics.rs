@@ -26,7 +26,7 @@ pub static DECODE_TOK_S: Metric = Metric {
     key: "decode_tok_s",
     label: "Decode",
     unit: "tok/s",
-    formula: "(generated_tokens - 1) / sum(itl_ms) * 1000",
+    formula: "1000 (generated_tokens - 1) / sum(itl_ms)",
     better: Better::Higher,
     value: |r| positive(r.decode_tok_s),
 };

@@ -27,32 +27,20 @@ pub fn tokens(tokens: usize) -> String {
 
 /// Three significant digits, never an exponent: `0.0123`, `4.56`, `78.9`, `1,230`.
 pub fn significant(value: f64) -> String {
-    if value == 0.0 || !value.is_finite() {
-        return if value == 0.0 {
-            "0".into()
-        } else {
-            "–".into()
-        };
+    if value == 0.0 {
+        return "0".to_string();
     }
-    let magnitude = value.abs().log10().floor() as i32;
-    let decimals = (2 - magnitude).clamp(0, 9) as usize;
-    let rounded = match magnitude {
-        m if m > 2 => {
-            let step = 10f64.powi(m - 2);
-            (value / step).round() * step
+    // Rust's `e` format does the rounding, so that 9.996 becomes 10.0 and not 10.00.
+    let scientific = format!("{value:.2e}");
+    let exponent = scientific
+        .split_once('e')
+        .and_then(|(_, e)| e.parse::<i32>().ok());
+    match (scientific.parse::<f64>(), exponent) {
+        (Ok(rounded), Some(exponent)) => {
+            let decimals = (2 - exponent).clamp(0, 12) as usize;
+            thousands(&format!("{rounded:.decimals$}"))
         }
-        _ => value,
-    };
-    let text = format!("{rounded:.decimals$}");
-    // 9.996 rounds to 10.00: the digit gained in front is taken off behind.
-    match rounded.abs() < 10f64.powi(magnitude + 1)
-        && text
-            .parse::<f64>()
-            .is_ok_and(|v| v.abs() >= 10f64.powi(magnitude + 1))
-        && decimals > 0
-    {
-        true => format!("{rounded:.*}", decimals - 1),
-        false => thousands(&text),
+        _ => "–".to_string(),
     }
 }
 
@@ -66,7 +54,8 @@ pub fn with_unit(value: f64, unit: &str) -> String {
     }
 }
 
-fn thousands(digits: &str) -> String {
+/// `1234.5` as `1,234.5`.
+pub fn thousands(digits: &str) -> String {
     let (whole, fraction) = digits.split_once('.').unwrap_or((digits, ""));
     let (sign, whole) = whole.strip_prefix('-').map_or(("", whole), |w| ("-", w));
     let mut grouped = String::new();

@@ -1,0 +1,410 @@
+//! What a report says, before it is Markdown or HTML.
+
+use super::metrics::{
+    DECODE_TOK_S, EXPERT_HIT_RATE, ITL_P50_MS, ITL_P90_MS, ITL_P99_MS, METRICS, Metric, PEAK_RSS,
+    PEAK_VRAM, PREFILL_TOK_S, TPOT_MS, TTFT_MS,
+};
+use super::record::ContextRun;
+use super::regression::{comparisons, interval_text};
+use super::{Run, units};
+use crate::hardware::HardwareBody;
+
+/// One heading with what follows it.
+#[derive(Debug)]
+pub struct Section {
+    pub heading: String,
+    pub blocks: Vec<Block>,
+}
+
+#[derive(Debug)]
+pub enum Block {
+    Text(String),
+    List(Vec<String>),
+    Code(String),
+    Table(Table),
+}
+
+#[derive(Debug)]
+pub struct Table {
+    pub header: Vec<String>,
+    /// The first `left` columns hold text, the others numbers.
+    pub left: usize,
+    pub rows: Vec<Vec<String>>,
+}
+
+impl Section {
+    fn new(heading: &str, blocks: Vec<Block>) -> Self {
+        Self {
+            heading: heading.to_string(),
+            blocks,
+        }
+    }
+}
+
+impl Table {
+    fn block(left: usize, header: &[&str], rows: Vec<Vec<String>>) -> Block {
+        Block::Table(Self {
+            header: header.iter().map(|h| h.to_string()).collect(),
+            left,
+            rows,
+        })
+    }
+}
+
+/// Sections in reading order; those without data are left out.
+pub fn sections(runs: &[Run]) -> Vec<Section> {
+    let mut sections = vec![results(runs)];
+    sections.extend(comparison(runs));
+    sections.extend(prediction(runs));
+    sections.extend(memory(runs));
+    sections.extend(reading(runs));
+    sections.extend(quality(runs));
+    sections.push(machines(runs));
+    sections.push(software(runs));
+    sections.push(formulas());
+    sections
+}
+
+/// What must be said before any number.
+pub fn labels(runs: &[Run]) -> Vec<String> {
+    let mut all = Vec::new();
+    for run in runs {
+        let labels = &run.body.labels;
+        let name = &run.name;
+        if labels.synthetic {
+            all.push(format!(
+                "{name}: synthetic weights, the text it generates means nothing"
+            ));
+        }
+        all.push(format!("{name}: executed on {}", labels.executed_on));
+        all.extend(labels.notes.iter().map(|note| format!("{name}: {note}")));
+    }
+    all
+}
+
+fn contexts(runs: &[Run]) -> impl Iterator<Item = (&Run, &ContextRun)> {
+    runs.iter()
+        .flat_map(|run| run.body.contexts.iter().map(move |context| (run, context)))
+}
+
+fn results(runs: &[Run]) -> Section {
+    let mut columns: Vec<&Metric> = vec![
+        &DECODE_TOK_S,
+        &PREFILL_TOK_S,
+        &TTFT_MS,
+        &TPOT_MS,
+        &ITL_P50_MS,
+        &ITL_P90_MS,
+        &ITL_P99_MS,
+        &EXPERT_HIT_RATE,
+    ];
+    columns.retain(|metric| contexts(runs).any(|(_, c)| metric.summary(c).is_some()));
+    let rows = contexts(runs)
+        .map(|(run, context)| {
+            let mut row = vec![
+                run.name.clone(),
+                units::tokens(context.context_tokens),
+                context.repetitions.len().to_string(),
+            ];
+            row.extend(columns.iter().map(|metric| cell(metric, context)));
+            row
+        })
+        .collect();
+    let mut header = vec!["run", "context", "n"];
+    header.extend(columns.iter().map(|metric| metric.key));
+    let mut blocks = vec![
+        Block::Text(
+            "Medians with their bootstrap 95% intervals; every sample is in samples.csv."
+                .to_string(),
+        ),
+        Table::block(1, &header, rows),
+    ];
+    let notes: Vec<String> = contexts(runs)
+        .filter_map(|(run, context)| {
+            let note = DECODE_TOK_S.summary(context)?.outlier_note()?;
+            let context = units::tokens(context.context_tokens);
+            Some(format!("{} at {context} context, decode: {note}", run.name))
+        })
+        .collect();
+    if !notes.is_empty() {
+        blocks.push(Block::List(notes));
+    }
+    Section::new("Results", blocks)
+}
+
+fn cell(metric: &Metric, context: &ContextRun) -> String {
+    let Some(summary) = metric.summary(context) else {
+        return "–".to_string();
+    };
+    match metric.unit {
+        "" => units::with_unit(summary.median, ""),
+        _ => {
+            let interval = interval_text(summary.interval);
+            format!("{} {interval}", units::significant(summary.median))
+                .trim_end()
+                .to_string()
+        }
+    }
+}
+
+fn comparison(runs: &[Run]) -> Option<Section> {
+    let (base, others) = runs.split_first()?;
+    let mut blocks = Vec::new();
+    for run in others {
+        let rows: Vec<Vec<String>> = comparisons(&base.body, &run.body)
+            .into_iter()
+            .map(|c| {
+                let value = |v| units::with_unit(v, c.metric.unit);
+                vec![
+                    units::tokens(c.context_tokens),
+                    c.metric.key.to_string(),
+                    value(c.base.median),
+                    value(c.new.median),
+                    format!("{:.2}×", c.ratio()),
+                    if c.intervals_overlap() {
+                        "overlap"
+                    } else {
+                        "apart"
+                    }
+                    .to_string(),
+                ]
+            })
+            .collect();
+        if rows.is_empty() {
+            let text = format!("{} and {} share no context length.", base.name, run.name);
+            blocks.push(Block::Text(text));
+            continue;
+        }
+        let outputs = match base.body.same_output(&run.body) {
+            Some(true) => "Both generated the same tokens.",
+            Some(false) => "They did not generate the same tokens.",
+            None => "",
+        };
+        let text = format!(
+            "{} against {} (ratio = {0} / {1}). {outputs}",
+            run.name, base.name
+        );
+        blocks.push(Block::Text(text.trim_end().to_string()));
+        let header = [
+            "context",
+            "metric",
+            &base.name,
+            &run.name,
+            "ratio",
+            "95% intervals",
+        ];
+        blocks.push(Table::block(2, &header, rows));
+    }
+    (!blocks.is_empty()).then(|| Section::new("Comparison", blocks))
+}
+
+fn prediction(runs: &[Run]) -> Option<Section> {
+    let rows: Vec<Vec<String>> = contexts(runs)
+        .filter_map(|(run, context)| {
+            let prediction = context.prediction.as_ref()?;
+            let measured = DECODE_TOK_S.summary(context)?.median;
+            let error = (prediction.decode_tok_s - measured) / measured;
+            let terms: Vec<String> = prediction
+                .terms
+                .iter()
+                .map(|t| format!("{} {}", t.name, units::significant(t.ms_per_token)))
+                .collect();
+            Some(vec![
+                run.name.clone(),
+                terms.join(", "),
+                units::tokens(context.context_tokens),
+                units::significant(prediction.decode_tok_s),
+                units::significant(measured),
+                format!("{:+.1}%", error * 100.0),
+            ])
+        })
+        .collect();
+    let header = [
+        "run",
+        "predicted terms, ms/token",
+        "context",
+        "predicted tok/s",
+        "measured tok/s",
+        "error",
+    ];
+    let blocks = vec![Table::block(2, &header, rows)];
+    contexts(runs)
+        .any(|(_, context)| context.prediction.is_some())
+        .then(|| Section::new("Prediction", blocks))
+}
+
+fn memory(runs: &[Run]) -> Option<Section> {
+    let mut rows = Vec::new();
+    for run in runs {
+        let memory = &run.body.memory;
+        let mut row = |what: &str, tier: &str, bytes: u64| {
+            let bytes_text = units::thousands(&bytes.to_string());
+            rows.push(vec![
+                run.name.clone(),
+                what.to_string(),
+                tier.to_string(),
+                units::bytes(bytes),
+                bytes_text,
+            ]);
+        };
+        for part in &memory.components {
+            row(&part.component, part.tier.name(), part.bytes);
+        }
+        if let Some(bytes) = memory.vram_budget_bytes {
+            row("budget", "VRAM", bytes);
+        }
+        if let Some(bytes) = memory.peak_vram_bytes {
+            row("measured peak", "VRAM", bytes);
+        }
+        if memory.peak_rss_bytes > 0 {
+            row("measured peak (RSS)", "RAM", memory.peak_rss_bytes);
+        }
+    }
+    let header = ["run", "component", "tier", "size", "bytes"];
+    (!rows.is_empty()).then(|| Section::new("Memory", vec![Table::block(3, &header, rows)]))
+}
+
+/// The roofline of decode: bytes read per token against what the memory can deliver.
+fn reading(runs: &[Run]) -> Option<Section> {
+    let rows: Vec<Vec<String>> = contexts(runs)
+        .filter_map(|(run, context)| {
+            let bytes = context.bytes_read_per_token?;
+            let gb_s = bytes as f64 * DECODE_TOK_S.summary(context)?.median / 1e9;
+            let dram = run.body.hardware.dram.as_ref();
+            Some(vec![
+                run.name.clone(),
+                units::tokens(context.context_tokens),
+                units::bytes(bytes),
+                units::significant(gb_s),
+                dram.map_or("–".into(), |d| units::significant(d.all_cores.best_gb_s)),
+                dram.map_or("–".into(), |d| {
+                    format!("{:.0}%", gb_s / d.all_cores.best_gb_s * 100.0)
+                }),
+            ])
+        })
+        .collect();
+    let header = [
+        "run",
+        "context",
+        "read per token",
+        "achieved GB/s",
+        "DRAM read GB/s",
+        "share",
+    ];
+    let text = "Bytes one decode step has to read, times tokens per second, beside the read \
+                bandwidth of all cores measured on the same machine.";
+    let blocks = vec![
+        Block::Text(text.to_string()),
+        Table::block(1, &header, rows),
+    ];
+    contexts(runs)
+        .any(|(_, context)| context.bytes_read_per_token.is_some())
+        .then(|| Section::new("Memory bandwidth", blocks))
+}
+
+fn quality(runs: &[Run]) -> Option<Section> {
+    let rows: Vec<Vec<String>> = runs
+        .iter()
+        .filter_map(|run| {
+            let quality = run.body.quality.as_ref()?;
+            Some(vec![
+                run.name.clone(),
+                quality.reference.clone(),
+                quality.tokens.to_string(),
+                format!("{:.2e}", quality.mean_kl_nats),
+                format!("{:.4}", quality.perplexity),
+                format!("{:.4}", quality.reference_perplexity),
+            ])
+        })
+        .collect();
+    let header = [
+        "run",
+        "reference",
+        "tokens",
+        "mean KL, nats",
+        "perplexity",
+        "reference perplexity",
+    ];
+    (!rows.is_empty()).then(|| Section::new("Quality", vec![Table::block(2, &header, rows)]))
+}
+
+fn machines(runs: &[Run]) -> Section {
+    let mut blocks = Vec::new();
+    let mut seen: Vec<&HardwareBody> = Vec::new();
+    for run in runs {
+        let hardware = &run.body.hardware;
+        if seen.contains(&hardware) {
+            continue;
+        }
+        seen.push(hardware);
+        if runs.len() > 1 {
+            blocks.push(Block::Text(format!("{}: {}", run.name, hardware.summary())));
+        }
+        let facts = super::doctor::facts(hardware);
+        let rows = facts
+            .into_iter()
+            .map(|(name, value)| vec![name.to_string(), value]);
+        blocks.push(Table::block(2, &["fact", "value"], rows.collect()));
+    }
+    Section::new("Machine", blocks)
+}
+
+fn software(runs: &[Run]) -> Section {
+    let rows = runs
+        .iter()
+        .map(|run| {
+            let (software, settings) = (&run.body.software, &run.body.settings);
+            let backend = match &software.kernels {
+                Some(kernels) => format!("{} ({kernels})", software.backend),
+                None => software.backend.clone(),
+            };
+            vec![
+                run.name.clone(),
+                run.model.clone(),
+                settings.corpus.clone(),
+                backend,
+                format!(
+                    "moectl {}, rustc {}",
+                    software.moectl_version, software.rustc_version
+                ),
+                software.threads.to_string(),
+                settings.warmups.to_string(),
+                settings.generated_tokens.to_string(),
+            ]
+        })
+        .collect();
+    let header = [
+        "run",
+        "model",
+        "corpus",
+        "backend",
+        "software",
+        "threads",
+        "warm-ups",
+        "generated",
+    ];
+    let commands: Vec<&str> = runs
+        .iter()
+        .map(|r| r.body.settings.command.as_str())
+        .collect();
+    let blocks = vec![
+        Table::block(5, &header, rows),
+        Block::Text("To repeat:".to_string()),
+        Block::Code(commands.join("\n")),
+    ];
+    Section::new("Software and settings", blocks)
+}
+
+fn formulas() -> Section {
+    let mut list: Vec<String> = METRICS
+        .iter()
+        .map(|metric| format!("{} = {}", metric.key, metric.formula))
+        .collect();
+    list.extend([PEAK_RSS, PEAK_VRAM].map(|(key, formula)| format!("{key} = {formula}")));
+    list.push(
+        "intervals: percentile bootstrap of the median, 4,000 resamples with a fixed seed; a \
+         comparison says whether they overlap and claims nothing else"
+            .to_string(),
+    );
+    Section::new("Formulas", vec![Block::List(list)])
+}

@@ -1,0 +1,306 @@
+//! A report from records to files: what is written, what it says, and what it refuses.
+
+mod fixture;
+
+use std::fs;
+
+use moectl::hardware::{CpuFacts, CpuFeature, DramProbe, HardwareBody, Rate};
+use moectl::report::record::{RunBody, Tier};
+use moectl::report::{ReportError, ReportInputs, charts, compare, doctor, write_report};
+
+const CONTEXTS: [usize; 4] = [4096, 8192, 32_768, 131_072];
+
+fn two_runs() -> ReportInputs {
+    ReportInputs {
+        title: "LRU against static".to_string(),
+        runs: vec![
+            fixture::run("static", &CONTEXTS, 1.0, 1),
+            fixture::run("lru", &CONTEXTS, 1.2, 2),
+        ],
+        router: Some(fixture::picks(8, 64, 16, 3)),
+    }
+}
+
+#[test]
+fn a_report_writes_documents_tables_and_every_chart_twice() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("new/folder");
+    let files = write_report(&two_runs(), &folder).unwrap();
+    let mut names: Vec<&str> = files
+        .iter()
+        .map(|f| f.file_name().unwrap().to_str().unwrap())
+        .collect();
+    names.sort_unstable();
+    let charts = [
+        "compare",
+        "heatmap",
+        "latency",
+        "memory",
+        "prediction",
+        "throughput",
+    ];
+    let mut expected: Vec<String> = charts
+        .iter()
+        .flat_map(|name| [format!("{name}.png"), format!("{name}.svg")])
+        .chain(["report.html", "report.md", "samples.csv", "summary.csv"].map(String::from))
+        .collect();
+    expected.sort_unstable();
+    assert_eq!(names, expected);
+    for file in &files {
+        let bytes = fs::read(file).unwrap();
+        assert!(bytes.len() > 500, "{}", file.display());
+        if file.extension().unwrap() == "png" {
+            assert!(bytes.starts_with(b"\x89PNG\r\n"));
+        }
+    }
+}
+
+#[test]
+fn the_html_needs_no_other_file() {
+    let inputs = two_runs();
+    let html = moectl::report::html::render(&inputs, &inputs.charts());
+    for outside in ["src=\"", "href=", "@import", "url(http"] {
+        assert!(!html.contains(outside), "{outside}");
+    }
+    assert_eq!(html.matches("<svg ").count(), inputs.charts().len());
+    assert!(html.contains("itl_ms_p99"));
+}
+
+#[test]
+fn the_markdown_holds_medians_intervals_ratios_and_formulas() {
+    let inputs = two_runs();
+    let text = moectl::report::markdown::render(&inputs, &[]);
+    assert!(
+        text.contains("tpot_ms = (e2e_ms - ttft_ms) / (generated_tokens - 1)"),
+        "{text}"
+    );
+    assert!(
+        text.contains("lru against static (ratio = lru / static)"),
+        "{text}"
+    );
+    assert!(text.contains("apart") && text.contains("overlap"));
+    let row = text.lines().find(|l| l.starts_with("| static | ")).unwrap();
+    assert!(row.contains('[') && row.contains(']'), "{row}");
+    for line in text.lines().filter(|l| l.starts_with('|')) {
+        assert!(line.ends_with('|'), "{line}");
+    }
+}
+
+#[test]
+fn samples_csv_has_one_row_per_sample_and_summary_csv_one_per_metric() {
+    let inputs = two_runs();
+    let samples = moectl::report::tables::samples(&inputs.runs).unwrap();
+    let mut reader = csv::Reader::from_reader(samples.as_slice());
+    let metrics: Vec<String> = reader
+        .records()
+        .map(|r| r.unwrap()[3].to_string())
+        .collect();
+    let of = |name: &str| metrics.iter().filter(|m| *m == name).count();
+    assert_eq!(of("itl_ms"), 2 * CONTEXTS.len() * 5 * 127);
+    assert_eq!(of("decode_tok_s"), 2 * CONTEXTS.len() * 5);
+
+    let summary = moectl::report::tables::summary(&inputs.runs).unwrap();
+    let mut reader = csv::Reader::from_reader(summary.as_slice());
+    let column = reader
+        .headers()
+        .unwrap()
+        .iter()
+        .position(|h| h == "median")
+        .unwrap();
+    for row in reader.records() {
+        let median: f64 = row.unwrap()[column].parse().unwrap();
+        assert!(median > 0.0);
+    }
+}
+
+#[test]
+fn synthetic_weights_are_named_in_every_output() {
+    let mut inputs = two_runs();
+    inputs.router.as_mut().unwrap().synthetic = true;
+    for run in &mut inputs.runs {
+        run.body.labels.synthetic = true;
+    }
+    let charts = inputs.charts();
+    assert_eq!(charts.len(), 6);
+    for chart in &charts {
+        assert!(chart.svg.contains("SYNTHETIC WEIGHTS"), "{}", chart.name);
+    }
+    assert!(moectl::report::markdown::render(&inputs, &[]).contains("synthetic weights"));
+    assert!(moectl::report::html::render(&inputs, &[]).contains("synthetic weights"));
+    let summary = moectl::report::tables::summary(&inputs.runs).unwrap();
+    assert!(String::from_utf8(summary).unwrap().contains(",true,"));
+}
+
+#[test]
+fn nothing_to_report_is_an_error_and_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("out");
+    let error = write_report(&ReportInputs::default(), &folder).unwrap_err();
+    assert!(matches!(error, ReportError::Empty));
+    assert!(!folder.exists());
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let error = write_report(&two_runs(), &file.join("out"))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("file/out"), "{error}");
+}
+
+#[test]
+fn a_run_record_survives_json_and_ignores_fields_of_later_versions() {
+    let body = fixture::run("a", &CONTEXTS, 1.0, 1).body;
+    let mut json = serde_json::to_value(&body).unwrap();
+    json["a_field_of_tomorrow"] = 1.into();
+    let back: RunBody = serde_json::from_value(json).unwrap();
+    assert_eq!(back, body);
+}
+
+#[test]
+fn a_slower_run_is_a_regression_and_noise_is_not() {
+    let base = fixture::run("base", &CONTEXTS, 1.0, 1).body;
+    let again = fixture::run("again", &CONTEXTS, 1.0, 7).body;
+    let slower = fixture::run("slower", &CONTEXTS, 0.8, 2).body;
+    assert_eq!(compare(&base, &again, 0.05), []);
+    let found = compare(&base, &slower, 0.05);
+    let decode: Vec<_> = found
+        .iter()
+        .filter(|r| r.metric == "decode_tok_s")
+        .collect();
+    assert_eq!(decode.len(), CONTEXTS.len());
+    assert!(decode.iter().all(|r| (0.15..0.25).contains(&r.worse_by)));
+    let text = decode[0].to_string();
+    assert!(text.starts_with("decode_tok_s at 4k context: "), "{text}");
+    assert_eq!(compare(&base, &slower, 0.5), []);
+    assert_eq!(compare(&slower, &base, 0.05), []);
+}
+
+#[test]
+fn more_memory_is_a_regression() {
+    let base = fixture::run("base", &CONTEXTS, 1.0, 1).body;
+    let mut new = base.clone();
+    new.memory.peak_rss_bytes *= 2;
+    let found = compare(&base, &new, 0.05);
+    assert_eq!(found.len(), 1);
+    assert_eq!(
+        (found[0].metric, found[0].worse_by),
+        ("peak_rss_bytes", 1.0)
+    );
+}
+
+#[test]
+fn the_prediction_error_is_relative_to_the_measured_median() {
+    let run = fixture::run("base", &[4096], 1.0, 1);
+    let error = run.body.contexts[0].prediction_error.unwrap();
+    assert!((0.02..0.12).contains(&error), "{error}");
+}
+
+#[test]
+fn charts_without_data_are_left_out() {
+    let mut run = fixture::run("short", &[512], 1.0, 1);
+    let body = &mut run.body;
+    body.memory
+        .components
+        .retain(|c| c.tier == Tier::Disk && c.bytes == 0);
+    body.contexts[0].prediction = None;
+    for repetition in &mut body.contexts[0].repetitions {
+        repetition.itl_ms.clear();
+        repetition.decode_tok_s = 0.0;
+    }
+    let names: Vec<String> = charts::of_runs(&[run])
+        .into_iter()
+        .map(|c| c.name)
+        .collect();
+    assert_eq!(names, ["throughput"]);
+    assert!(charts::heatmap(&fixture::picks(0, 0, 0, 1)).is_none());
+}
+
+#[test]
+fn every_label_stays_inside_its_drawing() {
+    let mut inputs = two_runs();
+    inputs.runs[1].name = "a very long name that nobody should give to a run".repeat(3);
+    inputs.runs[1].model = "organisation/model-of-a-very-long-name".repeat(8);
+    for chart in inputs.charts() {
+        let options = resvg::usvg::Options {
+            fontdb: moectl::report::font::database(),
+            ..Default::default()
+        };
+        let tree = resvg::usvg::Tree::from_str(&chart.svg, &options).unwrap();
+        let drawn = tree.root().abs_bounding_box();
+        let size = tree.size();
+        assert!(drawn.left() >= 0.0 && drawn.top() >= 0.0, "{}", chart.name);
+        assert!(
+            drawn.right() <= size.width() + 0.5,
+            "{}: {drawn:?}",
+            chart.name
+        );
+        assert!(
+            drawn.bottom() <= size.height() + 0.5,
+            "{}: {drawn:?}",
+            chart.name
+        );
+    }
+}
+
+#[test]
+fn doctor_warns_of_what_costs_speed_and_says_the_way_out() {
+    let mut hardware = fixture::run("a", &[512], 1.0, 1).body.hardware;
+    let feature = |name: &str, present, usable| CpuFeature {
+        name: name.to_string(),
+        present,
+        usable,
+    };
+    hardware.cpu = CpuFacts {
+        architecture: "x86_64".to_string(),
+        features: vec![
+            feature("avx2", true, true),
+            feature("fma", true, true),
+            feature("amx-tile", true, false),
+        ],
+        quota_cores: Some(1.5),
+        ..hardware.cpu
+    };
+    hardware.memory.cgroup_limit_bytes = Some(8 << 30);
+    hardware.gpu.devices.clear();
+    hardware.gpu.none_because = Some("no NVIDIA driver is installed".to_string());
+    let rate = |median_gb_s| Rate {
+        median_gb_s,
+        best_gb_s: median_gb_s,
+        ..Rate::default()
+    };
+    hardware.dram = Some(DramProbe {
+        buffer_bytes: 1 << 28,
+        threads: 2,
+        all_cores: rate(30.0),
+        one_core: rate(15.0),
+        in_cache: rate(200.0),
+    });
+    let text = doctor::doctor_report(&hardware);
+    for expected in [
+        "amx-tile but the system does not grant it",
+        "no AVX-512 VNNI",
+        "grants 1.5 of 8 cores",
+        "--threads 2",
+        "8.00 GiB of RAM cannot hold",
+        "gpu           none: no NVIDIA driver is installed",
+        "no GPU: everything runs on the CPU",
+        "dram read     30.0 GB/s",
+    ] {
+        assert!(text.contains(expected), "{expected}\n{text}");
+    }
+}
+
+#[test]
+fn this_machine_can_be_described_and_survives_json() {
+    let hardware = HardwareBody::detect();
+    let json = serde_json::to_string(&hardware).unwrap();
+    assert_eq!(
+        serde_json::from_str::<HardwareBody>(&json).unwrap(),
+        hardware
+    );
+    assert!(doctor::doctor_report(&hardware).contains("ram"));
+}
