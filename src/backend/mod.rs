@@ -6,6 +6,7 @@
 //!
 //! Shapes: `T` tokens of one chunk, `D` hidden_size, `E` num_experts, `k` num_experts_per_tok.
 
+pub mod cpu;
 pub mod reference;
 pub mod shape;
 pub mod weights;

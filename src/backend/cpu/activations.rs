@@ -1,0 +1,148 @@
+//! What the weight kernels multiply with: activations in blocks of 64 columns.
+//!
+//! Block `kb` of token `t` is `blocks[kb * tokens + t]`, so that a kernel that walks along a row of
+//! tiles meets all tokens of one tile side by side. The last block is padded with zeros.
+
+use std::array::from_fn;
+
+use super::isa::dispatch;
+use super::layout::{TILE_COLS, column};
+use super::simd::{ACTIVATION_MAX, LANES, Simd, WEIGHT_MAX, lanes};
+
+/// 64 activations of one token.
+pub type Block = [f32; TILE_COLS];
+
+/// 64 activations of one token as integers: `x = scale * 4095 * quantised`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Int16Block {
+    /// i16 pairs in the order of the tile's codes: pair `4 * group + j` holds the columns of
+    /// nibble `j` (low half) and of nibble `j + 4`, which is 16 columns further.
+    pub pairs: [i32; TILE_COLS / 2],
+    /// `max|x| / 8191 / 4095`: undoes the scaling of activations and of the code book.
+    pub scale: f32,
+}
+
+/// First column of pair `4 * group + j`; the second is 16 further.
+const PAIR_COLUMN: [usize; TILE_COLS / 2] = {
+    let mut columns = [0; TILE_COLS / 2];
+    let mut p = 0;
+    while p < columns.len() {
+        columns[p] = column(p / 16, p / 4 % 4, p % 4);
+        p += 1;
+    }
+    columns
+};
+
+impl Int16Block {
+    pub const ZERO: Int16Block = Int16Block {
+        pairs: [0; TILE_COLS / 2],
+        scale: 0.0,
+    };
+}
+
+/// Activations `[tokens, cols]` as blocks; the integer form exists where a kernel asks for it.
+#[derive(Default)]
+pub struct Activations {
+    pub tokens: usize,
+    /// `[ceil(cols / 64), tokens]`
+    pub blocks: Vec<Block>,
+    /// `[ceil(cols / 64), tokens]`, or empty
+    pub int16: Vec<Int16Block>,
+}
+
+impl Activations {
+    /// Makes room for `[tokens, cols]`, keeping memory of earlier use; contents are arbitrary.
+    pub fn resize(&mut self, tokens: usize, cols: usize, int16: bool) {
+        let len = tokens * cols.div_ceil(TILE_COLS);
+        self.tokens = tokens;
+        self.blocks.resize(len, [0.0; TILE_COLS]);
+        let int16_len = if int16 { len } else { 0 };
+        self.int16.resize(int16_len, Int16Block::ZERO);
+    }
+
+    /// Columns, padded to 64.
+    pub fn padded_cols(&self) -> usize {
+        self.blocks.len() / self.tokens.max(1) * TILE_COLS
+    }
+}
+
+dispatch! {
+    /// Quantises one block to 14-bit integers. The largest error is half a step, 0.006% of max|x|.
+    pub fn quantize_block(x: &Block) -> Int16Block = quantize_block_body
+}
+
+#[inline(always)]
+pub fn quantize_block_body<S: Simd>(s: S, x: &Block) -> Int16Block {
+    let mut max = s.splat(0.0);
+    for v in lanes(x) {
+        max = s.max(max, s.abs(s.load(v)));
+    }
+    let max = s.reduce_max(max);
+    if max == 0.0 {
+        return Int16Block::ZERO;
+    }
+    // A NaN or infinite activation must reach the output: the scale carries it.
+    let inverse = if max.is_finite() {
+        ACTIVATION_MAX as f32 / max
+    } else {
+        0.0
+    };
+    let mut quantized = [0; TILE_COLS];
+    for (v, q) in lanes(x).iter().zip(super::simd::lanes_mut(&mut quantized)) {
+        // 8191 * max / max may round up to 8191.0005, which still rounds to 8191.
+        s.store_i32(s.round(s.mul(s.load(v), s.splat(inverse))), q);
+    }
+    Int16Block {
+        pairs: from_fn(|p| {
+            let k = PAIR_COLUMN[p];
+            quantized[k + LANES] << 16 | (quantized[k] & 0xffff)
+        }),
+        scale: max / (ACTIVATION_MAX as f32 * WEIGHT_MAX as f32),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::isa::Isa;
+    use crate::backend::cpu::tests::random_vector;
+
+    #[test]
+    fn quantised_activations_are_within_half_a_step() {
+        for seed in 0..20 {
+            let mut x: Block = random_vector(64, seed).try_into().unwrap();
+            if seed % 3 == 0 {
+                x[7] = 1e4;
+            }
+            let max = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            for isa in Isa::available() {
+                let block = quantize_block(isa, &x);
+                for (p, pair) in block.pairs.iter().enumerate() {
+                    let k = PAIR_COLUMN[p];
+                    for (k, q) in [(k, *pair as i16), (k + 16, (pair >> 16) as i16)] {
+                        let back = f32::from(q) * block.scale * WEIGHT_MAX as f32;
+                        assert!((back - x[k]).abs() <= 0.501 * max / 8191.0);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_of_zeros_stays_zero() {
+        for isa in Isa::available() {
+            let block = quantize_block(isa, &[0.0; 64]);
+            assert!(block.scale == 0.0 && block.pairs == [0; 32]);
+        }
+    }
+
+    #[test]
+    fn infinities_are_not_lost() {
+        for isa in Isa::available() {
+            let mut x = [1.0; 64];
+            x[3] = f32::INFINITY;
+            assert!(!quantize_block(isa, &x).scale.is_finite());
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! The mixture of experts: each chosen expert meets all of its tokens at once.
+//!
+//! Two jobs per layer: gate and up rows with SwiGLU, then down rows of all experts, added up per
+//! output row in order of expert id. Slices that run from gate to down without the barrier in
+//! between would need a partial result per expert and slice to give the same bits for any number
+//! of threads; writing and reading those costs more than the barrier.
+
+use std::cell::RefCell;
+
+use super::activations::{Activations, Block, Int16Block, quantize_block};
+use super::isa::{Isa, dispatch};
+use super::layout::{TILE_COLS, TILE_ROWS};
+use super::linear::{Linear, Panel, View, with_panels};
+use super::math::silu;
+use super::simd::{Simd, lanes, lanes_mut};
+use super::threads::{Parts, Pool};
+use crate::backend::{Result, Routing};
+
+/// One SwiGLU block, `down(silu(gate x) * up x)`.
+pub struct Expert {
+    pub gate: Linear,
+    pub up: Linear,
+    pub down: Linear,
+}
+
+impl Expert {
+    /// Blocks of 64 intermediate values.
+    fn blocks(&self) -> usize {
+        self.gate.rows.div_ceil(TILE_COLS)
+    }
+}
+
+/// Buffers of one chunk, kept between calls.
+#[derive(Default)]
+pub struct Buffers {
+    groups: Vec<Group>,
+    /// Tokens of all groups, and the weight of each there
+    tokens: Vec<u32>,
+    weights: Vec<f32>,
+    /// (group, block) of each gate-and-up job
+    jobs: Vec<(u32, u32)>,
+    /// Intermediate values: of each group, `[blocks, tokens]`
+    hidden: Vec<Block>,
+    hidden_int16: Vec<Int16Block>,
+}
+
+/// One expert and its tokens.
+struct Group {
+    /// Index among the experts; their number stands for the shared expert.
+    expert: usize,
+    /// First of its tokens in `tokens` and `weights`
+    first_token: usize,
+    tokens: usize,
+    /// First of its blocks in `hidden`
+    first_block: usize,
+}
+
+impl Buffers {
+    /// Sorts tokens by expert; the shared expert comes last and takes every token.
+    fn group(&mut self, experts: &[Expert], shared: &Expert, routing: &Routing, gates: &[f32]) {
+        let k = routing.num_experts_per_tok;
+        self.groups.clear();
+        self.groups.extend((0..=experts.len()).map(|expert| Group {
+            expert,
+            first_token: 0,
+            tokens: 0,
+            first_block: 0,
+        }));
+        for &id in &routing.topk_ids {
+            self.groups[usize::from(id)].tokens += 1;
+        }
+        self.groups[experts.len()].tokens = gates.len();
+        let (mut token, mut block) = (0, 0);
+        for group in &mut self.groups {
+            let expert = experts.get(group.expert).unwrap_or(shared);
+            (group.first_token, group.first_block) = (token, block);
+            token += group.tokens;
+            block += group.tokens * expert.blocks();
+        }
+        self.tokens.resize(token, 0);
+        self.weights.resize(token, 0.0);
+        self.hidden.resize(block, [0.0; TILE_COLS]);
+
+        // Tokens go in ascending order, so `first_token` serves as the place to write next.
+        let mut put = |group: &mut Group, token: usize, weight: f32| {
+            self.tokens[group.first_token] = token as u32;
+            self.weights[group.first_token] = weight;
+            group.first_token += 1;
+        };
+        for (i, (&id, &weight)) in routing
+            .topk_ids
+            .iter()
+            .zip(&routing.topk_weights)
+            .enumerate()
+        {
+            put(&mut self.groups[usize::from(id)], i / k, weight);
+        }
+        for (token, &gate) in gates.iter().enumerate() {
+            put(&mut self.groups[experts.len()], token, gate);
+        }
+        for group in &mut self.groups {
+            group.first_token -= group.tokens;
+        }
+        self.groups.retain(|g| g.tokens > 0);
+
+        self.jobs.clear();
+        for (i, group) in self.groups.iter().enumerate() {
+            let expert = experts.get(group.expert).unwrap_or(shared);
+            self.jobs
+                .extend((0..expert.blocks()).map(|block| (i as u32, block as u32)));
+        }
+    }
+}
+
+/// `hidden += sum_k weight_k * expert_k(x) + gate * shared(x)`.
+///
+/// - `x`: the normed tokens, integer form included if any matrix reads it
+/// - `gates`: `[T]`, the sigmoid of the shared expert's gate
+/// - `all_tokens`: 0, 1, 2, .. at least T of them
+/// - `out`: `[T, hidden_size]`
+#[allow(clippy::too_many_arguments)]
+pub fn add_experts(
+    pool: &mut Pool,
+    isa: Isa,
+    experts: &[Expert],
+    shared: &Expert,
+    routing: &Routing,
+    gates: &[f32],
+    x: &Activations,
+    all_tokens: &[u32],
+    buffers: &mut Buffers,
+    out: &mut [f32],
+) -> Result<()> {
+    buffers.group(experts, shared, routing, gates);
+    let Buffers {
+        groups,
+        tokens,
+        weights,
+        jobs,
+        hidden,
+        hidden_int16,
+    } = buffers;
+    let expert_of = |group: &Group| experts.get(group.expert).unwrap_or(shared);
+    let int16 = groups.iter().any(|g| expert_of(g).down.reads_int16());
+    hidden_int16.resize(if int16 { hidden.len() } else { 0 }, Int16Block::ZERO);
+
+    {
+        let hidden = Parts::new(hidden);
+        let hidden_int16 = Parts::new(hidden_int16);
+        pool.run(jobs.len(), &|job| {
+            let (group, block) = (&groups[jobs[job].0 as usize], jobs[job].1 as usize);
+            let expert = expert_of(group);
+            let first = group.first_block + block * group.tokens;
+            let range = first..first + group.tokens;
+            let tokens = &tokens[group.first_token..group.first_token + group.tokens];
+            // SAFETY: jobs are pairs of group and block, each of which has blocks of its own.
+            let hidden = unsafe { hidden.slice(range.clone()) };
+            gate_and_up(isa, expert, block, x.view(), tokens, hidden);
+            if expert.down.reads_int16() {
+                // SAFETY: as above.
+                let quantized = unsafe { hidden_int16.slice(range) };
+                for (q, h) in quantized.iter_mut().zip(hidden) {
+                    *q = quantize_block(isa, h);
+                }
+            }
+        })?;
+    }
+
+    let token_count = gates.len();
+    let rows = shared.down.rows;
+    assert_eq!(out.len(), token_count * rows);
+    let out = Parts::new(out);
+    pool.run(shared.down.tile_rows(), &|tile_row| {
+        SUMS.with_borrow_mut(|sums| {
+            sums.clear();
+            sums.resize(token_count, [0.0; TILE_ROWS]);
+            for group in groups.iter() {
+                let expert = expert_of(group);
+                let blocks = group.first_block..group.first_block + group.tokens * expert.blocks();
+                let int16 = expert.down.reads_int16();
+                let h = View {
+                    tokens: group.tokens,
+                    blocks: &hidden[blocks.clone()],
+                    int16: if int16 { &hidden_int16[blocks] } else { &[] },
+                };
+                with_panels(group.tokens, |c| {
+                    let all = &all_tokens[..group.tokens];
+                    expert.down.tile_row(isa, tile_row, h, all, c);
+                    let range = group.first_token..group.first_token + group.tokens;
+                    add_weighted(isa, c, &tokens[range.clone()], &weights[range], sums);
+                });
+            }
+            let first = tile_row * TILE_ROWS;
+            let last = rows.min(first + TILE_ROWS);
+            for (t, sum) in sums.iter().enumerate() {
+                // SAFETY: each job has output rows of its own, and is run once.
+                let out = unsafe { out.slice(t * rows + first..t * rows + last) };
+                for (out, sum) in out.iter_mut().zip(sum) {
+                    *out += sum;
+                }
+            }
+        });
+    })
+}
+
+thread_local! {
+    static SUMS: RefCell<Vec<Panel>> = const { RefCell::new(Vec::new()) };
+}
+
+/// `hidden[i] = silu(gate x) * up x` for 64 intermediate rows and the tokens `tokens[i]`.
+fn gate_and_up(
+    isa: Isa,
+    expert: &Expert,
+    block: usize,
+    x: View,
+    tokens: &[u32],
+    hidden: &mut [Block],
+) {
+    with_panels(2 * tokens.len(), |panels| {
+        let (gate, up) = panels.split_at_mut(tokens.len());
+        for half in 0..2 {
+            let tile_row = 2 * block + half;
+            expert.gate.tile_row(isa, tile_row, x, tokens, gate);
+            expert.up.tile_row(isa, tile_row, x, tokens, up);
+            swiglu(isa, gate, up, half, hidden);
+        }
+    });
+}
+
+dispatch! {
+    /// `silu(gate) * up` into half `half` of each block.
+    fn swiglu(gate: &[Panel], up: &[Panel], half: usize, hidden: &mut [Block]) = swiglu_body
+}
+
+#[inline(always)]
+fn swiglu_body<S: Simd>(s: S, gate: &[Panel], up: &[Panel], half: usize, hidden: &mut [Block]) {
+    for ((gate, up), hidden) in gate.iter().zip(up).zip(hidden) {
+        let hidden = &mut lanes_mut(hidden)[2 * half..2 * half + 2];
+        for ((gate, up), h) in lanes(gate).iter().zip(lanes(up)).zip(hidden) {
+            s.store(s.mul(silu(s, s.load(gate)), s.load(up)), h);
+        }
+    }
+}
+
+dispatch! {
+    /// `sums[tokens[i]] += weights[i] * c[i]`
+    fn add_weighted(c: &[Panel], tokens: &[u32], weights: &[f32], sums: &mut [Panel])
+        = add_weighted_body
+}
+
+#[inline(always)]
+fn add_weighted_body<S: Simd>(
+    s: S,
+    c: &[Panel],
+    tokens: &[u32],
+    weights: &[f32],
+    sums: &mut [Panel],
+) {
+    for ((c, &token), &weight) in c.iter().zip(tokens).zip(weights) {
+        let weight = s.splat(weight);
+        for (c, sum) in lanes(c).iter().zip(lanes_mut(&mut sums[token as usize])) {
+            s.store(s.mul_add(s.load(c), weight, s.load(sum)), sum);
+        }
+    }
+}

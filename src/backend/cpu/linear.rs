@@ -1,0 +1,209 @@
+//! A weight matrix in the form its kernel reads, whatever that is.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use super::activations::{Activations, Block, Int16Block};
+use super::isa::Isa;
+use super::layout::{TILE_COLS, TILE_ROWS, Tile};
+use super::memory::Huge;
+use super::threads::{Parts, Pool};
+use super::{dense, nf4_f32, nf4_int16};
+use crate::backend::Result;
+
+/// 32 output rows of one token.
+pub type Panel = [f32; TILE_ROWS];
+
+/// `[rows, cols]`, computed in groups of 32 rows.
+pub struct Linear {
+    pub rows: usize,
+    pub cols: usize,
+    pub weights: Weights,
+}
+
+pub enum Weights {
+    Nf4Int16(Tiles<f16>),
+    Nf4F32(Tiles<f32>),
+    /// `[rows, ceil(cols / 64)]`, zero-padded
+    Bf16(Huge<[bf16; TILE_COLS]>),
+    F32(Huge<[f32; TILE_COLS]>),
+}
+
+/// The tiles of one matrix in memory that all matrices of a layer share.
+pub struct Tiles<A> {
+    pub arena: Arc<Huge<Tile<A>>>,
+    pub range: Range<usize>,
+}
+
+impl<A> Tiles<A> {
+    fn row(&self, tile_row: usize, kblocks: usize) -> &[Tile<A>] {
+        &self.arena[self.range.clone()][tile_row * kblocks..(tile_row + 1) * kblocks]
+    }
+}
+
+/// Activations that a kernel may read, `tokens` of them.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    pub tokens: usize,
+    pub blocks: &'a [Block],
+    pub int16: &'a [Int16Block],
+}
+
+impl Activations {
+    pub fn view(&self) -> View<'_> {
+        View {
+            tokens: self.tokens,
+            blocks: &self.blocks,
+            int16: &self.int16,
+        }
+    }
+}
+
+impl Linear {
+    /// Groups of 32 rows, the last one possibly partial.
+    pub fn tile_rows(&self) -> usize {
+        self.rows.div_ceil(TILE_ROWS)
+    }
+
+    /// Whether the kernel reads integer activations; otherwise it reads f32.
+    pub fn reads_int16(&self) -> bool {
+        matches!(self.weights, Weights::Nf4Int16(_))
+    }
+
+    /// Rows `32 tile_row ..` times some tokens: `c[i]` for `tokens[i]`, 0 in rows there are not.
+    pub fn tile_row(&self, isa: Isa, tile_row: usize, x: View, tokens: &[u32], c: &mut [Panel]) {
+        if tile_row >= self.tile_rows() {
+            return c.fill([0.0; TILE_ROWS]);
+        }
+        let kblocks = self.cols.div_ceil(TILE_COLS);
+        let first = tile_row * TILE_ROWS;
+        let dense_blocks = first * kblocks..self.rows.min(first + TILE_ROWS) * kblocks;
+        match &self.weights {
+            Weights::Nf4Int16(tiles) => {
+                let tiles = tiles.row(tile_row, kblocks);
+                nf4_int16::tile_row(isa, tiles, x.int16, x.tokens, tokens, c);
+            }
+            Weights::Nf4F32(tiles) => {
+                let tiles = tiles.row(tile_row, kblocks);
+                nf4_f32::tile_row(isa, tiles, x.blocks, x.tokens, tokens, c);
+            }
+            Weights::Bf16(w) => {
+                dense::rows_bf16(isa, &w[dense_blocks], x.blocks, x.tokens, tokens, c);
+            }
+            Weights::F32(w) => {
+                dense::rows_f32(isa, &w[dense_blocks], x.blocks, x.tokens, tokens, c);
+            }
+        }
+    }
+
+    /// Bytes that a matrix-vector product reads.
+    pub fn bytes(&self) -> usize {
+        match &self.weights {
+            Weights::Nf4Int16(tiles) => tiles.range.len() * size_of::<Tile<f16>>(),
+            Weights::Nf4F32(tiles) => tiles.range.len() * size_of::<Tile<f32>>(),
+            Weights::Bf16(w) => size_of_val::<[_]>(w),
+            Weights::F32(w) => size_of_val::<[_]>(w),
+        }
+    }
+}
+
+/// Outputs of matrices in panels of 32 rows: `[panel, tokens]`. For one token that is plain order.
+#[derive(Default)]
+pub struct Panels {
+    tokens: usize,
+    data: Vec<Panel>,
+}
+
+impl Panels {
+    /// `linears` one after the other, each times all tokens of `x`, in one job.
+    ///
+    /// The rows of matrix `i` start at the panel after those of the matrices before it.
+    pub fn project(
+        &mut self,
+        pool: &mut Pool,
+        isa: Isa,
+        linears: &[&Linear],
+        x: View,
+        all_tokens: &[u32],
+    ) -> Result<()> {
+        let panels: usize = linears.iter().map(|l| l.tile_rows()).sum();
+        self.tokens = x.tokens;
+        self.data.resize(panels * x.tokens, [0.0; TILE_ROWS]);
+        pool.for_each_chunk(&mut self.data, x.tokens, &|mut item, c| {
+            for linear in linears {
+                if item < linear.tile_rows() {
+                    return linear.tile_row(isa, item, x, &all_tokens[..x.tokens], c);
+                }
+                item -= linear.tile_rows();
+            }
+        })
+    }
+
+    /// Copies rows `rows`, counted from panel `first_panel`, of `token`.
+    pub fn copy_rows(&self, first_panel: usize, token: usize, rows: Range<usize>, out: &mut [f32]) {
+        let mut row = rows.start;
+        let mut out = &mut out[..rows.len()];
+        while row < rows.end {
+            let panel = &self.data[(first_panel + row / TILE_ROWS) * self.tokens + token];
+            let start = row % TILE_ROWS;
+            let end = TILE_ROWS.min(start + rows.end - row);
+            let (head, tail) = out.split_at_mut(end - start);
+            head.copy_from_slice(&panel[start..end]);
+            out = tail;
+            row += end - start;
+        }
+    }
+
+    /// One output.
+    pub fn get(&self, first_panel: usize, token: usize, row: usize) -> f32 {
+        self.data[(first_panel + row / TILE_ROWS) * self.tokens + token][row % TILE_ROWS]
+    }
+}
+
+thread_local! {
+    static PANELS: RefCell<Vec<Panel>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends `f` this thread's scratch space of `len` panels; contents are arbitrary.
+pub fn with_panels<R>(len: usize, f: impl FnOnce(&mut [Panel]) -> R) -> R {
+    PANELS.with_borrow_mut(|panels| {
+        if panels.len() < len {
+            panels.resize(len, [0.0; TILE_ROWS]);
+        }
+        f(&mut panels[..len])
+    })
+}
+
+/// `hidden += W x`, `hidden: [tokens, rows]`.
+pub fn add_product(
+    pool: &mut Pool,
+    isa: Isa,
+    linear: &Linear,
+    x: View,
+    all_tokens: &[u32],
+    hidden: &mut [f32],
+) -> Result<()> {
+    assert_eq!(hidden.len(), x.tokens * linear.rows);
+    let parts = Parts::new(hidden);
+    pool.run(linear.tile_rows(), &|item| {
+        with_panels(x.tokens, |c| {
+            linear.tile_row(isa, item, x, &all_tokens[..x.tokens], c);
+            let first = item * TILE_ROWS;
+            let last = linear.rows.min(first + TILE_ROWS);
+            for (t, c) in c.iter().enumerate() {
+                let start = t * linear.rows;
+                // SAFETY: each item has rows of its own, and is run once.
+                let hidden = unsafe { parts.slice(start + first..start + last) };
+                for (h, c) in hidden.iter_mut().zip(c) {
+                    *h += c;
+                }
+            }
+        });
+    })
+}
+
+#[cfg(test)]
+mod tests;

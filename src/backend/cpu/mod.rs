@@ -1,0 +1,565 @@
+//! The `cpu` backend: own SIMD kernels, chosen at run time, over repacked weights.
+//!
+//! Results are the same bits for any number of threads, and for any split of a sequence into
+//! chunks: work is divided by output rows, and every sum has a fixed order.
+
+mod activations;
+mod attention;
+mod conv;
+mod delta_rule;
+mod dense;
+mod experts;
+mod gated_attention;
+mod gated_delta_net;
+pub mod isa;
+pub mod layout;
+mod linear;
+mod load;
+mod math;
+mod memory;
+mod nf4_f32;
+mod nf4_int16;
+mod rms_norm;
+mod rope;
+mod router;
+mod simd;
+pub mod threads;
+mod topology;
+
+use std::ops::Range;
+
+use activations::Activations;
+use attention::KvCache;
+use experts::Expert;
+use gated_attention::Attention;
+use gated_delta_net::{DeltaNet, DeltaNetState};
+use isa::Isa;
+use linear::{Linear, Panels, add_product};
+use load::Request;
+use threads::{Parts, Pool};
+
+use super::{
+    Backend, BackendError, ExpertWeights, LayerWeights, MixerKind, MixerWeights, ModelShape,
+    ModelWeights, Result, Routing,
+};
+use crate::formats::Matrix;
+
+/// How NF4 weights are multiplied. Routers and other small matrices are always exact.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CpuPrecision {
+    /// Exactly dequantised weights, f32 arithmetic
+    F32,
+    /// 13-bit weights and 14-bit activations, exact sums per block: 0.03% error
+    #[default]
+    Int16,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct CpuOptions {
+    /// Workers; one per usable physical core if not given
+    pub threads: Option<usize>,
+    pub precision: CpuPrecision,
+}
+
+/// Called while loading with the stored bytes packed so far, and in all.
+pub type Progress<'a> = &'a dyn Fn(usize, usize);
+
+pub struct Cpu {
+    shape: ModelShape,
+    isa: Isa,
+    pool: Pool,
+    embed_tokens: Matrix,
+    layers: Vec<Layer>,
+    /// `[D]`, 1 + w
+    norm: Vec<f32>,
+    lm_head: Linear,
+    scratch: Scratch,
+}
+
+struct Layer {
+    /// `[D]`, 1 + w
+    input_norm: Vec<f32>,
+    mixer: Mixer,
+    /// `[D]`, 1 + w
+    expert_norm: Vec<f32>,
+    router: Linear,
+    experts: Vec<Expert>,
+    shared_expert: Expert,
+    shared_gate: Linear,
+}
+
+enum Mixer {
+    DeltaNet(Box<DeltaNet>),
+    Attention(Box<Attention>),
+}
+
+/// Buffers of a chunk, kept so that decode allocates nothing of size.
+#[derive(Default)]
+struct Scratch {
+    /// 0, 1, 2, ..: as many as the largest chunk had tokens
+    all_tokens: Vec<u32>,
+    x: Activations,
+    projected: Panels,
+    mixed: Vec<f32>,
+    mixed_x: Activations,
+    attention: gated_attention::Buffers,
+    experts: experts::Buffers,
+    gates: Vec<f32>,
+    logits: Vec<f32>,
+}
+
+/// Activations `[tokens, hidden_size]`.
+pub struct Hidden {
+    tokens: usize,
+    data: Vec<f32>,
+}
+
+/// One sequence.
+pub struct State {
+    layers: Vec<LayerState>,
+}
+
+enum LayerState {
+    DeltaNet(DeltaNetState),
+    Attention(KvCache),
+}
+
+impl Cpu {
+    /// Packs `weights` for this machine, with all workers.
+    ///
+    /// # Errors
+    /// If memory or threads are short, or [`isa::ISA_VARIABLE`] names what this machine lacks.
+    pub fn new(
+        shape: ModelShape,
+        weights: &ModelWeights,
+        options: CpuOptions,
+        progress: Progress,
+    ) -> Result<Cpu> {
+        Cpu::with_isa(Isa::detect()?, shape, weights, options, progress)
+    }
+
+    /// [`new`](Cpu::new) with a chosen instruction set.
+    pub fn with_isa(
+        isa: Isa,
+        shape: ModelShape,
+        weights: &ModelWeights,
+        options: CpuOptions,
+        progress: Progress,
+    ) -> Result<Cpu> {
+        let mut pool = Pool::new(options.threads)?;
+        let requests: Vec<Vec<Request>> = weights
+            .layers
+            .iter()
+            .map(|layer| layer_requests(layer, options.precision))
+            .collect();
+        let head_request = [(&weights.lm_head, options.precision)];
+        let bytes = |requests: &[Request]| -> usize {
+            requests.iter().map(|(m, _)| m.stored_bytes()).sum()
+        };
+        let total = requests.iter().map(|r| bytes(r)).sum::<usize>() + bytes(&head_request);
+        let mut done = 0;
+        progress(done, total);
+
+        let mut layers = Vec::with_capacity(weights.layers.len());
+        for (layer, requests) in weights.layers.iter().zip(&requests) {
+            let linears = load::load(&mut pool, requests)?;
+            layers.push(Layer::new(&shape, layer, linears));
+            done += bytes(requests);
+            progress(done, total);
+        }
+        let lm_head = load::load(&mut pool, &head_request)?
+            .pop()
+            .expect("one request, one matrix");
+        progress(total, total);
+        Ok(Cpu {
+            shape,
+            isa,
+            pool,
+            embed_tokens: weights.embed_tokens.clone(),
+            layers,
+            norm: one_plus(&weights.norm),
+            lm_head,
+            scratch: Scratch::default(),
+        })
+    }
+
+    /// Workers, the calling thread included.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Bytes of weights that one decoded token reads, whatever its experts.
+    pub fn weight_bytes_per_token(&self) -> usize {
+        let k = self.shape.moe.num_experts_per_tok;
+        let expert = |e: &Expert| e.gate.bytes() + e.up.bytes() + e.down.bytes();
+        let layers: usize = self
+            .layers
+            .iter()
+            .map(|layer| {
+                let mixer = match &layer.mixer {
+                    Mixer::DeltaNet(m) => m.qkvz.bytes() + m.ba.bytes() + m.out.bytes(),
+                    Mixer::Attention(m) => m.q.bytes() + m.k.bytes() + m.v.bytes() + m.out.bytes(),
+                };
+                mixer
+                    + layer.router.bytes()
+                    + layer.shared_gate.bytes()
+                    + expert(&layer.shared_expert)
+                    + k * layer.experts.first().map_or(0, expert)
+            })
+            .sum();
+        layers + self.lm_head.bytes()
+    }
+}
+
+/// All matrices of a layer, in the order [`Layer::new`] takes them.
+fn layer_requests(layer: &LayerWeights, precision: CpuPrecision) -> Vec<Request<'_>> {
+    let exact = CpuPrecision::F32;
+    let mut requests = match &layer.mixer {
+        MixerWeights::GatedDeltaNet(m) => vec![
+            (&m.in_proj_qkvz, precision),
+            (&m.in_proj_ba, exact),
+            (&m.out_proj, precision),
+        ],
+        MixerWeights::GatedAttention(m) => vec![
+            (&m.q_proj, precision),
+            (&m.k_proj, precision),
+            (&m.v_proj, precision),
+            (&m.o_proj, precision),
+        ],
+    };
+    let moe = &layer.moe;
+    requests.push((&moe.gate, exact));
+    requests.push((&moe.shared_expert_gate, exact));
+    for expert in std::iter::once(&moe.shared_expert).chain(&moe.experts) {
+        let ExpertWeights {
+            gate_proj,
+            up_proj,
+            down_proj,
+        } = expert;
+        requests.extend([gate_proj, up_proj, down_proj].map(|m| (m, precision)));
+    }
+    requests
+}
+
+impl Layer {
+    fn new(shape: &ModelShape, weights: &LayerWeights, linears: Vec<Linear>) -> Layer {
+        let mut linears = linears.into_iter();
+        let mut next = || linears.next().expect("a matrix for each request");
+        let mixer = match &weights.mixer {
+            MixerWeights::GatedDeltaNet(m) => {
+                let projections = [next(), next(), next()];
+                Mixer::DeltaNet(Box::new(DeltaNet::new(&shape.delta_net, m, projections)))
+            }
+            MixerWeights::GatedAttention(m) => Mixer::Attention(Box::new(Attention {
+                q: next(),
+                k: next(),
+                v: next(),
+                out: next(),
+                q_norm: one_plus(&m.q_norm),
+                k_norm: one_plus(&m.k_norm),
+                inverse_frequencies: rope::inverse_frequencies(
+                    shape.attention.rope_theta,
+                    shape.attention.rotary_dim,
+                ),
+            })),
+        };
+        let router = next();
+        let shared_gate = next();
+        let mut expert = || Expert {
+            gate: next(),
+            up: next(),
+            down: next(),
+        };
+        let shared_expert = expert();
+        Layer {
+            input_norm: one_plus(&weights.input_layernorm),
+            mixer,
+            expert_norm: one_plus(&weights.post_attention_layernorm),
+            router,
+            experts: weights.moe.experts.iter().map(|_| expert()).collect(),
+            shared_expert,
+            shared_gate,
+        }
+    }
+}
+
+/// Zero-centred norm weights as factors.
+fn one_plus(w: &[f32]) -> Vec<f32> {
+    w.iter().map(|w| 1.0 + w).collect()
+}
+
+/// `rms_norm` of rows `rows` of `hidden`, ready for matrices.
+#[allow(clippy::too_many_arguments)]
+fn normed(
+    pool: &mut Pool,
+    isa: Isa,
+    hidden: &Hidden,
+    rows: Range<usize>,
+    scale: &[f32],
+    eps: f32,
+    int16: bool,
+    x: &mut Activations,
+) -> Result<()> {
+    let dim = scale.len();
+    x.fill(pool, isa, rows.len(), dim, int16, &|t, out| {
+        let row = (rows.start + t) * dim;
+        rms_norm::rms_norm(isa, &hidden.data[row..row + dim], scale, eps, out);
+    })
+}
+
+impl Activations {
+    /// Sets all tokens; `row(t, out)` writes the `cols` activations of token `t`.
+    pub fn fill(
+        &mut self,
+        pool: &mut Pool,
+        isa: Isa,
+        tokens: usize,
+        cols: usize,
+        int16: bool,
+        row: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Result<()> {
+        self.resize(tokens, cols, int16);
+        let kblocks = self.padded_cols() / layout::TILE_COLS;
+        let blocks = Parts::new(&mut self.blocks);
+        let quantized = Parts::new(&mut self.int16);
+        pool.run(tokens, &|t| {
+            linear::with_panels(2 * kblocks, |panels| {
+                let values = panels.as_flattened_mut();
+                let (values, padding) = values.split_at_mut(cols);
+                row(t, values);
+                padding.fill(0.0);
+                let (values, _) = panels.as_flattened().as_chunks();
+                for (kb, block) in values.iter().enumerate() {
+                    // SAFETY: each token has blocks of its own, and is run once.
+                    let out = unsafe { blocks.item(kb * tokens + t) };
+                    *out = *block;
+                    if int16 {
+                        // SAFETY: as above.
+                        let out = unsafe { quantized.item(kb * tokens + t) };
+                        *out = activations::quantize_block(isa, block);
+                    }
+                }
+            });
+        })
+    }
+}
+
+impl Scratch {
+    fn prepare(&mut self, tokens: usize) {
+        let have = self.all_tokens.len();
+        self.all_tokens.extend(have as u32..tokens.max(have) as u32);
+    }
+}
+
+impl Backend for Cpu {
+    type Hidden = Hidden;
+    type State = State;
+
+    fn name(&self) -> String {
+        "cpu".into()
+    }
+
+    fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    fn new_state(&self, max_tokens: usize) -> Result<State> {
+        let shape = &self.shape;
+        let layers = shape
+            .mixers
+            .iter()
+            .map(|kind| match kind {
+                MixerKind::GatedDeltaNet => {
+                    LayerState::DeltaNet(DeltaNetState::new(&shape.delta_net))
+                }
+                MixerKind::GatedAttention => LayerState::Attention(KvCache::new(
+                    shape.attention.num_key_value_heads,
+                    shape.attention.head_dim,
+                    max_tokens,
+                )),
+            })
+            .collect();
+        Ok(State { layers })
+    }
+
+    fn embed(&mut self, ids: &[u32]) -> Result<Hidden> {
+        let dim = self.shape.hidden_size;
+        let mut data = vec![0.0; ids.len() * dim];
+        for (&id, row) in ids.iter().zip(data.chunks_exact_mut(dim)) {
+            let id = id as usize;
+            self.embed_tokens.dequantize_rows(id..id + 1, row);
+        }
+        Ok(Hidden {
+            tokens: ids.len(),
+            data,
+        })
+    }
+
+    fn mixer(&mut self, layer: usize, hidden: &mut Hidden, state: &mut State) -> Result<()> {
+        let Cpu {
+            shape,
+            isa,
+            pool,
+            layers,
+            scratch,
+            ..
+        } = self;
+        let (isa, eps, tokens) = (*isa, shape.rms_norm_eps, hidden.tokens);
+        let layer_weights = &layers[layer];
+        scratch.prepare(tokens);
+        let Scratch {
+            all_tokens,
+            x,
+            projected,
+            mixed,
+            mixed_x,
+            attention,
+            ..
+        } = scratch;
+        let scale = &layer_weights.input_norm;
+        let (ins, out): (Vec<&Linear>, &Linear) = match &layer_weights.mixer {
+            Mixer::DeltaNet(m) => (vec![&m.qkvz, &m.ba], &m.out),
+            Mixer::Attention(m) => (vec![&m.q, &m.k, &m.v], &m.out),
+        };
+        let int16 = ins.iter().any(|l| l.reads_int16());
+        normed(pool, isa, hidden, 0..tokens, scale, eps, int16, x)?;
+        projected.project(pool, isa, &ins, x.view(), all_tokens)?;
+        mixed.resize(tokens * out.cols, 0.0);
+        match (&layer_weights.mixer, &mut state.layers[layer]) {
+            (Mixer::DeltaNet(m), LayerState::DeltaNet(s)) => {
+                let shape = &shape.delta_net;
+                m.mix(pool, isa, shape, eps, projected, tokens, s, mixed)?;
+            }
+            (Mixer::Attention(m), LayerState::Attention(cache)) => {
+                let needed = cache.len + tokens;
+                if needed > cache.capacity {
+                    return Err(BackendError::ContextFull {
+                        needed,
+                        capacity: cache.capacity,
+                    });
+                }
+                let shape = &shape.attention;
+                m.mix(
+                    pool, isa, shape, eps, projected, tokens, cache, attention, mixed,
+                )?;
+            }
+            _ => unreachable!("states are made for this model"),
+        }
+        mixed_x.fill(pool, isa, tokens, out.cols, out.reads_int16(), &|t, row| {
+            row.copy_from_slice(&mixed[t * row.len()..(t + 1) * row.len()]);
+        })?;
+        add_product(pool, isa, out, mixed_x.view(), all_tokens, &mut hidden.data)
+    }
+
+    fn router(&mut self, layer: usize, hidden: &Hidden) -> Result<Routing> {
+        let Cpu {
+            shape,
+            isa,
+            pool,
+            layers,
+            scratch,
+            ..
+        } = self;
+        let (isa, tokens) = (*isa, hidden.tokens);
+        let layer = &layers[layer];
+        scratch.prepare(tokens);
+        let Scratch {
+            all_tokens,
+            x,
+            projected,
+            logits,
+            ..
+        } = scratch;
+        let (scale, eps) = (&layer.expert_norm, shape.rms_norm_eps);
+        normed(pool, isa, hidden, 0..tokens, scale, eps, false, x)?;
+        projected.project(pool, isa, &[&layer.router], x.view(), all_tokens)?;
+
+        let experts = shape.moe.num_experts;
+        let padded = router::padded_len(experts);
+        logits.resize(tokens * padded, 0.0);
+        pool.for_each_chunk(logits, padded, &|t, p| {
+            projected.copy_rows(0, t, 0..experts, p);
+            p[experts..].fill(f32::NEG_INFINITY);
+            router::softmax(isa, p);
+        })?;
+        let k = shape.moe.num_experts_per_tok;
+        let mut routing = Routing {
+            num_experts_per_tok: k,
+            topk_ids: Vec::with_capacity(tokens * k),
+            topk_weights: Vec::with_capacity(tokens * k),
+        };
+        for p in logits.chunks_exact(padded) {
+            router::push_top_k(&p[..experts], k, shape.moe.norm_topk_prob, &mut routing);
+        }
+        Ok(routing)
+    }
+
+    fn experts(&mut self, layer: usize, hidden: &mut Hidden, routing: &Routing) -> Result<()> {
+        let Cpu {
+            shape,
+            isa,
+            pool,
+            layers,
+            scratch,
+            ..
+        } = self;
+        let (isa, tokens) = (*isa, hidden.tokens);
+        let layer = &layers[layer];
+        scratch.prepare(tokens);
+        let Scratch {
+            all_tokens,
+            x,
+            projected,
+            experts,
+            gates,
+            ..
+        } = scratch;
+        let (scale, eps) = (&layer.expert_norm, shape.rms_norm_eps);
+        let int16 = std::iter::once(&layer.shared_expert)
+            .chain(&layer.experts)
+            .any(|e| e.gate.reads_int16() || e.up.reads_int16());
+        normed(pool, isa, hidden, 0..tokens, scale, eps, int16, x)?;
+        projected.project(pool, isa, &[&layer.shared_gate], x.view(), all_tokens)?;
+        gates.clear();
+        gates.extend((0..tokens).map(|t| math::sigmoid_f32(projected.get(0, t, 0))));
+        experts::add_experts(
+            pool,
+            isa,
+            &layer.experts,
+            &layer.shared_expert,
+            routing,
+            gates,
+            x,
+            all_tokens,
+            experts,
+            &mut hidden.data,
+        )
+    }
+
+    fn head(&mut self, hidden: &Hidden, rows: Range<usize>) -> Result<Vec<f32>> {
+        let Cpu {
+            shape,
+            isa,
+            pool,
+            norm,
+            lm_head,
+            scratch,
+            ..
+        } = self;
+        let (isa, tokens, vocab) = (*isa, rows.len(), shape.vocab_size);
+        scratch.prepare(tokens);
+        let Scratch { all_tokens, x, .. } = scratch;
+        let int16 = lm_head.reads_int16();
+        normed(pool, isa, hidden, rows, norm, shape.rms_norm_eps, int16, x)?;
+        let mut logits = vec![0.0; tokens * vocab];
+        add_product(pool, isa, lm_head, x.view(), all_tokens, &mut logits)?;
+        Ok(logits)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

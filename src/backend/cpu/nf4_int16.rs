@@ -1,0 +1,231 @@
+//! `y = W x` with W in NF4 and integer arithmetic: the default precision.
+//!
+//! Codes become 13-bit integers by table lookup, activations are 14-bit integers, products of a
+//! block of 64 add up exactly in 32 bits, and then count `absmax * scale` in f32. Because integers
+//! are exact and blocks are added in order, one token gives the same bits as many at once.
+
+use half::f16;
+
+use super::activations::Int16Block;
+use super::isa::dispatch;
+use super::layout::{TILE_ROWS, Tile};
+use super::simd::{Simd, Weight, lanes, lanes_mut};
+
+/// The i16 pairs of one tile, `[pair][row]`.
+type Words = [[i32; TILE_ROWS]; 32];
+
+dispatch! {
+    /// One tile row times some tokens: `c[i] = W x[tokens[i]]`.
+    ///
+    /// - `tiles`: `[cols / 64]`
+    /// - `x`: `[cols / 64, x_tokens]`
+    /// - `tokens`: `[n]`, each below `x_tokens`
+    /// - `c`: `[n]` vectors of the 32 rows
+    pub fn tile_row(
+        tiles: &[Tile<f16>],
+        x: &[Int16Block],
+        x_tokens: usize,
+        tokens: &[u32],
+        c: &mut [[f32; TILE_ROWS]],
+    ) = tile_row_body
+}
+
+#[inline(always)]
+fn tile_row_body<S: Simd>(
+    s: S,
+    tiles: &[Tile<f16>],
+    x: &[Int16Block],
+    x_tokens: usize,
+    tokens: &[u32],
+    c: &mut [[f32; TILE_ROWS]],
+) {
+    assert_eq!(x.len(), tiles.len() * x_tokens);
+    assert_eq!(c.len(), tokens.len());
+    match *tokens {
+        [] => {}
+        [a] => few(s, tiles, x, x_tokens, [a], c),
+        [a, b] => few(s, tiles, x, x_tokens, [a, b], c),
+        [a, b, d] if S::MAX_TOKENS >= 3 => few(s, tiles, x, x_tokens, [a, b, d], c),
+        [a, b, d, e] if S::MAX_TOKENS >= 4 => few(s, tiles, x, x_tokens, [a, b, d, e], c),
+        _ => many(s, tiles, x, x_tokens, tokens, c),
+    }
+}
+
+/// Up to four tokens: weights go from the table straight into the products.
+#[inline(always)]
+fn few<S: Simd, const N: usize>(
+    s: S,
+    tiles: &[Tile<f16>],
+    x: &[Int16Block],
+    x_tokens: usize,
+    tokens: [u32; N],
+    c: &mut [[f32; TILE_ROWS]],
+) {
+    let table = s.word_table();
+    let zero = s.splat_i32(0);
+    let mut sums = [[s.splat(0.0); 2]; N];
+    for (kb, tile) in tiles.iter().enumerate() {
+        let x = &x[kb * x_tokens..(kb + 1) * x_tokens];
+        let mut blocks = [&Int16Block::ZERO; N];
+        for (block, &token) in blocks.iter_mut().zip(&tokens) {
+            *block = &x[token as usize];
+        }
+        // Two sets of sums for even and odd groups: with one token, a single set would wait for
+        // the multiplier's latency.
+        let mut even = [[zero; 2]; N];
+        let mut odd = [[zero; 2]; N];
+        for pair in 0..4 {
+            group(
+                s,
+                table,
+                &tile.codes[2 * pair],
+                &blocks,
+                8 * pair,
+                &mut even,
+            );
+            let odd = if N <= 2 { &mut odd } else { &mut even };
+            group(
+                s,
+                table,
+                &tile.codes[2 * pair + 1],
+                &blocks,
+                8 * pair + 4,
+                odd,
+            );
+        }
+        for half in 0..2 {
+            let absmax = f16::load(s, &lanes(&tile.absmax)[half]);
+            for i in 0..N {
+                let dot = s.to_f32(s.add_i32(even[i][half], odd[i][half]));
+                let scale = s.mul(absmax, s.splat(blocks[i].scale));
+                sums[i][half] = s.mul_add(dot, scale, sums[i][half]);
+            }
+        }
+    }
+    for (c, sums) in c.iter_mut().zip(sums) {
+        let c = lanes_mut(c);
+        s.store(sums[0], &mut c[0]);
+        s.store(sums[1], &mut c[1]);
+    }
+}
+
+/// Adds the products of one group of codes, whose activations start at pair `first`.
+#[inline(always)]
+fn group<S: Simd, const N: usize>(
+    s: S,
+    table: S::WordTable,
+    codes: &[u32; TILE_ROWS],
+    blocks: &[&Int16Block; N],
+    first: usize,
+    sums: &mut [[S::I32; 2]; N],
+) {
+    for half in 0..2 {
+        let words = s.nf4_words(table, s.load_u32(&lanes(codes)[half]));
+        for j in 0..4 {
+            for i in 0..N {
+                let x = s.splat_i32(blocks[i].pairs[first + j]);
+                sums[i][half] = s.dot_pairs(sums[i][half], words[j], x);
+            }
+        }
+    }
+}
+
+/// Any number of tokens: a tile is looked up once and used for all of them.
+#[inline(always)]
+fn many<S: Simd>(
+    s: S,
+    tiles: &[Tile<f16>],
+    x: &[Int16Block],
+    x_tokens: usize,
+    tokens: &[u32],
+    c: &mut [[f32; TILE_ROWS]],
+) {
+    let table = s.word_table();
+    let mut words: Words = [[0; TILE_ROWS]; 32];
+    c.fill([0.0; TILE_ROWS]);
+    // Groups of nearly equal size: thirteen tokens are 7 + 6, not 12 + 1.
+    let groups = tokens.len().div_ceil(S::MAX_TOKENS);
+    let group_len = tokens.len().div_ceil(groups);
+    for (kb, tile) in tiles.iter().enumerate() {
+        look_up(s, table, &tile.codes, &mut words);
+        let x = &x[kb * x_tokens..(kb + 1) * x_tokens];
+        for (tokens, c) in tokens.chunks(group_len).zip(c.chunks_mut(group_len)) {
+            let product = Product {
+                words: &words,
+                absmax: &tile.absmax,
+                x,
+                tokens,
+            };
+            match tokens.len() {
+                1 => product.add_to::<S, 1>(s, c),
+                2 => product.add_to::<S, 2>(s, c),
+                3 => product.add_to::<S, 3>(s, c),
+                4 => product.add_to::<S, 4>(s, c),
+                5 => product.add_to::<S, 5>(s, c),
+                6 => product.add_to::<S, 6>(s, c),
+                7 => product.add_to::<S, 7>(s, c),
+                8 => product.add_to::<S, 8>(s, c),
+                9 => product.add_to::<S, 9>(s, c),
+                10 => product.add_to::<S, 10>(s, c),
+                11 => product.add_to::<S, 11>(s, c),
+                _ => product.add_to::<S, 12>(s, c),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn look_up<S: Simd>(s: S, table: S::WordTable, codes: &[[u32; TILE_ROWS]; 8], words: &mut Words) {
+    for (group, codes) in codes.iter().enumerate() {
+        for half in 0..2 {
+            let looked_up = s.nf4_words(table, s.load_u32(&lanes(codes)[half]));
+            for j in 0..4 {
+                s.store_i32(
+                    looked_up[j],
+                    &mut lanes_mut(&mut words[4 * group + j])[half],
+                );
+            }
+        }
+    }
+}
+
+/// One tile, looked up, and some tokens.
+struct Product<'a> {
+    words: &'a Words,
+    absmax: &'a [f16; TILE_ROWS],
+    x: &'a [Int16Block],
+    tokens: &'a [u32],
+}
+
+impl Product<'_> {
+    /// Adds the products of `N` tokens to `c`.
+    #[inline(always)]
+    fn add_to<S: Simd, const N: usize>(&self, s: S, c: &mut [[f32; TILE_ROWS]]) {
+        if N > S::MAX_TOKENS {
+            unreachable!("groups have at most {} tokens", S::MAX_TOKENS);
+        }
+        let mut blocks = [&Int16Block::ZERO; N];
+        for (block, &token) in blocks.iter_mut().zip(self.tokens) {
+            *block = &self.x[token as usize];
+        }
+        let mut sums = [[s.splat_i32(0); 2]; N];
+        for (p, words) in self.words.iter().enumerate() {
+            let words = lanes(words);
+            let (low, high) = (s.load_i32(&words[0]), s.load_i32(&words[1]));
+            for i in 0..N {
+                let x = s.splat_i32(blocks[i].pairs[p]);
+                sums[i][0] = s.dot_pairs(sums[i][0], low, x);
+                sums[i][1] = s.dot_pairs(sums[i][1], high, x);
+            }
+        }
+        for half in 0..2 {
+            let absmax = f16::load(s, &lanes(self.absmax)[half]);
+            for (i, c) in c.iter_mut().enumerate().take(N) {
+                let c = &mut lanes_mut(c)[half];
+                let scale = s.mul(absmax, s.splat(blocks[i].scale));
+                let sum = s.mul_add(s.to_f32(sums[i][half]), scale, s.load(c));
+                s.store(sum, c);
+            }
+        }
+    }
+}

@@ -1,0 +1,258 @@
+//! [`Simd`] on AVX2: two registers per vector, lanes 0..8 and 8..16.
+
+use std::arch::x86_64::*;
+
+use half::{bf16, f16};
+
+use super::{CODE_BOOK_INT16, LANES, Simd};
+use crate::backend::cpu::isa::Avx2;
+use crate::formats::nf4::CODE_BOOK;
+
+/// Runs intrinsics; every use is inside a method of [`Avx2`].
+macro_rules! avx2 {
+    ($e:expr) => {
+        // SAFETY: an `Avx2` exists only where its features were seen, and pointers come from
+        // references to arrays of exactly the size that is loaded or stored.
+        unsafe { $e }
+    };
+}
+
+/// Applies an intrinsic to both halves.
+macro_rules! both {
+    ($f:ident $(::<$n:ident>)?, $($v:expr),+) => {
+        avx2!([$f $(::<$n>)? ($($v[0]),+), $f $(::<$n>)? ($($v[1]),+)])
+    };
+}
+
+/// Sum of eight lanes, halves first.
+#[target_feature(enable = "avx2")]
+#[inline]
+pub(super) fn reduce_add_256(v: __m256) -> f32 {
+    let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+    let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+    _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+}
+
+impl Simd for Avx2 {
+    type F32 = [__m256; 2];
+    type I32 = [__m256i; 2];
+    /// Low bytes and high bytes of the integer code book.
+    type WordTable = [__m256i; 2];
+    type F32Table = [__m256; 2];
+
+    /// 32 rows of two tokens are 8 of 16 registers.
+    const MAX_TOKENS: usize = 2;
+
+    #[inline(always)]
+    fn splat(self, v: f32) -> Self::F32 {
+        avx2!([_mm256_set1_ps(v); 2])
+    }
+    #[inline(always)]
+    fn load(self, v: &[f32; LANES]) -> Self::F32 {
+        avx2!([
+            _mm256_loadu_ps(v.as_ptr()),
+            _mm256_loadu_ps(v.as_ptr().add(8))
+        ])
+    }
+    #[inline(always)]
+    fn load_f16(self, v: &[f16; LANES]) -> Self::F32 {
+        let p: *const __m128i = v.as_ptr().cast();
+        avx2!([
+            _mm256_cvtph_ps(_mm_loadu_si128(p)),
+            _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))
+        ])
+    }
+    #[inline(always)]
+    fn load_bf16(self, v: &[bf16; LANES]) -> Self::F32 {
+        let p: *const __m128i = v.as_ptr().cast();
+        avx2!([
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+                _mm_loadu_si128(p)
+            ))),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+                _mm_loadu_si128(p.add(1))
+            )))
+        ])
+    }
+    #[inline(always)]
+    fn store(self, v: Self::F32, out: &mut [f32; LANES]) {
+        avx2!({
+            _mm256_storeu_ps(out.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), v[1]);
+        })
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        both!(_mm256_add_ps, a, b)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        both!(_mm256_sub_ps, a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        both!(_mm256_mul_ps, a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        both!(_mm256_div_ps, a, b)
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        both!(_mm256_max_ps, a, b)
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32 {
+        both!(_mm256_min_ps, a, b)
+    }
+    #[inline(always)]
+    fn abs(self, a: Self::F32) -> Self::F32 {
+        let sign = self.splat(-0.0);
+        both!(_mm256_andnot_ps, sign, a)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32 {
+        both!(_mm256_fmadd_ps, a, b, c)
+    }
+    #[inline(always)]
+    fn reduce_add(self, v: Self::F32) -> f32 {
+        avx2!(reduce_add_256(_mm256_add_ps(v[0], v[1])))
+    }
+    #[inline(always)]
+    fn reduce_max(self, v: Self::F32) -> f32 {
+        avx2!({
+            let v = _mm256_max_ps(v[0], v[1]);
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        })
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, v: i32) -> Self::I32 {
+        avx2!([_mm256_set1_epi32(v); 2])
+    }
+    #[inline(always)]
+    fn load_i32(self, v: &[i32; LANES]) -> Self::I32 {
+        let p: *const __m256i = v.as_ptr().cast();
+        avx2!([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))])
+    }
+    #[inline(always)]
+    fn load_u32(self, v: &[u32; LANES]) -> Self::I32 {
+        let p: *const __m256i = v.as_ptr().cast();
+        avx2!([_mm256_loadu_si256(p), _mm256_loadu_si256(p.add(1))])
+    }
+    #[inline(always)]
+    fn store_i32(self, v: Self::I32, out: &mut [i32; LANES]) {
+        let p: *mut __m256i = out.as_mut_ptr().cast();
+        avx2!({
+            _mm256_storeu_si256(p, v[0]);
+            _mm256_storeu_si256(p.add(1), v[1]);
+        })
+    }
+    #[inline(always)]
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32 {
+        both!(_mm256_add_epi32, a, b)
+    }
+    #[inline(always)]
+    fn shr<const N: u32>(self, v: Self::I32) -> Self::I32 {
+        let count = avx2!(_mm_cvtsi32_si128(N as i32));
+        avx2!([_mm256_srl_epi32(v[0], count), _mm256_srl_epi32(v[1], count)])
+    }
+    #[inline(always)]
+    fn to_f32(self, v: Self::I32) -> Self::F32 {
+        both!(_mm256_cvtepi32_ps, v)
+    }
+    #[inline(always)]
+    fn round(self, v: Self::F32) -> Self::I32 {
+        both!(_mm256_cvtps_epi32, v)
+    }
+    #[inline(always)]
+    fn pow2(self, v: Self::I32) -> Self::F32 {
+        let biased = self.add_i32(v, self.splat_i32(127));
+        avx2!([
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased[0])),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased[1]))
+        ])
+    }
+
+    #[inline(always)]
+    fn word_table(self) -> Self::WordTable {
+        const LOW: [u8; 16] = byte_of_code_book(0);
+        const HIGH: [u8; 16] = byte_of_code_book(8);
+        avx2!([
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(LOW.as_ptr().cast())),
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(HIGH.as_ptr().cast())),
+        ])
+    }
+    #[inline(always)]
+    fn nf4_words(self, table: Self::WordTable, codes: Self::I32) -> [Self::I32; 4] {
+        let [a, b] = avx2!([
+            nf4_words_256(table, codes[0]),
+            nf4_words_256(table, codes[1])
+        ]);
+        [[a[0], b[0]], [a[1], b[1]], [a[2], b[2]], [a[3], b[3]]]
+    }
+    #[inline(always)]
+    fn dot_pairs(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32 {
+        self.add_i32(acc, both!(_mm256_madd_epi16, a, b))
+    }
+
+    #[inline(always)]
+    fn f32_table(self) -> Self::F32Table {
+        self.load(&CODE_BOOK)
+    }
+    #[inline(always)]
+    fn nf4_f32(self, table: Self::F32Table, codes: Self::I32) -> Self::F32 {
+        avx2!([nf4_f32_256(table, codes[0]), nf4_f32_256(table, codes[1])])
+    }
+}
+
+/// One byte, at bit `shift`, of each entry of the integer code book.
+const fn byte_of_code_book(shift: u32) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        bytes[i] = (CODE_BOOK_INT16[i] >> shift) as u8;
+        i += 1;
+    }
+    bytes
+}
+
+/// Looks up bytes, then joins low and high ones: of the codes 0, 2, 4, 6 of a lane, whose bytes lie
+/// in this order, 0 and 4 sit in the low bytes of the two words, 2 and 6 in the high bytes.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn nf4_words_256(table: [__m256i; 2], codes: __m256i) -> [__m256i; 4] {
+    let nibbles = _mm256_set1_epi8(15);
+    let low_bytes = _mm256_set1_epi16(0xff);
+    let even = _mm256_and_si256(codes, nibbles);
+    let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), nibbles);
+    let mut words = [codes; 4];
+    let mut j = 0;
+    for index in [even, odd] {
+        let low = _mm256_shuffle_epi8(table[0], index);
+        let high = _mm256_shuffle_epi8(table[1], index);
+        words[j] = _mm256_or_si256(
+            _mm256_and_si256(low, low_bytes),
+            _mm256_slli_epi16::<8>(high),
+        );
+        words[j + 2] = _mm256_or_si256(
+            _mm256_srli_epi16::<8>(low),
+            _mm256_andnot_si256(low_bytes, high),
+        );
+        j += 1;
+    }
+    words
+}
+
+/// Two lookups of eight entries; bit 3 of the code, moved to the sign, picks one.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn nf4_f32_256(table: [__m256; 2], codes: __m256i) -> __m256 {
+    let low = _mm256_permutevar8x32_ps(table[0], codes);
+    let high = _mm256_permutevar8x32_ps(table[1], codes);
+    let pick = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
+    _mm256_blendv_ps(low, high, pick)
+}

@@ -1,0 +1,161 @@
+//! Sixteen lanes, whatever the machine: kernels are written once against [`Simd`].
+//!
+//! AVX-512 holds 16 f32 in one register, AVX2 in two, plain Rust in an array. All add lanes up in
+//! the same order, so AVX2 and AVX-512 agree bit for bit; scalar code differs in that it has no
+//! fused multiply-add.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod scalar;
+
+use half::{bf16, f16};
+
+use crate::formats::nf4::CODE_BOOK;
+
+/// Lanes of every vector.
+pub const LANES: usize = 16;
+
+/// Largest weight in the integer code book, and largest quantised activation.
+///
+/// 64 products of the two fit in an i32: 64 * 4095 * 8191 < 2^31.
+pub const WEIGHT_MAX: i32 = 4095;
+pub const ACTIVATION_MAX: i32 = 8191;
+
+/// The NF4 code book in integers: `round(4095 * code)`, off by at most 0.012% of absmax.
+pub const CODE_BOOK_INT16: [i16; 16] = {
+    let mut table = [0i16; 16];
+    let mut i = 0;
+    while i < 16 {
+        let v = CODE_BOOK[i] as f64 * WEIGHT_MAX as f64;
+        table[i] = if v < 0.0 { v - 0.5 } else { v + 0.5 } as i16;
+        i += 1;
+    }
+    table
+};
+
+/// Vector operations of one instruction set; lane by lane unless said otherwise.
+pub trait Simd: Copy {
+    /// 16 f32
+    type F32: Copy;
+    /// 16 i32, or 32 i16 in pairs
+    type I32: Copy;
+    /// The integer code book, ready for [`nf4_words`](Self::nf4_words)
+    type WordTable: Copy;
+    /// The f32 code book, ready for [`nf4_f32`](Self::nf4_f32)
+    type F32Table: Copy;
+
+    /// Tokens for which the accumulators of a 32-row matrix product fit in registers.
+    const MAX_TOKENS: usize;
+
+    fn splat(self, v: f32) -> Self::F32;
+    fn load(self, v: &[f32; LANES]) -> Self::F32;
+    fn load_f16(self, v: &[f16; LANES]) -> Self::F32;
+    fn load_bf16(self, v: &[bf16; LANES]) -> Self::F32;
+    fn store(self, v: Self::F32, out: &mut [f32; LANES]);
+
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn abs(self, a: Self::F32) -> Self::F32;
+    /// `a * b + c`
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// Sum of all lanes: halves are added until one lane is left.
+    fn reduce_add(self, v: Self::F32) -> f32;
+    fn reduce_max(self, v: Self::F32) -> f32;
+
+    fn splat_i32(self, v: i32) -> Self::I32;
+    fn load_i32(self, v: &[i32; LANES]) -> Self::I32;
+    fn load_u32(self, v: &[u32; LANES]) -> Self::I32;
+    fn store_i32(self, v: Self::I32, out: &mut [i32; LANES]);
+    fn add_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Shifts each 32-bit lane right by `N`, zeros coming in.
+    fn shr<const N: u32>(self, v: Self::I32) -> Self::I32;
+    fn to_f32(self, v: Self::I32) -> Self::F32;
+    /// Nearest integer, ties to even; inputs are in the range of i32.
+    fn round(self, v: Self::F32) -> Self::I32;
+    /// `2^v` for `v` in -126..=127.
+    fn pow2(self, v: Self::I32) -> Self::F32;
+
+    fn word_table(self) -> Self::WordTable;
+    /// Eight codes per lane become four vectors of i16 pairs: of vector `j`, the low half comes
+    /// from code `j`, the high half from code `j + 4`.
+    fn nf4_words(self, table: Self::WordTable, codes: Self::I32) -> [Self::I32; 4];
+    /// `acc + a.low * b.low + a.high * b.high`, on i16 halves.
+    fn dot_pairs(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
+
+    fn f32_table(self) -> Self::F32Table;
+    /// The f32 weight of the lowest code of each lane; higher bits are ignored.
+    fn nf4_f32(self, table: Self::F32Table, codes: Self::I32) -> Self::F32;
+}
+
+/// A stored weight that widens to f32 exactly.
+pub trait Weight: bytemuck::Pod {
+    fn load<S: Simd>(s: S, v: &[Self; LANES]) -> S::F32;
+    fn to_f32(self) -> f32;
+    /// Rounds to nearest.
+    fn from_f32(v: f32) -> Self;
+}
+
+impl Weight for f32 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, v: &[f32; LANES]) -> S::F32 {
+        s.load(v)
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+    fn from_f32(v: f32) -> Self {
+        v
+    }
+}
+
+impl Weight for bf16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, v: &[bf16; LANES]) -> S::F32 {
+        s.load_bf16(v)
+    }
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+    fn from_f32(v: f32) -> Self {
+        bf16::from_f32(v)
+    }
+}
+
+impl Weight for f16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, v: &[f16; LANES]) -> S::F32 {
+        s.load_f16(v)
+    }
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+    fn from_f32(v: f32) -> Self {
+        f16::from_f32(v)
+    }
+}
+
+/// Splits into whole vectors; the length must be a multiple of 16.
+#[inline(always)]
+pub fn lanes<T>(v: &[T]) -> &[[T; LANES]] {
+    let (vectors, rest) = v.as_chunks();
+    assert!(rest.is_empty(), "length {} is no multiple of 16", v.len());
+    vectors
+}
+
+/// [`lanes`] of a mutable slice.
+#[inline(always)]
+pub fn lanes_mut<T>(v: &mut [T]) -> &mut [[T; LANES]] {
+    let len = v.len();
+    let (vectors, rest) = v.as_chunks_mut();
+    assert!(rest.is_empty(), "length {len} is no multiple of 16");
+    vectors
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,103 @@
+//! Every instruction set against plain Rust, operation by operation.
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::*;
+use crate::backend::cpu::isa::{Isa, Scalar, dispatch};
+
+/// Results of all operations on the same inputs, as bits.
+#[derive(Debug, Default, PartialEq)]
+struct Bits(Vec<u32>);
+
+impl Bits {
+    #[inline(always)]
+    fn f<S: Simd>(&mut self, s: S, v: S::F32) {
+        let mut out = [0.0; LANES];
+        s.store(v, &mut out);
+        self.0.extend(out.map(f32::to_bits));
+    }
+    #[inline(always)]
+    fn i<S: Simd>(&mut self, s: S, v: S::I32) {
+        let mut out = [0; LANES];
+        s.store_i32(v, &mut out);
+        self.0.extend(out.map(|v| v as u32));
+    }
+}
+
+struct Input {
+    a: [f32; LANES],
+    b: [f32; LANES],
+    codes: [u32; LANES],
+    pairs: [i32; LANES],
+}
+
+#[inline(always)]
+fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
+    let mut out = Bits::default();
+    let (a, b) = (s.load(&input.a), s.load(&input.b));
+    out.f(s, s.splat(1.5));
+    out.f(s, s.add(a, b));
+    out.f(s, s.sub(a, b));
+    out.f(s, s.mul(a, b));
+    out.f(s, s.div(a, b));
+    out.f(s, s.max(a, b));
+    out.f(s, s.min(a, b));
+    out.f(s, s.abs(a));
+    out.f(s, s.load_f16(&input.a.map(f16::from_f32)));
+    out.f(s, s.load_bf16(&input.a.map(bf16::from_f32)));
+    out.0.push(s.reduce_add(a).to_bits());
+    out.0.push(s.reduce_max(a).to_bits());
+
+    let codes = s.load_u32(&input.codes);
+    let pairs = s.load_i32(&input.pairs);
+    out.i(s, s.add_i32(codes, pairs));
+    out.i(s, s.add_i32(codes, s.splat_i32(7)));
+    out.i(s, s.shr::<12>(codes));
+    out.f(s, s.to_f32(pairs));
+    out.i(s, s.round(a));
+    out.f(
+        s,
+        s.pow2(s.round(s.min(s.max(a, s.splat(-126.0)), s.splat(127.0)))),
+    );
+    for words in s.nf4_words(s.word_table(), codes) {
+        out.i(s, words);
+        out.i(s, s.dot_pairs(pairs, words, pairs));
+    }
+    let table = s.f32_table();
+    out.f(s, s.nf4_f32(table, codes));
+    out.f(s, s.nf4_f32(table, s.shr::<28>(codes)));
+    out
+}
+
+dispatch! {
+    fn all_operations_on(input: &Input) -> Bits = all_operations
+}
+
+#[test]
+fn every_instruction_set_computes_what_plain_rust_does() {
+    let mut rng = ChaCha8Rng::seed_from_u64(1);
+    for round in 0..200 {
+        let range = if round % 4 == 0 { 1e6 } else { 4.0 };
+        let input = Input {
+            a: std::array::from_fn(|_| rng.random_range(-range..range)),
+            b: std::array::from_fn(|_| rng.random_range(-range..range)),
+            codes: rng.random(),
+            pairs: std::array::from_fn(|_| {
+                let v: [i16; 2] = std::array::from_fn(|_| rng.random_range(-8191..=8191));
+                i32::from(v[1]) << 16 | i32::from(v[0] as u16)
+            }),
+        };
+        let expected = all_operations(Scalar, &input);
+        for isa in Isa::available() {
+            assert_eq!(all_operations_on(isa, &input), expected, "{}", isa.name());
+        }
+    }
+}
+
+#[test]
+fn a_block_of_the_largest_products_fits_in_32_bits() {
+    assert!(64 * i64::from(WEIGHT_MAX) * i64::from(ACTIVATION_MAX) <= i64::from(i32::MAX));
+    assert_eq!(i32::from(CODE_BOOK_INT16[0]), -WEIGHT_MAX);
+    assert_eq!(i32::from(CODE_BOOK_INT16[15]), WEIGHT_MAX);
+}

@@ -1,0 +1,425 @@
+//! The workers: pinned threads that spin between the blocks of a token and sleep when idle.
+//!
+//! A decode step is hundreds of jobs of a few microseconds, so starting one must cost about as
+//! little as a cache miss: the caller publishes a job, works on it itself, and waits.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::topology;
+use crate::backend::{BackendError, Result};
+
+/// An idle worker gives the core away between polls after this long ...
+const YIELD_AFTER: Duration = Duration::from_micros(200);
+/// ... and sleeps after this long.
+const SLEEP_AFTER: Duration = Duration::from_millis(50);
+
+/// What workers run: `job(item)` for items that each of them claims.
+type Job<'a> = dyn Fn(usize) + Sync + 'a;
+
+/// A fixed set of workers; the thread that calls [`run`](Pool::run) is the first of them.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    /// Counts jobs; a change tells workers that there is one.
+    generation: Padded<AtomicUsize>,
+    /// Workers that have not finished the current job.
+    busy: Padded<AtomicUsize>,
+    /// The job of this generation; written only while `busy` is 0.
+    job: UnsafeCell<Option<*const Job<'static>>>,
+    /// Items that each worker starts with; others may take from them.
+    ranges: Vec<Padded<ItemRange>>,
+    sleeping: Vec<Padded<AtomicBool>>,
+    stop: AtomicBool,
+    panicked: Mutex<Option<String>>,
+}
+
+// SAFETY: all fields but `job` are made for sharing. The caller writes `job` only while no worker
+// is busy, and workers read it only after they saw `generation` change, which comes after the write.
+// The job itself is `Sync`, and `run` keeps it alive until every worker is done with it.
+unsafe impl Sync for Shared {}
+// SAFETY: as above.
+unsafe impl Send for Shared {}
+
+#[derive(Default)]
+struct ItemRange {
+    next: AtomicUsize,
+    end: AtomicUsize,
+}
+
+/// Two cache lines of its own, since processors fetch lines in pairs.
+#[derive(Default)]
+#[repr(align(128))]
+struct Padded<T>(T);
+
+impl Pool {
+    /// `threads` workers, or one per usable core; never more than there are cores.
+    ///
+    /// # Errors
+    /// If the system refuses to start a thread.
+    pub fn new(threads: Option<usize>) -> Result<Pool> {
+        let cores = topology::usable_cores();
+        let count = threads.unwrap_or(cores.len()).clamp(1, cores.len());
+        Pool::on(&cores[..count])
+    }
+
+    /// One worker per entry of `cores`, pinned there, save the first: that is the caller, who
+    /// stays where the system puts it.
+    fn on(cores: &[usize]) -> Result<Pool> {
+        let shared = Arc::new(Shared {
+            generation: Padded::default(),
+            busy: Padded::default(),
+            job: UnsafeCell::new(None),
+            ranges: cores.iter().map(|_| Padded::default()).collect(),
+            sleeping: cores.iter().map(|_| Padded::default()).collect(),
+            stop: AtomicBool::new(false),
+            panicked: Mutex::new(None),
+        });
+        let mut pool = Pool {
+            shared,
+            workers: Vec::new(),
+        };
+        for (id, &core) in cores.iter().enumerate().skip(1) {
+            let shared = Arc::clone(&pool.shared);
+            let worker = thread::Builder::new()
+                .name(format!("cpu-worker-{id}"))
+                .spawn(move || {
+                    topology::pin_current_thread(core);
+                    shared.serve(id);
+                })
+                .map_err(|e| BackendError::Other(format!("cannot start worker {id}: {e}")))?;
+            pool.workers.push(worker);
+        }
+        Ok(pool)
+    }
+
+    /// Workers, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs `job(item)` once for every item below `items`, in no fixed order, and waits.
+    ///
+    /// Each worker begins with its own equal share of neighbouring items, the same one every time,
+    /// and then helps the others.
+    ///
+    /// # Errors
+    /// If `job` panicked; some items may then not have run.
+    pub fn run(&mut self, items: usize, job: &Job) -> Result<()> {
+        let threads = self.threads();
+        if threads == 1 || items <= 1 {
+            return catch(|| (0..items).for_each(job));
+        }
+        let shared = &*self.shared;
+        for (id, Padded(range)) in shared.ranges.iter().enumerate() {
+            range.next.store(id * items / threads, Ordering::Relaxed);
+            range
+                .end
+                .store((id + 1) * items / threads, Ordering::Relaxed);
+        }
+        // SAFETY: only the lifetime changes. Workers use the pointer between here and the moment
+        // `busy` is back at 0, which is awaited below, and nothing in between returns or unwinds.
+        let pointer: *const Job<'static> = unsafe { std::mem::transmute(job as *const Job) };
+        // SAFETY: `busy` is 0, so no worker reads the job now.
+        unsafe { *shared.job.get() = Some(pointer) };
+        shared.busy.0.store(threads - 1, Ordering::Relaxed);
+        shared.generation.0.fetch_add(1, Ordering::SeqCst);
+        for (id, worker) in self.workers.iter().enumerate() {
+            if shared.sleeping[id + 1].0.load(Ordering::SeqCst) {
+                worker.thread().unpark();
+            }
+        }
+
+        shared.work(0, job);
+        let mut waiting = Backoff::default();
+        while shared.busy.0.load(Ordering::Acquire) > 0 {
+            waiting.pause();
+        }
+        match shared.panicked.lock().unwrap().take() {
+            Some(message) => Err(panic_error(&message)),
+            None => Ok(()),
+        }
+    }
+
+    /// Splits `data` into chunks of `chunk_len` and runs `job(i, chunk i)` for each.
+    ///
+    /// # Errors
+    /// As [`run`](Pool::run).
+    pub fn for_each_chunk<T: Send>(
+        &mut self,
+        data: &mut [T],
+        chunk_len: usize,
+        job: &(dyn Fn(usize, &mut [T]) + Sync),
+    ) -> Result<()> {
+        let len = data.len();
+        let parts = Parts::new(data);
+        self.run(len.div_ceil(chunk_len.max(1)), &|item| {
+            let start = item * chunk_len;
+            // SAFETY: items are run once each, and their chunks do not overlap.
+            let chunk = unsafe { parts.slice(start..len.min(start + chunk_len)) };
+            job(item, chunk);
+        })
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for worker in &self.workers {
+            worker.thread().unpark();
+        }
+        for worker in self.workers.drain(..) {
+            // A worker catches the panics of its jobs, so it ends without one.
+            worker.join().ok();
+        }
+    }
+}
+
+impl Shared {
+    /// The life of worker `id`.
+    fn serve(&self, id: usize) {
+        let mut seen = 0;
+        loop {
+            let mut waiting = Backoff::default();
+            loop {
+                if self.stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                if self.generation.0.load(Ordering::Acquire) != seen {
+                    break;
+                }
+                if waiting.pause() > SLEEP_AFTER {
+                    self.sleep(id, seen);
+                }
+            }
+            seen = seen.wrapping_add(1);
+            // SAFETY: this generation's job was written before `generation` changed, and stays as
+            // it is, and alive, until this worker has left `busy`.
+            let job = unsafe { &*(*self.job.get()).expect("a generation has a job") };
+            self.work(id, job);
+            self.busy.0.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Parks until there is a job after `seen`, or the pool stops.
+    ///
+    /// `sleeping` is set before the last look at `generation`, and the caller looks at `sleeping`
+    /// after changing `generation`: in sequentially consistent order, one of them sees the other.
+    fn sleep(&self, id: usize, seen: usize) {
+        self.sleeping[id].0.store(true, Ordering::SeqCst);
+        while self.generation.0.load(Ordering::SeqCst) == seen && !self.stop.load(Ordering::SeqCst)
+        {
+            thread::park();
+        }
+        self.sleeping[id].0.store(false, Ordering::SeqCst);
+    }
+
+    /// Claims and runs items: own ones first, then those of the others in turn.
+    fn work(&self, id: usize, job: &Job) {
+        let result = catch(|| {
+            for victim in 0..self.ranges.len() {
+                let Padded(range) = &self.ranges[(id + victim) % self.ranges.len()];
+                let end = range.end.load(Ordering::Relaxed);
+                while range.next.load(Ordering::Relaxed) < end {
+                    let item = range.next.fetch_add(1, Ordering::Relaxed);
+                    if item >= end {
+                        break;
+                    }
+                    job(item);
+                }
+            }
+        });
+        if let Err(error) = result {
+            self.panicked
+                .lock()
+                .unwrap()
+                .get_or_insert(error.to_string());
+        }
+    }
+}
+
+/// Spins, then yields, so that a worker whose core has other work does not hold it up.
+struct Backoff {
+    since: Option<Instant>,
+    spins: u32,
+    waited: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Backoff {
+            since: None,
+            spins: 0,
+            waited: Duration::ZERO,
+        }
+    }
+}
+
+impl Backoff {
+    /// Waits a moment; returns how long it has been in all, looking at the clock now and then.
+    fn pause(&mut self) -> Duration {
+        self.spins += 1;
+        if self.spins.is_multiple_of(64) {
+            self.waited = self.since.get_or_insert_with(Instant::now).elapsed();
+        }
+        if self.waited > YIELD_AFTER {
+            thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+        self.waited
+    }
+}
+
+fn catch(f: impl FnOnce()) -> Result<()> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(|payload| panic_error(panic_message(&*payload)))
+}
+
+fn panic_message(payload: &(dyn Any + Send)) -> &str {
+    payload
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| payload.downcast_ref::<&str>().copied())
+        .unwrap_or("no message")
+}
+
+fn panic_error(message: &str) -> BackendError {
+    BackendError::Other(format!("cpu worker panicked: {message}"))
+}
+
+/// A mutable slice that the items of one job write to, each its own part.
+pub struct Parts<'a, T> {
+    start: *mut T,
+    len: usize,
+    lifetime: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: sharing a `Parts` hands out nothing; `slice` is where callers promise not to overlap.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    pub fn new(data: &'a mut [T]) -> Self {
+        Parts {
+            start: data.as_mut_ptr(),
+            len: data.len(),
+            lifetime: PhantomData,
+        }
+    }
+
+    /// The elements in `range`.
+    ///
+    /// # Safety
+    /// No two slices that live at the same time may overlap.
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn slice(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: in bounds by the assertion, exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+
+    /// Element `i`.
+    ///
+    /// # Safety
+    /// As [`slice`](Parts::slice).
+    #[allow(clippy::mut_from_ref)]
+    pub unsafe fn item(&self, i: usize) -> &mut T {
+        assert!(i < self.len);
+        // SAFETY: in bounds by the assertion, exclusive by the caller's promise.
+        unsafe { &mut *self.start.add(i) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Four workers even where there are fewer cores, so that they get in each other's way.
+    fn crowded() -> Pool {
+        let core = topology::usable_cores()[0];
+        Pool::on(&[core; 4]).unwrap()
+    }
+
+    #[test]
+    fn every_item_runs_exactly_once() {
+        let mut pool = crowded();
+        for items in [0, 1, 2, 3, 4, 5, 17, 1000] {
+            let counts: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+            pool.run(items, &|i| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            })
+            .unwrap();
+            assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn chunks_cover_the_slice_without_overlap() {
+        let mut pool = crowded();
+        let mut data = vec![0; 103];
+        pool.for_each_chunk(&mut data, 10, &|i, chunk| {
+            chunk.iter_mut().for_each(|v| *v += i + 1)
+        })
+        .unwrap();
+        assert!(data.iter().enumerate().all(|(i, &v)| v == i / 10 + 1));
+    }
+
+    #[test]
+    fn a_panic_in_a_worker_is_an_error_and_the_pool_lives_on() {
+        let mut pool = crowded();
+        for round in 0..20 {
+            let error = pool
+                .run(100, &|i| assert!(i != 57, "item {i} of round {round}"))
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("item 57"), "{error}");
+            pool.run(100, &|_| {}).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_thousand_pools_start_work_and_stop() {
+        for round in 0..1000 {
+            let mut pool = crowded();
+            let sum = AtomicUsize::new(0);
+            for _ in 0..round % 3 {
+                pool.run(8, &|i| {
+                    sum.fetch_add(i, Ordering::Relaxed);
+                })
+                .unwrap();
+            }
+            assert_eq!(sum.into_inner(), 28 * (round % 3));
+        }
+    }
+
+    #[test]
+    fn workers_wake_from_sleep() {
+        let mut pool = crowded();
+        for _ in 0..3 {
+            thread::sleep(SLEEP_AFTER * 2);
+            let sum = AtomicUsize::new(0);
+            pool.run(100, &|i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            })
+            .unwrap();
+            assert_eq!(sum.into_inner(), 4950);
+        }
+    }
+
+    #[test]
+    fn no_pool_has_more_workers_than_cores() {
+        let cores = topology::usable_cores().len();
+        assert_eq!(Pool::new(None).unwrap().threads(), cores);
+        assert_eq!(Pool::new(Some(10_000)).unwrap().threads(), cores);
+        assert_eq!(Pool::new(Some(0)).unwrap().threads(), 1);
+    }
+}
