@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use crate::backend::cpu::CpuPrecision;
 use crate::commands::{bench, doctor, plan, profile, quantize, report, run};
 use crate::engine::BackendChoice;
 
@@ -69,12 +70,33 @@ pub struct ModelArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Compute")]
 pub struct ComputeArgs {
-    /// What computes: auto (the fastest there is) or reference (exact, slow)
+    /// What computes: auto (the fastest there is), cpu (SIMD kernels) or reference (f32, slow)
     #[arg(long, value_name = "NAME", env = "MOECTL_BACKEND", default_value_t)]
     pub backend: BackendChoice,
     /// Worker threads [default: all cores the process may use]
     #[arg(long, value_name = "N", env = "MOECTL_THREADS")]
     pub threads: Option<usize>,
+    /// Arithmetic of NF4 weights on the CPU
+    #[arg(long, value_enum, value_name = "TYPE", env = "MOECTL_CPU_PRECISION",
+          default_value_t = Precision::Int16)]
+    pub cpu_precision: Precision,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Precision {
+    /// Exactly dequantised weights
+    F32,
+    /// 13-bit weights, 14-bit activations: 0.03% error
+    Int16,
+}
+
+impl From<Precision> for CpuPrecision {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => CpuPrecision::F32,
+            Precision::Int16 => CpuPrecision::Int16,
+        }
+    }
 }
 
 impl Cli {

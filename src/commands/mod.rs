@@ -10,6 +10,7 @@ pub mod run;
 
 mod console;
 mod interrupt;
+mod load;
 mod workloads;
 
 use std::path::Path;

@@ -11,12 +11,12 @@ use clap::Args;
 use half::f16;
 
 use super::console::{Console, Unit};
-use super::{Failure, check_output, interrupt, workloads};
+use super::{Failure, check_output, interrupt, load, workloads};
 use crate::backend::Routing;
 use crate::cli::{ComputeArgs, ModelArgs};
+use crate::engine::Engine;
 use crate::engine::generate::{FinishReason, GenerateOptions, Observer};
 use crate::engine::sampler::SamplingParams;
-use crate::engine::{Engine, LoadOptions};
 use crate::formats::corpus::{Content, Corpus, Record};
 use crate::formats::document::PROFILE;
 use crate::formats::{Document, atomic};
@@ -95,11 +95,9 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
         }
         let source = Source::resolve(args.model.model.as_deref())?;
         let corpora = open_corpora(&args.corpora)?;
-        let mut engine = load(&args, &source)?;
-        engine
-            .notes()
-            .iter()
-            .for_each(|note| console.note(format!("note: {note}")));
+        let limit = source.config()?.max_position_embeddings;
+        let room = (args.ctx as usize + args.generate).min(limit);
+        let mut engine = load::engine(&source, &args.compute, room, console)?;
         let settings = Settings {
             ctx: args.ctx as usize,
             generate: args.generate,
@@ -150,16 +148,6 @@ pub(super) fn open_corpora(paths: &[PathBuf]) -> anyhow::Result<Vec<Corpus>> {
         return Ok(workloads::all()?);
     }
     paths.iter().map(|path| Ok(Corpus::open(path)?)).collect()
-}
-
-fn load(args: &ProfileArgs, source: &Source) -> anyhow::Result<Engine> {
-    let limit = source.config()?.max_position_embeddings;
-    let options = LoadOptions {
-        backend: args.compute.backend,
-        threads: args.compute.threads,
-        max_tokens: (args.ctx as usize + args.generate).min(limit),
-    };
-    Ok(Engine::load(source, &options)?)
 }
 
 fn record_with_trace(

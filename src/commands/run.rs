@@ -8,12 +8,12 @@ use clap::Args;
 use serde::Serialize;
 
 use super::console::{Console, Unit};
-use super::{Failure, interrupt};
+use super::{Failure, interrupt, load};
 use crate::backend::Routing;
 use crate::cli::{ComputeArgs, ModelArgs};
 use crate::engine::generate::{FinishReason, GenerateOptions, Generation, Observer};
 use crate::engine::sampler::SamplingParams;
-use crate::engine::{Engine, LoadOptions, TextModel};
+use crate::engine::{Engine, TextModel};
 use crate::formats::ModelId;
 use crate::hardware::monitor::high_water_mark;
 use crate::model::{Message, Source};
@@ -214,7 +214,7 @@ fn one_prompt(
         ))
         .into());
     }
-    let mut engine = load(args, source, max_tokens, console)?;
+    let mut engine = load::engine(source, &args.compute, max_tokens, console)?;
     let interrupt = interrupt::flag();
     let mut experts = ExpertCounts::default();
     let show = !console.json;
@@ -277,30 +277,6 @@ fn system_message(args: &RunArgs) -> Vec<Message> {
         .iter()
         .map(|text| Message::new("system", text.clone()))
         .collect()
-}
-
-fn load(
-    args: &RunArgs,
-    source: &Source,
-    max_tokens: usize,
-    console: &Console,
-) -> anyhow::Result<Engine> {
-    let options = LoadOptions {
-        backend: args.compute.backend,
-        threads: args.compute.threads,
-        max_tokens,
-    };
-    let engine = Engine::load(source, &options)?;
-    engine
-        .notes()
-        .iter()
-        .for_each(|note| console.note(format!("note: {note}")));
-    console.detail(format!(
-        "model {} on backend {}, context {max_tokens}",
-        source.id(),
-        engine.backend_name()
-    ));
-    Ok(engine)
 }
 
 fn generate(
@@ -415,7 +391,7 @@ fn chat(
     let max_tokens = args
         .ctx
         .map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx as usize);
-    let mut engine = load(args, source, max_tokens, console)?;
+    let mut engine = load::engine(source, &args.compute, max_tokens, console)?;
     let mut messages = system_message(args);
     // A template that cannot be used is told before the first line is typed.
     engine.text().encode_chat(&[Message::new("user", "")])?;

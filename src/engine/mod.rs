@@ -11,6 +11,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
 use crate::backend::{BackendError, ModelShape};
 use crate::formats::ModelId;
@@ -37,6 +38,7 @@ pub enum BackendChoice {
     #[default]
     Auto,
     Reference,
+    Cpu,
 }
 
 impl FromStr for BackendChoice {
@@ -58,15 +60,20 @@ impl fmt::Display for BackendChoice {
         f.write_str(match self {
             BackendChoice::Auto => "auto",
             BackendChoice::Reference => "reference",
+            BackendChoice::Cpu => "cpu",
         })
     }
 }
 
-#[derive(Clone, Debug)]
-pub struct LoadOptions {
+/// How to load a model.
+#[derive(Clone)]
+pub struct LoadOptions<'a> {
     pub backend: BackendChoice,
     /// Worker threads; all usable cores if `None`
     pub threads: Option<usize>,
+    pub cpu_precision: CpuPrecision,
+    /// Told the stored bytes packed so far and in all
+    pub progress: Progress<'a>,
     /// Room for this many tokens, prompt and answer together
     pub max_tokens: usize,
 }
@@ -140,7 +147,15 @@ impl Engine {
             ));
         }
         let runner: Box<dyn Runner> = match options.backend {
-            BackendChoice::Auto | BackendChoice::Reference => {
+            BackendChoice::Auto | BackendChoice::Cpu => {
+                let cpu = CpuOptions {
+                    threads: options.threads,
+                    precision: options.cpu_precision,
+                };
+                let backend = Cpu::new(config.shape.clone(), &weights, cpu, options.progress)?;
+                Box::new(Sequence::new(backend, options.max_tokens)?)
+            }
+            BackendChoice::Reference => {
                 let backend = Reference::new(config.shape.clone(), weights);
                 Box::new(Sequence::new(backend, options.max_tokens)?)
             }

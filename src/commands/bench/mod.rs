@@ -2,6 +2,7 @@
 
 mod measure;
 mod quality;
+mod table;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,11 +14,10 @@ use sha2::{Digest, Sha256};
 use super::console::Console;
 use super::plan::{self, Kv};
 use super::profile::{self, Settings as ProfileSettings};
-use super::report::{print_table, write_charts};
-use super::{Failure, check_output, workloads};
+use super::{Failure, check_output, load, report, workloads};
 use crate::cli::{ComputeArgs, ModelArgs};
+use crate::engine::Engine;
 use crate::engine::footprint::footprint;
-use crate::engine::{Engine, LoadOptions};
 use crate::formats::Document;
 use crate::formats::corpus::Corpus;
 use crate::formats::document::{PLACEMENT, RUN};
@@ -113,16 +113,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         ))
         .into());
     }
-    let options = LoadOptions {
-        backend: args.compute.backend,
-        threads: args.compute.threads,
-        max_tokens: room,
-    };
-    let mut engine = Engine::load(&source, &options)?;
-    engine
-        .notes()
-        .iter()
-        .for_each(|note| console.note(format!("note: {note}")));
+    let mut engine = load::engine(&source, &args.compute, room, console)?;
     let footprint = footprint(&config, source.local_checkpoint()?.as_ref())?;
     let hardware = HardwareBody::measure();
     let executed_on = "cpu";
@@ -189,22 +180,12 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     };
     let document = Document::new(RUN, Some(engine.model_id().clone()), body);
     document.write(&run_path)?;
-    let files = write_charts(
-        &args.output,
-        std::slice::from_ref(&document),
-        profile.as_ref(),
-        Some(&placement.body),
-    )?;
+    let files = report::of_bench(&args.output, &document, profile.as_ref(), &placement.body)?;
     if console.json {
         console.result_json(&document)?;
     } else {
-        console.result(print_table(&document))?;
-        console.result(format!("\nwritten to {}:", args.output.display()))?;
-        let names = files.iter().filter_map(|file| file.file_name()?.to_str());
-        console.result(format!(
-            "  run.json {}",
-            names.collect::<Vec<_>>().join(" ")
-        ))?;
+        console.result(table::render(&document.body))?;
+        console.result(report::list(&args.output, &files))?;
     }
     Ok(())
 }
@@ -255,7 +236,7 @@ fn plan_here(
     footprint: &Footprint,
     ctx: u64,
     console: &Console,
-) -> anyhow::Result<(Document<Placement>, ProfileBody)> {
+) -> anyhow::Result<(Document<Placement>, Document<ProfileBody>)> {
     let corpora = workloads::all()?;
     let settings = ProfileSettings::quick(PROFILE_RECORDS, PROFILE_TOKENS);
     let mut events = Vec::new();
@@ -277,7 +258,7 @@ fn plan_here(
     let placement = Document::new(PLACEMENT, Some(engine.model_id().clone()), placement);
     placement.write(&args.output.join("placement.json"))?;
     console.note(plan::describe(&placement.body));
-    Ok((placement, profile.body))
+    Ok((placement, profile))
 }
 
 /// This machine as the cost model sees it: no GPU takes part, RAM bounds everything.

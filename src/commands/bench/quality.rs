@@ -1,5 +1,6 @@
 //! Speed with quality beside it: how far the fast path is from the reference backend.
 
+use crate::backend::cpu::CpuPrecision;
 use crate::commands::console::Console;
 use crate::commands::workloads;
 use crate::engine::{BackendChoice, Engine, LoadOptions, PREFILL_CHUNK};
@@ -19,6 +20,8 @@ pub fn against_reference(
     let options = LoadOptions {
         backend: BackendChoice::Reference,
         threads: None,
+        cpu_precision: CpuPrecision::F32,
+        progress: &|_, _| {},
         max_tokens: PIECE,
     };
     let mut reference = Engine::load(source, &options)?;

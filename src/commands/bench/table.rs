@@ -1,0 +1,83 @@
+//! The result of a bench, for the terminal.
+
+use crate::planning::units::{show_bytes, show_tokens};
+use crate::report::metrics::{
+    DECODE_TOK_S, ITL_P50_MS, ITL_P99_MS, Metric, PREFILL_TOK_S, TTFT_MS,
+};
+use crate::report::record::{ContextRun, RunBody};
+
+const COLUMNS: [&Metric; 5] = [
+    &PREFILL_TOK_S,
+    &DECODE_TOK_S,
+    &TTFT_MS,
+    &ITL_P50_MS,
+    &ITL_P99_MS,
+];
+
+/// Medians with their 95% intervals, one line per context; then what stands beside the speed.
+pub fn render(run: &RunBody) -> String {
+    let mut out = format!("{:>8}", "context");
+    for metric in COLUMNS {
+        out += &format!("  {:>22}", metric.key);
+    }
+    out += &format!("  {:>20}", "predicted decode");
+    for context in &run.contexts {
+        out += &format!("\n{:>8}", show_tokens(context.context_tokens as u64));
+        for metric in COLUMNS {
+            out += &format!("  {:>22}", cell(metric, context));
+        }
+        out += &format!("  {:>20}", predicted(context));
+    }
+    out += &format!(
+        "\n\nmedian of {} repetitions after {} warm-up, 95% bootstrap interval in brackets; \
+         peak memory {}",
+        run.settings.repetitions,
+        run.settings.warmups,
+        show_bytes(run.memory.peak_rss_bytes)
+    );
+    for context in &run.contexts {
+        out += &roofline(run, context).unwrap_or_default();
+    }
+    if let Some(quality) = &run.quality {
+        out += &format!(
+            "\nagainst the {} backend on {} tokens: mean KL {:.1e} nats, perplexity {:.4} ({:.4})",
+            quality.reference,
+            quality.tokens,
+            quality.mean_kl_nats,
+            quality.perplexity,
+            quality.reference_perplexity
+        );
+    }
+    out
+}
+
+fn cell(metric: &Metric, context: &ContextRun) -> String {
+    metric.summary(context).map_or("-".into(), |s| {
+        format!(
+            "{:.1} [{:.1}, {:.1}]",
+            s.median, s.interval.low, s.interval.high
+        )
+    })
+}
+
+fn predicted(context: &ContextRun) -> String {
+    match (&context.prediction, context.prediction_error) {
+        (Some(prediction), Some(error)) => {
+            format!("{:.1} ({:+.0}%)", prediction.decode_tok_s, 100.0 * error)
+        }
+        _ => "-".into(),
+    }
+}
+
+/// Bytes a token reads, and what that comes to beside the measured bandwidth of the RAM.
+fn roofline(run: &RunBody, context: &ContextRun) -> Option<String> {
+    let bytes = context.bytes_read_per_token?;
+    let dram = run.hardware.dram.as_ref()?.all_cores.median_gb_s;
+    let gb_s = bytes as f64 * DECODE_TOK_S.summary(context)?.median / 1e9;
+    Some(format!(
+        "\ncontext {}: {} read per token, {gb_s:.2} GB/s, {:.0}% of the RAM's {dram:.1} GB/s",
+        show_tokens(context.context_tokens as u64),
+        show_bytes(bytes),
+        100.0 * gb_s / dram
+    ))
+}

@@ -1,0 +1,39 @@
+//! Loading a model the way the flags ask, with a progress bar.
+
+use crate::cli::ComputeArgs;
+use crate::commands::console::{Console, Unit};
+use crate::engine::{Engine, LoadOptions};
+use crate::model::Source;
+
+/// Loads the model with room for `max_tokens`; says what its owner should know.
+pub fn engine(
+    source: &Source,
+    compute: &ComputeArgs,
+    max_tokens: usize,
+    console: &Console,
+) -> anyhow::Result<Engine> {
+    let bar = console.progress("load", 0, Unit::Bytes);
+    let options = LoadOptions {
+        backend: compute.backend,
+        threads: compute.threads,
+        cpu_precision: compute.cpu_precision.into(),
+        progress: &|done, total| {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+        },
+        max_tokens,
+    };
+    let engine = Engine::load(source, &options);
+    bar.finish_and_clear();
+    let engine = engine?;
+    engine
+        .notes()
+        .iter()
+        .for_each(|note| console.note(format!("note: {note}")));
+    console.detail(format!(
+        "model {} on backend {}, room for {max_tokens} tokens",
+        source.id(),
+        engine.backend_name()
+    ));
+    Ok(engine)
+}
