@@ -3,25 +3,25 @@
 //! Results are the same bits for any number of threads, and for any split of a sequence into
 //! chunks: work is divided by output rows, and every sum has a fixed order.
 
-mod activations;
-mod attention;
-mod conv;
-mod delta_rule;
+pub mod activations;
+pub mod attention;
+pub mod conv;
+pub mod delta_rule;
 mod dense;
 mod experts;
 mod gated_attention;
 mod gated_delta_net;
 pub mod isa;
 pub mod layout;
-mod linear;
-mod load;
+pub mod linear;
+pub mod load;
 mod math;
 mod memory;
 mod nf4_f32;
 mod nf4_int16;
-mod rms_norm;
+pub mod rms_norm;
 mod rope;
-mod router;
+pub mod router;
 mod simd;
 pub mod threads;
 mod topology;
