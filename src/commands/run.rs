@@ -333,7 +333,7 @@ fn record<'a>(
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     RunRecord {
         model: engine.model_id(),
-        backend: engine.backend_name(),
+        backend: engine.backend().name,
         seed: options.sampling.seed,
         prompt_ids,
         token_ids: &generation.token_ids,
