@@ -117,7 +117,10 @@ impl SamplingArgs {
                 .unwrap_or(defaults.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
-            seed: self.seed.unwrap_or_else(rand::random),
+            seed: match self.seed {
+                Some(seed) => seed,
+                None => getrandom::u64().context("random seed")?,
+            },
         };
         params
             .validate()
