@@ -59,16 +59,6 @@ fn f32_at(bytes: &[u8], i: usize) -> f32 {
 }
 
 impl Nf4Matrix {
-    /// 4-bit code of weight `i` of the stored tensor.
-    fn code(&self, i: usize) -> usize {
-        let byte = self.packed[i / 2];
-        usize::from(if i.is_multiple_of(2) {
-            byte >> 4
-        } else {
-            byte & 15
-        })
-    }
-
     pub(crate) fn stored_bytes(&self) -> usize {
         let n = self.rows * self.cols;
         let scales = n.div_ceil(BLOCKSIZE);
@@ -81,14 +71,21 @@ impl Nf4Matrix {
 
     /// Rows as f32: `code_book[c[i]] * s[i / 64]`, one rounding. Blocks may cross row ends.
     pub(crate) fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
+        let packed: &[u8] = &self.packed;
         let start = self.first + rows.start * self.cols;
         let end = self.first + rows.end * self.cols;
         let mut i = start;
         while i < end {
             let block_end = end.min((i / BLOCKSIZE + 1) * BLOCKSIZE);
             let scale = self.absmax.get(i / BLOCKSIZE);
+            let scaled = CODE_BOOK.map(|code| code * scale);
             for j in i..block_end {
-                out[j - start] = CODE_BOOK[self.code(j)] * scale;
+                let nibble = if j.is_multiple_of(2) {
+                    packed[j / 2] >> 4
+                } else {
+                    packed[j / 2] & 15
+                };
+                out[j - start] = scaled[usize::from(nibble)];
             }
             i = block_end;
         }
