@@ -135,7 +135,8 @@ def main():
     ap.add_argument("-n", "--tokens", type=int, default=32, metavar="N", help="tokens to generate [default: %(default)s]")
     ap.add_argument("--tolerance", type=float, default=1e-3, metavar="X",
                     help="largest difference of a logit that still agrees [default: %(default)s]")
-    ap.add_argument("--backend", metavar="NAME", help="moectl's --backend [default: moectl's own choice]")
+    ap.add_argument("--backend", default="reference", metavar="NAME",
+                    help="moectl's --backend; faster ones need a wider --tolerance [default: %(default)s]")
     args = ap.parse_args()
     if args.tokens < 1:
         ap.error("-n: at least one token is needed")

@@ -31,6 +31,17 @@ pub enum BackendError {
 
 pub type Result<T> = std::result::Result<T, BackendError>;
 
+/// A backend as reports name it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackendFacts {
+    /// `reference`, `cpu` or `cuda:N`
+    pub name: String,
+    /// Kernels picked at run time, such as `avx512, int16`
+    pub kernels: Option<String>,
+    /// CPU threads that compute
+    pub threads: usize,
+}
+
 /// What the router chose for a chunk of tokens in one layer.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Routing {
@@ -61,8 +72,12 @@ pub trait Backend: Send {
     /// What one sequence carries on: conv and delta-rule states, keys and values.
     type State: Send;
 
-    /// Short name for reports: `reference`, `cpu`, `cuda:0`.
-    fn name(&self) -> String;
+    /// What a report says of this backend.
+    fn facts(&self) -> BackendFacts;
+
+    /// Bytes of weights and state that decoding one token reads with `context` tokens seen: what
+    /// its memory bandwidth bounds. `None` where nothing is laid out to be read once.
+    fn decode_read_bytes(&self, context: usize) -> Option<u64>;
 
     fn shape(&self) -> &ModelShape;
 

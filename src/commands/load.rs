@@ -33,7 +33,7 @@ pub fn engine(
     console.detail(format!(
         "model {} on backend {}, room for {max_tokens} tokens",
         source.id(),
-        engine.backend_name()
+        engine.backend().name
     ));
     Ok(engine)
 }

@@ -117,7 +117,10 @@ impl SamplingArgs {
                 .unwrap_or(defaults.repetition_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
-            seed: self.seed.unwrap_or_else(rand::random),
+            seed: match self.seed {
+                Some(seed) => seed,
+                None => getrandom::u64().context("random seed")?,
+            },
         };
         params
             .validate()
@@ -346,7 +349,7 @@ fn record<'a>(
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     RunRecord {
         model: engine.model_id(),
-        backend: engine.backend_name(),
+        backend: engine.backend().name,
         seed: options.sampling.seed,
         prompt_ids,
         token_ids: &generation.token_ids,

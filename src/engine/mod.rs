@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
-use crate::backend::{BackendError, ModelShape};
+use crate::backend::{BackendError, BackendFacts, ModelShape};
 use crate::formats::ModelId;
 use crate::model::weights;
 use crate::model::{
@@ -196,8 +196,13 @@ impl Engine {
         &self.notes
     }
 
-    pub fn backend_name(&self) -> String {
-        self.runner.backend_name()
+    pub fn backend(&self) -> BackendFacts {
+        self.runner.facts()
+    }
+
+    /// Bytes that decoding one token reads with `context` tokens seen, if the backend knows.
+    pub fn decode_read_bytes(&self, context: usize) -> Option<u64> {
+        self.runner.decode_read_bytes(context)
     }
 
     /// The ids the sequence has been fed, in order.

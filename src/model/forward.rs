@@ -1,6 +1,6 @@
 //! The loop over blocks, the same for every backend. Routing events leave here.
 
-use crate::backend::{Backend, BackendError, Result, Routing};
+use crate::backend::{Backend, BackendError, BackendFacts, Result, Routing};
 
 /// Which positions of a chunk want logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,10 @@ pub trait Runner: Send {
     /// Tokens the sequence has seen.
     fn position(&self) -> usize;
 
-    fn backend_name(&self) -> String;
+    fn facts(&self) -> BackendFacts;
+
+    /// See [`Backend::decode_read_bytes`].
+    fn decode_read_bytes(&self, context: usize) -> Option<u64>;
 }
 
 /// A backend and the state of the sequence it is working on.
@@ -100,7 +103,11 @@ impl<B: Backend> Runner for Sequence<B> {
         self.position
     }
 
-    fn backend_name(&self) -> String {
-        self.backend.name()
+    fn facts(&self) -> BackendFacts {
+        self.backend.facts()
+    }
+
+    fn decode_read_bytes(&self, context: usize) -> Option<u64> {
+        self.backend.decode_read_bytes(context)
     }
 }

@@ -366,7 +366,7 @@ fn model(bench: &Bench, name: &str, shape: ModelShape, weights: ModelWeights, vo
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let prompt: Vec<u32> = (0..512).map(|_| rng.random_range(0..vocab)).collect();
 
-    let mut feed = |ids: &[u32], sequence: &mut Sequence<Cpu>| {
+    let feed = |ids: &[u32], sequence: &mut Sequence<Cpu>| {
         sequence
             .forward(ids, LogitRows::Last, &mut |_, _, _| {})
             .unwrap()

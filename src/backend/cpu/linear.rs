@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
-use half::{bf16, f16};
+use half::bf16;
 
 use super::activations::{Activations, Block, Int16Block};
 use super::isa::Isa;
@@ -25,7 +25,7 @@ pub struct Linear {
 }
 
 pub enum Weights {
-    Nf4Int16(Tiles<f16>),
+    Nf4Int16(Tiles<u16>),
     Nf4F32(Tiles<f32>),
     /// `[rows, ceil(cols / 64)]`, zero-padded
     Bf16(Huge<[bf16; TILE_COLS]>),
@@ -36,6 +36,8 @@ pub enum Weights {
 pub struct Tiles<A> {
     pub arena: Arc<Huge<Tile<A>>>,
     pub range: Range<usize>,
+    /// Unit of the scales of each tile row
+    pub units: Vec<f32>,
 }
 
 impl<A> Tiles<A> {
@@ -83,8 +85,9 @@ impl Linear {
         let dense_blocks = first * kblocks..self.rows.min(first + TILE_ROWS) * kblocks;
         match &self.weights {
             Weights::Nf4Int16(tiles) => {
+                let unit = tiles.units[tile_row];
                 let tiles = tiles.row(tile_row, kblocks);
-                nf4_int16::tile_row(isa, tiles, x.int16, x.tokens, tokens, c);
+                nf4_int16::tile_row(isa, tiles, unit, x.int16, x.tokens, tokens, c);
             }
             Weights::Nf4F32(tiles) => {
                 let tiles = tiles.row(tile_row, kblocks);
@@ -102,7 +105,7 @@ impl Linear {
     /// Bytes that a matrix-vector product reads.
     pub fn bytes(&self) -> usize {
         match &self.weights {
-            Weights::Nf4Int16(tiles) => tiles.range.len() * size_of::<Tile<f16>>(),
+            Weights::Nf4Int16(tiles) => tiles.range.len() * size_of::<Tile<u16>>(),
             Weights::Nf4F32(tiles) => tiles.range.len() * size_of::<Tile<f32>>(),
             Weights::Bf16(w) => size_of_val::<[_]>(w),
             Weights::F32(w) => size_of_val::<[_]>(w),

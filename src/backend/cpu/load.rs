@@ -5,7 +5,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::CpuPrecision;
-use super::layout::{TILE_COLS, TILE_ROWS, Tile, pack_tile_row, tile_count};
+use super::layout::{Absmax, TILE_COLS, TILE_ROWS, Tile, pack_tile_row, tile_count};
 use super::linear::{Linear, Tiles, Weights};
 use super::memory::Huge;
 use super::simd::Weight;
@@ -37,35 +37,25 @@ pub fn load(pool: &mut Pool, requests: &[Request]) -> Result<Vec<Linear>> {
         Form::F32(m, tiles) => Some((m, *tiles)),
         _ => None,
     })?;
-    let (int16, f32) = (Arc::new(int16), Arc::new(f32));
-    let (mut int16_end, mut f32_end) = (0, 0);
-    let mut linears = Vec::with_capacity(requests.len());
-    for ((matrix, _), form) in requests.iter().zip(&forms) {
-        let weights = match form {
-            Form::Int16(_, tiles) => {
-                int16_end += tiles;
-                Weights::Nf4Int16(Tiles {
-                    arena: Arc::clone(&int16),
-                    range: int16_end - tiles..int16_end,
-                })
-            }
-            Form::F32(_, tiles) => {
-                f32_end += tiles;
-                Weights::Nf4F32(Tiles {
-                    arena: Arc::clone(&f32),
-                    range: f32_end - tiles..f32_end,
-                })
-            }
-            Form::DenseBf16 => Weights::Bf16(widen::<bf16>(pool, matrix)?),
-            Form::DenseF32 => Weights::F32(widen::<f32>(pool, matrix)?),
-        };
-        linears.push(Linear {
-            rows: matrix.rows(),
-            cols: matrix.cols(),
-            weights,
-        });
-    }
-    Ok(linears)
+    let (mut int16, mut f32) = (int16.into_iter(), f32.into_iter());
+    let packed = "every NF4 matrix was packed";
+    requests
+        .iter()
+        .zip(&forms)
+        .map(|((matrix, _), form)| {
+            let weights = match form {
+                Form::Int16(..) => Weights::Nf4Int16(int16.next().expect(packed)),
+                Form::F32(..) => Weights::Nf4F32(f32.next().expect(packed)),
+                Form::DenseBf16 => Weights::Bf16(widen::<bf16>(pool, matrix)?),
+                Form::DenseF32 => Weights::F32(widen::<f32>(pool, matrix)?),
+            };
+            Ok(Linear {
+                rows: matrix.rows(),
+                cols: matrix.cols(),
+                weights,
+            })
+        })
+        .collect()
 }
 
 /// What a matrix becomes.
@@ -92,38 +82,58 @@ impl<'a> Form<'a> {
     }
 }
 
-/// Packs the matrices that `pick` picks, one after the other.
-fn pack<'a, A: Weight + Send + Sync>(
+/// Packs the matrices that `pick` picks, one after the other in one piece of memory.
+fn pack<'a, A: Absmax>(
     pool: &mut Pool,
     forms: &'a [Form],
     pick: impl Fn(&'a Form) -> Option<(&'a Nf4Matrix, usize)>,
-) -> Result<Huge<Tile<A>>>
-where
-    Tile<A>: bytemuck::Zeroable,
-{
+) -> Result<Vec<Tiles<A>>> {
+    let picked: Vec<_> = forms.iter().filter_map(pick).collect();
+    // Of each job: the matrix, its first tile, its first tile row among all, its rows to pack.
     let mut jobs = Vec::new();
-    let mut total = 0;
-    for (matrix, tiles) in forms.iter().filter_map(pick) {
-        let tile_rows = matrix.rows.div_ceil(TILE_ROWS);
-        for row in (0..tile_rows).step_by(ROWS_PER_JOB) {
-            let rows = row..tile_rows.min(row + ROWS_PER_JOB);
-            jobs.push((matrix, total, rows));
+    let (mut tiles, mut tile_rows) = (0, 0);
+    for &(matrix, count) in &picked {
+        let rows = matrix.rows.div_ceil(TILE_ROWS);
+        for row in (0..rows).step_by(ROWS_PER_JOB) {
+            jobs.push((matrix, tiles, tile_rows, row..rows.min(row + ROWS_PER_JOB)));
         }
-        total += tiles;
+        tiles += count;
+        tile_rows += rows;
     }
-    let mut arena = Huge::<Tile<A>>::zeroed(total)?;
-    let parts = Parts::new(&mut arena);
+    let mut arena = Huge::<Tile<A>>::zeroed(tiles)?;
+    let mut units = vec![0.0; tile_rows];
+    let arena_parts = Parts::new(&mut arena);
+    let unit_parts = Parts::new(&mut units);
     pool.run(jobs.len(), &|job| {
-        let (matrix, first, rows) = &jobs[job];
+        let (matrix, first_tile, first_row, rows) = &jobs[job];
         let kblocks = matrix.cols / TILE_COLS;
         for row in rows.clone() {
-            let start = first + row * kblocks;
+            let start = first_tile + row * kblocks;
             // SAFETY: every tile row of every matrix belongs to one job, which is run once.
-            let tiles = unsafe { parts.slice(start..start + kblocks) };
-            pack_tile_row(matrix, row, tiles);
+            let (tiles, unit) = unsafe {
+                (
+                    arena_parts.slice(start..start + kblocks),
+                    unit_parts.item(first_row + row),
+                )
+            };
+            *unit = pack_tile_row(matrix, row, tiles);
         }
     })?;
-    Ok(arena)
+
+    let arena = Arc::new(arena);
+    let (mut end, mut units) = (0, units.into_iter());
+    let tiles = picked.into_iter().map(|(matrix, count)| {
+        end += count;
+        Tiles {
+            arena: Arc::clone(&arena),
+            range: end - count..end,
+            units: units
+                .by_ref()
+                .take(matrix.rows.div_ceil(TILE_ROWS))
+                .collect(),
+        }
+    });
+    Ok(tiles.collect())
 }
 
 /// Plain rows of `W`, each padded to whole blocks of 64. Exact if `W` holds what the matrix does.

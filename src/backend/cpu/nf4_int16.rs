@@ -1,15 +1,13 @@
 //! `y = W x` with W in NF4 and integer arithmetic: the default precision.
 //!
-//! Codes become 13-bit integers by table lookup, activations are 14-bit integers, products of a
-//! block of 64 add up exactly in 32 bits, and then count `absmax * scale` in f32. Because integers
-//! are exact and blocks are added in order, one token gives the same bits as many at once.
-
-use half::f16;
+//! Codes become 14-bit integers by table lookup, activations are 14 to 16-bit integers, products
+//! of a block of 64 add up exactly in 32 bits, and then count `absmax * scale` in f32. Because
+//! integers are exact and blocks are added in order, one token gives the same bits as many.
 
 use super::activations::Int16Block;
 use super::isa::dispatch;
 use super::layout::{TILE_ROWS, Tile};
-use super::simd::{Simd, Weight, lanes, lanes_mut};
+use super::simd::{Simd, lanes, lanes_mut};
 
 /// The i16 pairs of one tile, `[pair][row]`.
 type Words = [[i32; TILE_ROWS]; 32];
@@ -17,12 +15,13 @@ type Words = [[i32; TILE_ROWS]; 32];
 dispatch! {
     /// One tile row times some tokens: `c[i] = W x[tokens[i]]`.
     ///
-    /// - `tiles`: `[cols / 64]`
+    /// - `tiles`: `[cols / 64]`; `unit`: of their scales
     /// - `x`: `[cols / 64, x_tokens]`
     /// - `tokens`: `[n]`, each below `x_tokens`
     /// - `c`: `[n]` vectors of the 32 rows
     pub fn tile_row(
-        tiles: &[Tile<f16>],
+        tiles: &[Tile<u16>],
+        unit: f32,
         x: &[Int16Block],
         x_tokens: usize,
         tokens: &[u32],
@@ -33,7 +32,8 @@ dispatch! {
 #[inline(always)]
 fn tile_row_body<S: Simd>(
     s: S,
-    tiles: &[Tile<f16>],
+    tiles: &[Tile<u16>],
+    unit: f32,
     x: &[Int16Block],
     x_tokens: usize,
     tokens: &[u32],
@@ -49,13 +49,17 @@ fn tile_row_body<S: Simd>(
         [a, b, d, e] if S::MAX_TOKENS >= 4 => few(s, tiles, x, x_tokens, [a, b, d, e], c),
         _ => many(s, tiles, x, x_tokens, tokens, c),
     }
+    let unit = s.splat(unit);
+    for v in lanes_mut(c.as_flattened_mut()) {
+        s.store(s.mul(s.load(v), unit), v);
+    }
 }
 
 /// Up to four tokens: weights go from the table straight into the products.
 #[inline(always)]
 fn few<S: Simd, const N: usize>(
     s: S,
-    tiles: &[Tile<f16>],
+    tiles: &[Tile<u16>],
     x: &[Int16Block],
     x_tokens: usize,
     tokens: [u32; N],
@@ -94,7 +98,7 @@ fn few<S: Simd, const N: usize>(
             );
         }
         for half in 0..2 {
-            let absmax = f16::load(s, &lanes(&tile.absmax)[half]);
+            let absmax = s.load_u16(&lanes(&tile.absmax)[half]);
             for i in 0..N {
                 let dot = s.to_f32(s.add_i32(even[i][half], odd[i][half]));
                 let scale = s.mul(absmax, s.splat(blocks[i].scale));
@@ -134,7 +138,7 @@ fn group<S: Simd, const N: usize>(
 #[inline(always)]
 fn many<S: Simd>(
     s: S,
-    tiles: &[Tile<f16>],
+    tiles: &[Tile<u16>],
     x: &[Int16Block],
     x_tokens: usize,
     tokens: &[u32],
@@ -192,7 +196,7 @@ fn look_up<S: Simd>(s: S, table: S::WordTable, codes: &[[u32; TILE_ROWS]; 8], wo
 /// One tile, looked up, and some tokens.
 struct Product<'a> {
     words: &'a Words,
-    absmax: &'a [f16; TILE_ROWS],
+    absmax: &'a [u16; TILE_ROWS],
     x: &'a [Int16Block],
     tokens: &'a [u32],
 }
@@ -219,7 +223,7 @@ impl Product<'_> {
             }
         }
         for half in 0..2 {
-            let absmax = f16::load(s, &lanes(self.absmax)[half]);
+            let absmax = s.load_u16(&lanes(self.absmax)[half]);
             for (i, c) in c.iter_mut().enumerate().take(N) {
                 let c = &mut lanes_mut(c)[half];
                 let scale = s.mul(absmax, s.splat(blocks[i].scale));

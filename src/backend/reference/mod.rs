@@ -15,7 +15,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
-use super::{Backend, MixerWeights, ModelShape, ModelWeights, Result, Routing};
+use super::{Backend, BackendFacts, MixerWeights, ModelShape, ModelWeights, Result, Routing};
 use ops::{linear, rms_norm};
 
 pub use attention::AttentionState;
@@ -72,8 +72,17 @@ impl Backend for Reference {
     type Hidden = Tensor;
     type State = Vec<LayerState>;
 
-    fn name(&self) -> String {
-        "reference".into()
+    fn facts(&self) -> BackendFacts {
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+        BackendFacts {
+            name: "reference".into(),
+            kernels: None,
+            threads,
+        }
+    }
+
+    fn decode_read_bytes(&self, _context: usize) -> Option<u64> {
+        None
     }
 
     fn shape(&self) -> &ModelShape {

@@ -21,7 +21,7 @@ use crate::engine::footprint::footprint;
 use crate::formats::Document;
 use crate::formats::corpus::Corpus;
 use crate::formats::document::{PLACEMENT, RUN};
-use crate::hardware::{HardwareBody, Monitor};
+use crate::hardware::{HardwareBody, Monitor, probe};
 use crate::model::Source;
 use crate::planning::cost::{self, DecodeSituation};
 use crate::planning::footprint::{Footprint, KvDtype};
@@ -115,7 +115,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     }
     let mut engine = load::engine(&source, &args.compute, room, console)?;
     let footprint = footprint(&config, source.local_checkpoint()?.as_ref())?;
-    let hardware = HardwareBody::measure();
+    let mut hardware = HardwareBody::detect();
     let executed_on = "cpu";
     console.note(format!(
         "{} on {}: no GPU backend in this build, everything executes on the CPU",
@@ -137,17 +137,21 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     };
     let monitor = Monitor::start(Duration::from_millis(200), None);
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
+    let monitor = monitor.stop();
+    // Not before: its buffer would count as the model's memory.
+    hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory);
     let machine = this_machine(&hardware);
     for context in &mut contexts {
-        let kv_tokens = context.context_tokens as u64;
-        context.prediction = machine.as_ref().map(|m| predict(&footprint, m, kv_tokens));
-        context.bytes_read_per_token = Some(bytes_read(&footprint, kv_tokens));
+        let tokens = context.context_tokens;
+        context.bytes_read_per_token = engine.decode_read_bytes(tokens);
+        context.prediction = machine
+            .as_ref()
+            .map(|m| predict(&footprint, m, tokens as u64));
         context.compare_prediction();
     }
-    let monitor = monitor.stop();
     let quality = match args.quality_tokens {
         0 => None,
-        _ if engine.backend_name() == "reference" => None,
+        _ if engine.backend().name == "reference" => None,
         tokens => Some(quality::against_reference(
             &mut engine,
             &source,
@@ -163,7 +167,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
             notes: notes(&engine),
         },
         hardware,
-        software: software(&engine, &args),
+        software: software(&engine),
         settings: Settings {
             warmups: args.warmups,
             repetitions: args.repetitions,
@@ -303,15 +307,6 @@ fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64) -> Prediction {
     }
 }
 
-/// What one decode step has to read, in the layout the kernels keep.
-fn bytes_read(footprint: &Footprint, ctx: u64) -> u64 {
-    let experts = footprint.num_layers * footprint.num_experts_per_tok;
-    footprint.always_read_bytes()
-        + footprint.delta_state_bytes
-        + ctx * footprint.kv_bytes_per_token(KvDtype::Bf16)
-        + experts as u64 * footprint.expert_bytes
-}
-
 fn memory(placement: &Placement, monitor: &crate::hardware::MonitorRecord) -> MemoryRecord {
     let tier = |tier| match tier {
         placement::Tier::Vram => Tier::Vram,
@@ -341,8 +336,8 @@ fn notes(engine: &Engine) -> Vec<String> {
     notes
 }
 
-fn software(engine: &Engine, args: &BenchArgs) -> SoftwareFacts {
-    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+fn software(engine: &Engine) -> SoftwareFacts {
+    let backend = engine.backend();
     SoftwareFacts {
         moectl_version: env!("CARGO_PKG_VERSION").into(),
         features: [("tiny-moe", cfg!(feature = "tiny-moe"))]
@@ -350,11 +345,11 @@ fn software(engine: &Engine, args: &BenchArgs) -> SoftwareFacts {
             .filter(|(_, on)| *on)
             .map(|(name, _)| name.to_string())
             .collect(),
-        target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
-        rustc_version: String::new(),
-        backend: engine.backend_name(),
-        kernels: None,
-        threads: args.compute.threads.unwrap_or(cores),
+        target: env!("MOECTL_TARGET").into(),
+        rustc_version: env!("MOECTL_RUSTC").into(),
+        backend: backend.name,
+        kernels: backend.kernels,
+        threads: backend.threads,
     }
 }
 

@@ -49,7 +49,7 @@ pub fn against_reference(
     }
     let n = sums.tokens.max(1) as f64;
     Ok(Quality {
-        reference: reference.backend_name(),
+        reference: reference.backend().name,
         tokens: sums.tokens,
         mean_kl_nats: sums.kl / n,
         perplexity: (sums.loss / n).exp(),

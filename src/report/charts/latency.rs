@@ -150,7 +150,8 @@ fn draw_row(svg: &mut Svg, row: &Row, x: &Axis, top: f64, several_runs: bool) {
             beyond.len(),
             significant(longest)
         );
-        svg.text((x.to, base - 6.0), &note, small.anchored(Anchor::End));
+        // Above the bars, where no mark is drawn.
+        svg.text((x.to, top + 8.0), &note, small.anchored(Anchor::End));
     }
 
     svg.text((MARGIN, top + 26.0), &row.heading, VALUE);
@@ -164,21 +165,21 @@ fn draw_row(svg: &mut Svg, row: &Row, x: &Axis, top: f64, several_runs: bool) {
         );
         line += 15.0;
     }
-    let percentiles = format!(
-        "p50 {}  ·  p90 {}  ·  p99 {}",
-        significant(row.p50),
-        significant(row.p90),
-        significant(row.p99)
-    );
     let style = Text::new(11.0, Regular, MUTED);
-    svg.text(
-        (MARGIN, line),
-        &style.fit(&percentiles, LEGEND - 20.0),
-        style,
+    let middle = format!(
+        "p50 {}  ·  p90 {}",
+        significant(row.p50),
+        significant(row.p90)
     );
+    let tail = format!(
+        "p99 {}  ·  {} tokens",
+        significant(row.p99),
+        row.samples.len()
+    );
+    svg.text((MARGIN, line), &style.fit(&middle, LEGEND - 20.0), style);
     svg.text(
         (MARGIN, line + 15.0),
-        &format!("{} tokens", row.samples.len()),
+        &style.fit(&tail, LEGEND - 20.0),
         style,
     );
 }

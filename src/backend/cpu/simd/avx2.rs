@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::bf16;
 
 use super::{CODE_BOOK_INT16, LANES, Simd};
 use crate::backend::cpu::isa::Avx2;
@@ -55,11 +55,11 @@ impl Simd for Avx2 {
         ])
     }
     #[inline(always)]
-    fn load_f16(self, v: &[f16; LANES]) -> Self::F32 {
+    fn load_u16(self, v: &[u16; LANES]) -> Self::F32 {
         let p: *const __m128i = v.as_ptr().cast();
         avx2!([
-            _mm256_cvtph_ps(_mm_loadu_si128(p)),
-            _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))
+            _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(1))))
         ])
     }
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use half::{bf16, f16};
+use half::bf16;
 
 use super::{CODE_BOOK_INT16, LANES, Simd};
 use crate::backend::cpu::isa::Avx512;
@@ -35,8 +35,10 @@ impl Simd for Avx512 {
         avx512!(_mm512_loadu_ps(v.as_ptr()))
     }
     #[inline(always)]
-    fn load_f16(self, v: &[f16; LANES]) -> __m512 {
-        avx512!(_mm512_cvtph_ps(_mm256_loadu_si256(v.as_ptr().cast())))
+    fn load_u16(self, v: &[u16; LANES]) -> __m512 {
+        avx512!(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(
+            _mm256_loadu_si256(v.as_ptr().cast())
+        )))
     }
     #[inline(always)]
     fn load_bf16(self, v: &[bf16; LANES]) -> __m512 {

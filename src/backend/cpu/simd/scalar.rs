@@ -2,7 +2,7 @@
 
 use std::array::from_fn;
 
-use half::{bf16, f16};
+use half::bf16;
 
 use super::{CODE_BOOK_INT16, LANES, Simd};
 use crate::backend::cpu::isa::Scalar;
@@ -40,8 +40,8 @@ impl Simd for Scalar {
         *v
     }
     #[inline(always)]
-    fn load_f16(self, v: &[f16; LANES]) -> F32 {
-        v.map(f16::to_f32)
+    fn load_u16(self, v: &[u16; LANES]) -> F32 {
+        v.map(f32::from)
     }
     #[inline(always)]
     fn load_bf16(self, v: &[bf16; LANES]) -> F32 {

@@ -44,7 +44,7 @@ fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
     out.f(s, s.max(a, b));
     out.f(s, s.min(a, b));
     out.f(s, s.abs(a));
-    out.f(s, s.load_f16(&input.a.map(f16::from_f32)));
+    out.f(s, s.load_u16(&input.codes.map(|c| c as u16)));
     out.f(s, s.load_bf16(&input.a.map(bf16::from_f32)));
     out.0.push(s.reduce_add(a).to_bits());
     out.0.push(s.reduce_max(a).to_bits());
@@ -97,7 +97,8 @@ fn every_instruction_set_computes_what_plain_rust_does() {
 
 #[test]
 fn a_block_of_the_largest_products_fits_in_32_bits() {
-    assert!(64 * i64::from(WEIGHT_MAX) * i64::from(ACTIVATION_MAX) <= i64::from(i32::MAX));
-    assert_eq!(i32::from(CODE_BOOK_INT16[0]), -WEIGHT_MAX);
-    assert_eq!(i32::from(CODE_BOOK_INT16[15]), WEIGHT_MAX);
+    let largest = i64::from(ACTIVATION_SUM + 32) * i64::from(WEIGHT_ONE);
+    assert!(largest <= i64::from(i32::MAX));
+    assert_eq!(i32::from(CODE_BOOK_INT16[0]), -WEIGHT_ONE);
+    assert_eq!(i32::from(CODE_BOOK_INT16[15]), WEIGHT_ONE);
 }
