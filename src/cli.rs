@@ -12,12 +12,20 @@ use crate::engine::BackendChoice;
 /// beforehand how fast.
 ///
 /// Without --model every verb uses the built-in tiny MoE: a trained 30M-parameter Qwen3-Next in
-/// the same NF4 format as the 80B model. Settings come from flags, then MOECTL_* variables, then
-/// ./moectl.toml, then $XDG_CONFIG_HOME/moectl/config.toml.
+/// the same NF4 format as the 80B model.
+///
+/// Any flag with a value may also be set by a variable (--top-p by MOECTL_TOP_P) or in a settings
+/// file (`top-p = 0.9`, at the top for every verb or under `[run]`). Flags win over variables,
+/// those over ./moectl.toml, that over $XDG_CONFIG_HOME/moectl/config.toml.
 ///
 /// Exit codes: 0 done, 1 error, 2 usage, 3 regression, 4 does not fit, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(name = "moectl", version, max_term_width = 100)]
+#[command(after_help = "\
+Examples:
+  moectl bench
+  moectl run \"What is the meaning of the noun \\\"river\\\"?\"
+  moectl plan --model org/name --vram 14G --ctx 32k")]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -25,21 +33,15 @@ pub struct Cli {
     pub output: OutputArgs,
 }
 
+// The verbs' help is the page of their arguments; a doc comment here would hide it.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Record what the router picks on a corpus
     Profile(profile::ProfileArgs),
-    /// Decide what lives where within a memory budget, and predict the speed
     Plan(plan::PlanArgs),
-    /// Generate text: one prompt, standard input, or a chat
     Run(run::RunArgs),
-    /// Measure throughput, latency and memory on real text
     Bench(bench::BenchArgs),
-    /// Turn run and profile files into tables and charts
     Report(report::ReportArgs),
-    /// Show what this machine can do, measured
     Doctor(doctor::DoctorArgs),
-    /// Write a bf16 checkpoint as bitsandbytes NF4
     Quantize(quantize::QuantizeArgs),
 }
 
@@ -62,7 +64,7 @@ pub struct OutputArgs {
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
     /// Model folder, org/name[@revision] on the Hugging Face hub, or `tiny` [default: tiny]
-    #[arg(short, long, value_name = "MODEL", env = "MOECTL_MODEL")]
+    #[arg(short, long, value_name = "MODEL")]
     pub model: Option<String>,
 }
 
@@ -71,15 +73,21 @@ pub struct ModelArgs {
 #[command(next_help_heading = "Compute")]
 pub struct ComputeArgs {
     /// What computes: auto (the fastest there is), cpu (SIMD kernels) or reference (f32, slow)
-    #[arg(long, value_name = "NAME", env = "MOECTL_BACKEND", default_value_t)]
+    #[arg(long, value_name = "NAME", default_value_t)]
     pub backend: BackendChoice,
     /// Worker threads [default: all cores the process may use]
-    #[arg(long, value_name = "N", env = "MOECTL_THREADS")]
+    #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
     /// Arithmetic of NF4 weights on the CPU
-    #[arg(long, value_enum, value_name = "TYPE", env = "MOECTL_CPU_PRECISION",
-          default_value_t = Precision::Int16)]
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Precision::Int16)]
     pub cpu_precision: Precision,
+}
+
+fn parse_threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(threads) if threads > 0 => Ok(threads),
+        _ => Err("expected a whole number from 1".into()),
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -106,10 +114,23 @@ impl Cli {
     /// A settings file that cannot be read or names what no verb has.
     pub fn from_process() -> anyhow::Result<Self> {
         let settings = settings::load(&settings_files())?;
-        let command = settings::as_defaults(Cli::command(), &settings)?;
+        let command = settings::as_defaults(with_variables(Cli::command()), &settings)?;
         let matches = command.get_matches();
         Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit()))
     }
+}
+
+/// Lets every flag with a value be set by a variable: `--top-p` by `MOECTL_TOP_P`.
+fn with_variables(command: clap::Command) -> clap::Command {
+    command.mut_subcommands(|verb| {
+        verb.mut_args(|arg| match arg.get_long() {
+            Some(long) if arg.get_action().takes_values() => {
+                let variable = format!("MOECTL_{}", long.to_uppercase().replace('-', "_"));
+                arg.env(variable).hide_env(true)
+            }
+            _ => arg,
+        })
+    })
 }
 
 /// Settings files, the strongest first.
@@ -129,6 +150,7 @@ mod settings {
     use std::path::PathBuf;
 
     use anyhow::{Context, bail};
+    use clap::error::ErrorKind;
     use toml::Value;
 
     /// `(verb or empty, flag)` to value and the file it came from.
@@ -197,7 +219,7 @@ mod settings {
                     verbs.join(", ")
                 );
             }
-            let mut known = false;
+            let (mut known, mut refused) = (false, None);
             for name in verbs.iter().filter(|name| verb.is_empty() || *name == verb) {
                 command = command.mut_subcommand(name, |sub| {
                     let Some(id) = sub
@@ -208,9 +230,13 @@ mod settings {
                         return sub;
                     };
                     known = true;
+                    refused = refused.take().or_else(|| refusal(&sub, flag, value));
                     let value = value.clone();
                     sub.mut_arg(id, |arg| arg.default_value(value))
                 });
+            }
+            if let Some(reason) = refused {
+                bail!("{}: {reason}", path.display());
             }
             if !known {
                 let place = if verb.is_empty() { "any verb" } else { verb };
@@ -218,6 +244,27 @@ mod settings {
             }
         }
         Ok(command)
+    }
+
+    /// Why the flag does not take the value, if so: a default that clap refuses would be blamed
+    /// on a flag that nobody gave.
+    fn refusal(verb: &clap::Command, flag: &str, value: &str) -> Option<String> {
+        let error = verb
+            .clone()
+            .try_get_matches_from([verb.get_name(), &format!("--{flag}={value}")])
+            .err()?;
+        // Anything else is about what is missing beside it.
+        if !matches!(
+            error.kind(),
+            ErrorKind::InvalidValue | ErrorKind::ValueValidation
+        ) {
+            return None;
+        }
+        let text = error.to_string();
+        // Up to the empty line before the hint at --help.
+        let lines = text.lines().map(str::trim).take_while(|l| !l.is_empty());
+        let reason = lines.collect::<Vec<_>>().join(" ");
+        Some(reason.trim_start_matches("error: ").to_string())
     }
 }
 

@@ -20,6 +20,7 @@ use thiserror::Error;
 
 use crate::cli::{Cli, Command};
 use crate::formats::atomic;
+use crate::model::ModelConfig;
 use console::Console;
 
 /// Ends of a verb that have an exit code of their own; any other error is 1.
@@ -83,14 +84,39 @@ pub fn report_error(error: &anyhow::Error) -> ExitCode {
             ExitCode::from(failure.exit_code())
         }
         None => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", message(error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error and its causes in one line; typed errors often quote their cause already.
+fn message(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |message, cause| {
+        let cause = cause.to_string();
+        match message.contains(&cause) {
+            true => message,
+            false if message.is_empty() => cause,
+            false => format!("{message}: {cause}"),
+        }
+    })
 }
 
 /// Finds out before the work starts whether its result can be written.
 fn check_output(path: &Path) -> anyhow::Result<()> {
     atomic::check_writable(path)
         .map_err(|e| anyhow::anyhow!("{}: cannot be written: {e}", path.display()))
+}
+
+/// Refuses a context that the model cannot have.
+fn check_context(config: &ModelConfig, ctx: u64) -> anyhow::Result<()> {
+    let limit = config.max_position_embeddings as u64;
+    if (1..=limit).contains(&ctx) {
+        return Ok(());
+    }
+    Err(Failure::Usage(format!(
+        "context of {ctx} tokens, the model takes 1 to {limit} (max_position_embeddings); \
+         change --ctx"
+    ))
+    .into())
 }

@@ -7,13 +7,13 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use super::console::Console;
-use super::{Failure, check_output, profile};
+use super::{Failure, check_context, check_output, profile};
 use crate::cli::ModelArgs;
 use crate::engine::footprint::footprint;
 use crate::formats::document::{HARDWARE, PLACEMENT};
 use crate::formats::{Document, ModelId};
 use crate::hardware::gpu::GpuReport;
-use crate::model::{ModelConfig, Source};
+use crate::model::Source;
 use crate::planning::footprint::{Footprint, KvDtype};
 use crate::planning::hardware::{Basis, Hardware};
 use crate::planning::knapsack::Solution;
@@ -187,18 +187,6 @@ pub(super) fn read(
         .check(footprint)
         .with_context(|| path.display().to_string())?;
     Ok(document)
-}
-
-fn check_context(config: &ModelConfig, ctx: u64) -> anyhow::Result<()> {
-    let limit = config.max_position_embeddings as u64;
-    if (1..=limit).contains(&ctx) {
-        return Ok(());
-    }
-    Err(Failure::Usage(format!(
-        "context of {ctx} tokens, the model takes 1 to {limit} (max_position_embeddings); \
-         change --ctx"
-    ))
-    .into())
 }
 
 /// Free GPU memory, or what holds the dense part and a quarter of the experts.

@@ -81,7 +81,11 @@ pub fn execute(args: ReportArgs, console: &Console) -> anyhow::Result<()> {
             .map(|profile| router(profile, placement.as_ref().map(|p| &p.body))),
     };
     let files = write_report(&inputs, &args.output)?;
-    console.result(list(&args.output, &files))?;
+    if console.json {
+        console.result_json(&serde_json::json!({ "files": files }))?;
+    } else {
+        console.result(list(&args.output, &files))?;
+    }
     match (args.fail_above, documents.split_first()) {
         (Some(threshold), Some(((_, base), later))) => fail_on_regression(base, later, threshold),
         _ => Ok(()),

@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::console::{Console, Unit};
-use super::{Failure, interrupt, load};
+use super::{Failure, check_context, interrupt, load};
 use crate::backend::Routing;
 use crate::cli::{ComputeArgs, ModelArgs};
 use crate::engine::generate::{FinishReason, GenerateOptions, Generation, Observer};
@@ -16,7 +16,7 @@ use crate::engine::sampler::SamplingParams;
 use crate::engine::{Engine, TextModel};
 use crate::formats::ModelId;
 use crate::hardware::monitor::high_water_mark;
-use crate::model::{Message, Source};
+use crate::model::{Message, ModelConfig, Source};
 use crate::planning::units::{parse_tokens, show_bytes};
 
 /// Generate text: one prompt, standard input, or a chat
@@ -57,8 +57,6 @@ pub struct RunArgs {
     /// Room for prompt and answer, in tokens (32k = 32768) [default: what they need; 8k in a chat]
     #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
     ctx: Option<u64>,
-    #[command(flatten)]
-    sampling: SamplingArgs,
     /// End before this text; may be given more than once
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -68,6 +66,8 @@ pub struct RunArgs {
     /// Report the K best tokens of each step (with --json)
     #[arg(long, value_name = "K", default_value_t = 0, requires = "json")]
     logprobs: usize,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -179,6 +179,10 @@ pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
         return Err(Failure::Usage("--chat does not go with --json; use one prompt".into()).into());
     }
     let source = Source::resolve(args.model.model.as_deref())?;
+    let config = source.config()?;
+    if let Some(ctx) = args.ctx {
+        check_context(&config, ctx)?;
+    }
     let text = TextModel::load(&source)?;
     let options = GenerateOptions {
         max_new_tokens: args.max_tokens,
@@ -190,21 +194,22 @@ pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
         logprobs: args.logprobs,
     };
     if args.chat {
-        chat(&args, &source, options, console)
+        chat(&args, &source, &config, options, console)
     } else {
-        one_prompt(&args, &source, &text, &options, console)
+        let prompt_ids = prompt_ids(&args, &config, &text)?;
+        one_prompt(&args, &source, &config, &prompt_ids, &options, console)
     }
 }
 
 fn one_prompt(
     args: &RunArgs,
     source: &Source,
-    text: &TextModel,
+    config: &ModelConfig,
+    prompt_ids: &[u32],
     options: &GenerateOptions,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let prompt_ids = prompt_ids(args, text)?;
-    let limit = source.config()?.max_position_embeddings;
+    let limit = config.max_position_embeddings;
     let max_tokens = match args.ctx {
         Some(ctx) => ctx as usize,
         None => (prompt_ids.len() + args.max_tokens).min(limit),
@@ -223,7 +228,7 @@ fn one_prompt(
     let show = !console.json;
     let generation = generate(
         &mut engine,
-        &prompt_ids,
+        prompt_ids,
         options,
         interrupt,
         show,
@@ -231,7 +236,7 @@ fn one_prompt(
         console,
     )?;
     if console.json {
-        console.result_json(&record(&engine, options, &prompt_ids, &generation, experts))?;
+        console.result_json(&record(&engine, options, prompt_ids, &generation, experts))?;
     } else {
         writeln!(io::stdout())?;
     }
@@ -243,9 +248,17 @@ fn one_prompt(
 }
 
 /// The prompt's token ids, from wherever the flags say.
-fn prompt_ids(args: &RunArgs, text: &TextModel) -> anyhow::Result<Vec<u32>> {
+fn prompt_ids(args: &RunArgs, config: &ModelConfig, text: &TextModel) -> anyhow::Result<Vec<u32>> {
     if let Some(ids) = &args.prompt_ids {
-        return Ok(ids.clone());
+        let vocab_size = config.shape.vocab_size;
+        return match ids.iter().find(|&&id| id as usize >= vocab_size) {
+            Some(id) => Err(Failure::Usage(format!(
+                "--prompt-ids: {id} is not in the model's vocabulary; expected 0 to {}",
+                vocab_size - 1
+            ))
+            .into()),
+            None => Ok(ids.clone()),
+        };
     }
     let prompt = match &args.prompt {
         Some(prompt) => prompt.clone(),
@@ -386,11 +399,12 @@ fn closing_line(generation: &Generation, console: &Console) {
 fn chat(
     args: &RunArgs,
     source: &Source,
+    config: &ModelConfig,
     options: GenerateOptions,
     console: &Console,
 ) -> anyhow::Result<()> {
     const DEFAULT_CONTEXT: usize = 8192;
-    let limit = source.config()?.max_position_embeddings;
+    let limit = config.max_position_embeddings;
     let max_tokens = args
         .ctx
         .map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx as usize);

@@ -47,9 +47,10 @@ impl FromStr for BackendChoice {
     fn from_str(name: &str) -> std::result::Result<Self, String> {
         match name {
             "auto" => Ok(BackendChoice::Auto),
+            "cpu" => Ok(BackendChoice::Cpu),
             "reference" => Ok(BackendChoice::Reference),
             _ => Err(format!(
-                "unknown backend `{name}`; expected auto or reference"
+                "unknown backend `{name}`; expected auto, cpu or reference"
             )),
         }
     }

@@ -47,6 +47,11 @@ pub enum SourceError {
     MissingFile { folder: PathBuf, file: String },
     #[error("model {id}: {file} is not in the cache and HF_HUB_OFFLINE is set; unset it to fetch")]
     Offline { id: String, file: String },
+    #[error(
+        "model {id}: not found on the hub at revision `{revision}`, or not open to you; \
+         check the name, or set HF_TOKEN"
+    )]
+    NotOnHub { id: String, revision: String },
     #[error("model {id}: {file}: {source}")]
     Hub {
         id: String,
@@ -264,7 +269,17 @@ impl Hub {
         };
         match api.download(file) {
             Ok(path) => Ok(Some(path)),
-            Err(error) if optional && is_not_found(&error) => Ok(None),
+            // Every model has this one; without access to a model the hub answers 401 or 403.
+            Err(error)
+                if file == "config.json"
+                    && [401, 403, 404].iter().any(|&s| has_status(&error, s)) =>
+            {
+                Err(SourceError::NotOnHub {
+                    id: id.into(),
+                    revision: self.repo.revision().into(),
+                })
+            }
+            Err(error) if optional && has_status(&error, 404) => Ok(None),
             Err(error) => Err(hub_error(id, file, error)),
         }
     }
@@ -302,10 +317,12 @@ fn is_hub_name(name: &str) -> bool {
             .all(|p| !p.is_empty() && !p.starts_with('.') && p.chars().all(allowed))
 }
 
-fn is_not_found(error: &ApiError) -> bool {
+/// Whether the hub answered with this HTTP status. The client's error type is not ours to match
+/// on: its text is `http status: 404`.
+fn has_status(error: &ApiError, status: u16) -> bool {
     match error {
-        ApiError::RequestError(error) => error.to_string().contains("404"),
-        ApiError::TooManyRetries(error) => is_not_found(error),
+        ApiError::RequestError(error) => error.to_string().ends_with(&format!("status: {status}")),
+        ApiError::TooManyRetries(error) => has_status(error, status),
         _ => false,
     }
 }

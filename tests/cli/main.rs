@@ -1,0 +1,10 @@
+//! The binary as a user meets it: what it prints, writes, refuses and returns.
+
+mod bad_files;
+mod bad_flags;
+mod help;
+mod plan;
+mod program;
+mod round;
+mod run;
+mod settings;
