@@ -130,6 +130,8 @@ impl SamplingArgs {
 #[derive(Serialize)]
 struct RunRecord<'a> {
     model: &'a ModelId,
+    /// The weights are random, the text means nothing
+    synthetic: bool,
     backend: String,
     seed: u64,
     prompt_ids: &'a [u32],
@@ -232,7 +234,7 @@ fn one_prompt(
     } else {
         writeln!(io::stdout())?;
     }
-    closing_line(&generation, console);
+    closing_line(&engine, &generation, console);
     match generation.finish_reason {
         FinishReason::Interrupted => Err(Failure::Interrupted.into()),
         _ => Ok(()),
@@ -333,6 +335,7 @@ fn record<'a>(
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     RunRecord {
         model: engine.model_id(),
+        synthetic: engine.config().synthetic,
         backend: engine.backend_name(),
         seed: options.sampling.seed,
         prompt_ids,
@@ -365,13 +368,17 @@ fn record<'a>(
     }
 }
 
-fn closing_line(generation: &Generation, console: &Console) {
+fn closing_line(engine: &Engine, generation: &Generation, console: &Console) {
     let timings = &generation.timings;
     let memory = high_water_mark().map_or(String::new(), |bytes| {
         format!(", {} memory", show_bytes(bytes))
     });
+    let synthetic = match engine.config().synthetic {
+        true => "; synthetic weights",
+        false => "",
+    };
     console.note(format!(
-        "[prompt {} tokens, {:.1} tok/s; generated {} tokens, {:.1} tok/s{memory}]",
+        "[prompt {} tokens, {:.1} tok/s; generated {} tokens, {:.1} tok/s{memory}{synthetic}]",
         timings.prompt_tokens,
         timings.prefill_tok_s(),
         generation.token_ids.len(),
@@ -450,7 +457,7 @@ fn chat(
             console,
         )?;
         writeln!(io::stdout())?;
-        closing_line(&generation, console);
+        closing_line(&engine, &generation, console);
         if generation.finish_reason == FinishReason::Interrupted {
             return Err(Failure::Interrupted.into());
         }
