@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::backend::cpu::CpuPrecision;
-use crate::commands::{bench, doctor, plan, profile, quantize, report, run};
+use crate::commands::{bench, doctor, plan, profile, quantize, report, run, synth};
 use crate::engine::BackendChoice;
 
 /// Runs large mixture-of-experts language models on one small GPU plus system RAM, and tells
@@ -43,6 +43,8 @@ pub enum Command {
     Report(report::ReportArgs),
     Doctor(doctor::DoctorArgs),
     Quantize(quantize::QuantizeArgs),
+    /// Write a checkpoint with random weights, to try a machine on
+    Synth(synth::SynthArgs),
 }
 
 /// Where output goes and how much of it.
@@ -63,7 +65,8 @@ pub struct OutputArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Model folder, org/name[@revision] on the Hugging Face hub, or `tiny` [default: tiny]
+    /// Model folder, org/name[@revision] on the Hugging Face hub, synth:SHAPE[?layers=4&...] for
+    /// random weights (see `moectl synth`), or `tiny` [default: tiny]
     #[arg(short, long, value_name = "MODEL")]
     pub model: Option<String>,
 }

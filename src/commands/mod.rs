@@ -7,7 +7,9 @@ pub mod profile;
 pub mod quantize;
 pub mod report;
 pub mod run;
+pub mod synth;
 
+mod checkpoint_folder;
 mod console;
 mod interrupt;
 mod load;
@@ -62,6 +64,7 @@ pub fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Report(args) => report::execute(args, &console),
         Command::Doctor(args) => doctor::execute(args, &console),
         Command::Quantize(args) => quantize::execute(args, &console),
+        Command::Synth(args) => synth::execute(args, &console),
     }
 }
 

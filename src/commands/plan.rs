@@ -155,6 +155,9 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
     if console.json {
         console.result_json(&document)?;
     } else {
+        if let Some(label) = document.label() {
+            console.result(label)?;
+        }
         console.result(describe(&document.body))?;
         if args.explain {
             console.result(describe_alternatives(&explain(&request)))?;

@@ -115,6 +115,9 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
     if console.json {
         console.result_json(&document)?;
     } else {
+        if let Some(label) = document.label() {
+            console.result(label)?;
+        }
         console.result(summary(&document.body))?;
         console.note(format!("wrote {}", args.output.display()));
     }

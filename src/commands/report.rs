@@ -178,6 +178,6 @@ fn router(profile: &Document<ProfileBody>, placement: Option<&Placement>) -> Rou
             body.domains.len(),
             profile.created
         ),
-        synthetic: false,
+        synthetic: profile.model.as_ref().is_some_and(|model| model.synthetic),
     }
 }

@@ -133,6 +133,8 @@ impl SamplingArgs {
 #[derive(Serialize)]
 struct RunRecord<'a> {
     model: &'a ModelId,
+    /// The weights are random, the text means nothing
+    synthetic: bool,
     backend: String,
     seed: u64,
     prompt_ids: &'a [u32],
@@ -240,7 +242,7 @@ fn one_prompt(
     } else {
         writeln!(io::stdout())?;
     }
-    closing_line(&generation, console);
+    closing_line(&engine, &generation, console);
     match generation.finish_reason {
         FinishReason::Interrupted => Err(Failure::Interrupted.into()),
         _ => Ok(()),
@@ -349,6 +351,7 @@ fn record<'a>(
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     RunRecord {
         model: engine.model_id(),
+        synthetic: engine.config().synthetic,
         backend: engine.backend().name,
         seed: options.sampling.seed,
         prompt_ids,
@@ -381,13 +384,17 @@ fn record<'a>(
     }
 }
 
-fn closing_line(generation: &Generation, console: &Console) {
+fn closing_line(engine: &Engine, generation: &Generation, console: &Console) {
     let timings = &generation.timings;
     let memory = high_water_mark().map_or(String::new(), |bytes| {
         format!(", {} memory", show_bytes(bytes))
     });
+    let synthetic = match engine.config().synthetic {
+        true => "; synthetic weights",
+        false => "",
+    };
     console.note(format!(
-        "[prompt {} tokens, {:.1} tok/s; generated {} tokens, {:.1} tok/s{memory}]",
+        "[prompt {} tokens, {:.1} tok/s; generated {} tokens, {:.1} tok/s{memory}{synthetic}]",
         timings.prompt_tokens,
         timings.prefill_tok_s(),
         generation.token_ids.len(),
@@ -467,7 +474,7 @@ fn chat(
             console,
         )?;
         writeln!(io::stdout())?;
-        closing_line(&generation, console);
+        closing_line(&engine, &generation, console);
         if generation.finish_reason == FinishReason::Interrupted {
             return Err(Failure::Interrupted.into());
         }

@@ -141,6 +141,9 @@ impl Engine {
         let model_id = source.model_id(Some(&checkpoint))?;
         let weights = weights::load(&checkpoint, &config)?;
         let mut notes = Vec::new();
+        if config.synthetic {
+            notes.push("synthetic weights: speeds mean something, the text does not".into());
+        }
         let mtp_tensors = weights::count_mtp_tensors(&checkpoint);
         if mtp_tensors > 0 {
             notes.push(format!(

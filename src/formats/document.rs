@@ -35,6 +35,9 @@ pub struct ModelId {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fingerprint: Option<String>,
     pub config_sha256: String,
+    /// The weights are random: speeds mean something, text and routing do not
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub synthetic: bool,
 }
 
 impl ModelId {
@@ -119,6 +122,12 @@ pub enum DocumentError {
 }
 
 impl<T> Document<T> {
+    /// What must stand above anything a person reads of it, if there is such a thing.
+    pub fn label(&self) -> Option<&'static str> {
+        let synthetic = self.model.as_ref().is_some_and(|model| model.synthetic);
+        synthetic.then_some("SYNTHETIC WEIGHTS")
+    }
+
     /// Wraps `body` with this program's version and the present time.
     pub fn new(schema: Schema, model: Option<ModelId>, body: T) -> Self {
         Document {

@@ -4,6 +4,7 @@
 //! absent, and a machine without a GPU or without Linux is still described.
 
 pub mod cpu;
+pub mod disk;
 pub mod gpu;
 pub mod memory;
 pub mod monitor;

@@ -8,6 +8,9 @@ use crate::backend::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeSh
 /// `model_type` values this program runs.
 pub const SUPPORTED: &[&str] = &["qwen3_next"];
 
+/// The field of config.json that marks a model with random weights, see [`synth`](super::synth).
+pub const SYNTHETIC_FIELD: &str = "moectl_synthetic";
+
 /// A checked config.json.
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
@@ -15,6 +18,8 @@ pub struct ModelConfig {
     pub shape: ModelShape,
     pub tie_word_embeddings: bool,
     pub max_position_embeddings: usize,
+    /// The weights are random: what the model says means nothing
+    pub synthetic: bool,
 }
 
 /// Why a config.json cannot be used.
@@ -140,6 +145,7 @@ impl ModelConfig {
             shape,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
             max_position_embeddings: fields.count("max_position_embeddings", 32_768)?,
+            synthetic: fields.get(SYNTHETIC_FIELD).is_some(),
         })
     }
 }

@@ -7,6 +7,7 @@ pub mod forward;
 pub mod generation_config;
 mod python_json;
 pub mod source;
+pub mod synth;
 pub mod tokenizer;
 pub mod weights;
 

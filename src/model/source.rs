@@ -1,4 +1,5 @@
-//! Where a model's files come from: the binary, a folder, or the Hugging Face hub and its cache.
+//! Where a model's files come from: the binary, a folder, the Hugging Face hub and its cache, or a
+//! generator.
 
 use std::path::{Path, PathBuf};
 
@@ -8,10 +9,18 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use super::config::{ConfigError, ModelConfig};
+use super::synth::{self, Spec, SpecError, SynthError};
 use crate::formats::{Checkpoint, FormatError, ModelId};
 
 /// Name of the built-in model.
 pub const BUILTIN: &str = "tiny";
+
+/// Files of the built-in model that go with any synthetic one.
+pub const TEXT_FILES: [&str; 3] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+];
 
 /// A model whose files can be read; nothing large is read or fetched before it is asked for.
 pub struct Source {
@@ -24,6 +33,7 @@ enum Files {
     Builtin,
     Folder(PathBuf),
     Hub(Box<Hub>),
+    Synthetic(Box<Spec>),
 }
 
 struct Hub {
@@ -38,7 +48,7 @@ struct Hub {
 pub enum SourceError {
     #[error(
         "model `{spec}` is neither a folder nor of the form org/name; \
-         use a folder with config.json, org/name[@revision], or `{BUILTIN}`"
+         use a folder with config.json, org/name[@revision], synth:SHAPE, or `{BUILTIN}`"
     )]
     Unknown { spec: String },
     #[error("this build has no built-in model (feature `tiny-moe` is off); use --model")]
@@ -70,14 +80,18 @@ pub enum SourceError {
     },
     #[error(transparent)]
     Format(#[from] FormatError),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Synthetic(#[from] SynthError),
 }
 
 impl Source {
-    /// What `--model` names: nothing or `tiny` for the built-in model, a folder, or
+    /// What `--model` names: nothing or `tiny` for the built-in model, a folder, `synth:SHAPE`, or
     /// `org/name[@revision]` on the hub. Touches no network yet.
     ///
     /// # Errors
-    /// [`SourceError::Unknown`] for anything else.
+    /// [`SourceError::Unknown`] for anything else; a synthetic model that is impossible.
     pub fn resolve(spec: Option<&str>) -> Result<Self, SourceError> {
         let spec = spec.unwrap_or(BUILTIN);
         if spec == BUILTIN {
@@ -89,6 +103,9 @@ impl Source {
                 revision: None,
                 files: Files::Builtin,
             });
+        }
+        if let Some(spec) = spec.strip_prefix(synth::PREFIX) {
+            return Source::synthetic(spec.parse()?);
         }
         let folder = Path::new(spec);
         if folder.is_dir() {
@@ -121,6 +138,21 @@ impl Source {
         })
     }
 
+    /// A synthetic model, made when its weights are asked for.
+    ///
+    /// # Errors
+    /// [`SourceError::NoBuiltin`] without the built-in model, whose tokenizer it uses.
+    pub fn synthetic(spec: Spec) -> Result<Self, SourceError> {
+        if !builtin::PRESENT {
+            return Err(SourceError::NoBuiltin);
+        }
+        Ok(Source {
+            id: spec.to_string(),
+            revision: None,
+            files: Files::Synthetic(Box::new(spec)),
+        })
+    }
+
     pub fn id(&self) -> &str {
         &self.id
     }
@@ -134,7 +166,7 @@ impl Source {
         match &self.files {
             Files::Builtin => "built-in model".into(),
             Files::Folder(folder) => folder.display().to_string(),
-            Files::Hub(_) => self.id.clone(),
+            Files::Hub(_) | Files::Synthetic(_) => self.id.clone(),
         }
     }
 
@@ -147,6 +179,11 @@ impl Source {
             Files::Builtin => return Ok(builtin::read(file).map(<[u8]>::to_vec)),
             Files::Folder(folder) => Some(folder.join(file)).filter(|path| path.is_file()),
             Files::Hub(hub) => hub.find(&self.id, file, true)?,
+            Files::Synthetic(spec) if file == "config.json" => return Ok(Some(spec.config_json())),
+            Files::Synthetic(_) => {
+                let text = TEXT_FILES.contains(&file).then(|| builtin::read(file));
+                return Ok(text.flatten().map(<[u8]>::to_vec));
+            }
         };
         path.map(|path| std::fs::read(&path).map_err(|source| SourceError::Io { path, source }))
             .transpose()
@@ -180,7 +217,7 @@ impl Source {
     }
 
     /// The weights if they are on this machine already: planning needs only the headers, and can
-    /// do without them.
+    /// do without them. Those of a synthetic model are not filled in.
     pub fn local_checkpoint(&self) -> Result<Option<Checkpoint>, SourceError> {
         self.open_checkpoint(false)
     }
@@ -198,6 +235,7 @@ impl Source {
             }
             Files::Folder(folder) => Some(folder.clone()),
             Files::Hub(hub) => hub.weights_folder(&self.id, fetch)?,
+            Files::Synthetic(spec) => return Ok(Some(spec.checkpoint(!fetch)?)),
         };
         let has_weights = |folder: &PathBuf| {
             ["model.safetensors", "model.safetensors.index.json"]
@@ -212,12 +250,14 @@ impl Source {
 
     /// How other files refer to this model, by its weights where they are at hand.
     pub fn model_id(&self, checkpoint: Option<&Checkpoint>) -> Result<ModelId, SourceError> {
+        let synthetic = self.config()?.synthetic;
         let config = self.read_required("config.json")?;
         Ok(ModelId {
             id: self.id.clone(),
             revision: self.revision.clone(),
             fingerprint: checkpoint.map(|checkpoint| checkpoint.fingerprint(&config)),
             config_sha256: format!("{:x}", Sha256::digest(&config)),
+            synthetic,
         })
     }
 }

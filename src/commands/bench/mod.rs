@@ -162,7 +162,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
 
     let body = RunBody {
         labels: Labels {
-            synthetic: false,
+            synthetic: config.synthetic,
             executed_on: executed_on.into(),
             notes: notes(&engine),
         },
@@ -188,6 +188,9 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     if console.json {
         console.result_json(&document)?;
     } else {
+        if let Some(label) = document.label() {
+            console.result(label)?;
+        }
         console.result(table::render(&document.body))?;
         console.result(report::list(&args.output, &files))?;
     }

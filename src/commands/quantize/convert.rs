@@ -1,18 +1,15 @@
 //! `quantize`: a bf16, f16 or f32 checkpoint to bitsandbytes NF4, as transformers 4.57 loads it.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::sync::mpsc;
 
 use anyhow::{Context, Result, bail, ensure};
-use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
-use crate::formats::checkpoint::{INDEX, SINGLE};
+use crate::commands::checkpoint_folder::{CheckpointFolder, Job};
 use crate::formats::nf4::{STATE_SUFFIX, quantize as nf4};
-use crate::formats::writer::{Planned, Writer};
+use crate::formats::writer::Planned;
 use crate::formats::{Bytes, Checkpoint, Dtype, FormatError, atomic};
 
 const CONFIG: &str = "config.json";
@@ -82,56 +79,29 @@ pub fn quantize_checkpoint(
     options: &QuantizeOptions,
     progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
 ) -> Result<Summary> {
-    check_vacant(dst)?;
+    let folder = CheckpointFolder::create(dst)?;
     let mut config = read_config(&src.join(CONFIG))?;
     let source = Checkpoint::open(src)?;
     check_not_quantized(src, &config, &source)?;
     prepare_config(&mut config, options);
     let (jobs, mtp_dropped) = plan(&source, options)?;
-    let shards = split(jobs, options);
 
-    let parent = match dst.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let folder = temporary_folder(parent)
-        .with_context(|| format!("{}: cannot write there", parent.display()))?;
     let mut summary = Summary {
         mtp_dropped,
-        files: shards.len(),
         ..Summary::default()
     };
-    let total = shards.iter().flatten().map(Job::source_bytes).sum();
-    let mut index = Map::new();
-    for (i, shard) in shards.iter().enumerate() {
-        let file = match shards.len() {
-            1 => SINGLE.to_string(),
-            n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
-        };
-        let mut done = |job: &Job| {
-            summary.source_bytes += job.source_bytes();
-            match job.quantize {
-                true => summary.quantized += 1,
-                false => summary.kept += 1,
-            }
-            progress(summary.source_bytes, total)
-        };
-        let path = folder.path().join(&file);
-        summary.output_bytes += write_shard(&path, shard, options, &mut done)?;
-        for job in shard {
-            let (planned, late) = job.outputs(options);
-            let names = planned.into_iter().map(|t| t.name).chain(late.map(|l| l.0));
-            index.extend(names.map(|name| (name, json!(file))));
+    let total = jobs.iter().map(Weight::source_bytes).sum();
+    let mut done = |job: &Weight| {
+        summary.source_bytes += job.source_bytes();
+        match job.quantize {
+            true => summary.quantized += 1,
+            false => summary.kept += 1,
         }
-    }
-    if shards.len() > 1 {
-        index.sort_keys();
-        let index = json!({
-            "metadata": {"total_size": summary.output_bytes},
-            "weight_map": index,
-        });
-        atomic::write_json(&folder.path().join(INDEX), &index)?;
-    }
+        progress(summary.source_bytes, total)
+    };
+    let written = folder.write(jobs, options.max_shard_bytes, &mut done)?;
+    summary.output_bytes = written.bytes;
+    summary.files = written.files;
     atomic::write_json(&folder.path().join(CONFIG), &config)?;
     for name in COMPANIONS {
         let from = src.join(name);
@@ -140,33 +110,28 @@ pub fn quantize_checkpoint(
             atomic::write(&folder.path().join(name), &bytes)?;
         }
     }
-    if dst.exists() {
-        fs::remove_dir(dst).with_context(|| dst.display().to_string())?;
-    }
-    fs::rename(folder.path(), dst)
-        .with_context(|| format!("{}: cannot be created", dst.display()))?;
-    // It has another name now: nothing is left to remove.
-    let _ = folder.keep();
+    folder.finish()?;
     Ok(summary)
 }
 
 /// One weight of the output.
-struct Job {
+struct Weight {
     name: String,
     dtype: Dtype,
     shape: Vec<usize>,
     data: Bytes,
     quantize: bool,
+    double_quant: bool,
 }
 
-impl Job {
+impl Weight {
     fn source_bytes(&self) -> u64 {
         self.data.len() as u64
     }
+}
 
-    /// The tensors it becomes, and name and greatest length of the one whose length depends on
-    /// the data.
-    fn outputs(&self, options: &QuantizeOptions) -> (Vec<Planned>, Option<(String, usize)>) {
+impl Job for Weight {
+    fn planned(&self) -> (Vec<Planned>, Option<(String, usize)>) {
         let planned = |suffix: &str, dtype, shape| Planned {
             name: format!("{}{suffix}", self.name),
             dtype,
@@ -175,8 +140,8 @@ impl Job {
         if !self.quantize {
             return (vec![planned("", self.dtype, self.shape.clone())], None);
         }
-        let parts = nf4::parts(self.shape.iter().product(), options.double_quant);
-        let mut state = nf4::state(self.dtype, &self.shape, options.double_quant);
+        let parts = nf4::parts(self.shape.iter().product(), self.double_quant);
+        let mut state = nf4::state(self.dtype, &self.shape, self.double_quant);
         if let Some(nested) = &mut state.nested {
             // No f64 takes more characters.
             nested.nested_offset = -f64::MIN_POSITIVE;
@@ -191,70 +156,19 @@ impl Job {
         (parts.collect(), Some(late))
     }
 
-    fn carry_out(&self, options: &QuantizeOptions) -> Result<Vec<(String, Bytes)>, FormatError> {
+    fn tensors(&self) -> Result<Vec<(String, Bytes)>, FormatError> {
         if !self.quantize {
             return Ok(vec![(self.name.clone(), self.data.clone())]);
         }
-        let Job {
+        let Weight {
             name, dtype, shape, ..
         } = self;
-        let weight = nf4::quantize(name, &self.data, *dtype, shape, options.double_quant)?;
+        let weight = nf4::quantize(name, &self.data, *dtype, shape, self.double_quant)?;
         let tensors = weight.into_tensors().into_iter();
         Ok(tensors
             .map(|(suffix, data)| (format!("{name}{suffix}"), Bytes::from(data)))
             .collect())
     }
-}
-
-/// Computes the weights of one file on all cores and writes each as it comes.
-fn write_shard(
-    path: &Path,
-    jobs: &[Job],
-    options: &QuantizeOptions,
-    done: &mut dyn FnMut(&Job) -> ControlFlow<()>,
-) -> Result<u64> {
-    let mut planned = Vec::new();
-    let mut late = BTreeMap::new();
-    for job in jobs {
-        let (tensors, state) = job.outputs(options);
-        planned.extend(tensors);
-        late.extend(state);
-    }
-    let cannot_write = || format!("{}: cannot write", path.display());
-    let mut writer = Writer::create(path, planned, late).with_context(cannot_write)?;
-    // A full channel holds the workers back, so finished weights do not pile up.
-    let (sender, receiver) = mpsc::sync_channel(1);
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            // A closed channel means that the other side gave up; the reason is reported there.
-            let _ = jobs.par_iter().try_for_each_with(sender, |sender, job| {
-                sender.send((job, job.carry_out(options)))
-            });
-        });
-        for (job, tensors) in receiver {
-            for (name, data) in tensors? {
-                writer.write(&name, &data).with_context(cannot_write)?;
-            }
-            if done(job).is_break() {
-                bail!("interrupted; nothing was written");
-            }
-        }
-        Ok(())
-    })?;
-    writer.finish().with_context(cannot_write)
-}
-
-fn check_vacant(dst: &Path) -> Result<()> {
-    match fs::read_dir(dst) {
-        Ok(mut entries) => ensure!(
-            entries.next().is_none(),
-            "{}: holds files already; choose another folder or empty it",
-            dst.display()
-        ),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => return Err(e).with_context(|| dst.display().to_string()),
-    }
-    Ok(())
 }
 
 fn read_config(path: &Path) -> Result<Map<String, Value>> {
@@ -312,7 +226,7 @@ fn prepare_config(config: &mut Map<String, Value>, options: &QuantizeOptions) {
 }
 
 /// One job per weight of the output, in the order of the source, and the tensors left out.
-fn plan(source: &Checkpoint, options: &QuantizeOptions) -> Result<(Vec<Job>, usize)> {
+fn plan(source: &Checkpoint, options: &QuantizeOptions) -> Result<(Vec<Weight>, usize)> {
     let mut jobs = Vec::new();
     let mut dropped = 0;
     for name in source.names() {
@@ -336,24 +250,26 @@ fn plan(source: &Checkpoint, options: &QuantizeOptions) -> Result<(Vec<Job>, usi
             for part in 0..experts * projections.len() {
                 let (expert, projection) = (part / projections.len(), part % projections.len());
                 let module = format!("{prefix}.{expert}.{}", projections[projection]);
-                jobs.push(Job {
+                jobs.push(Weight {
                     quantize: tensor.dtype.is_float() && bytes > 0 && !is_skipped(&module, options),
                     name: format!("{module}.weight"),
                     dtype: tensor.dtype,
                     shape: vec![rows, cols],
                     data: tensor.data.slice(part * bytes..(part + 1) * bytes),
+                    double_quant: options.double_quant,
                 });
             }
         } else {
             let linear = name.strip_suffix(".weight").is_some_and(|module| {
                 tensor.shape.len() == 2 && !is_embedding(module) && !is_skipped(module, options)
             });
-            jobs.push(Job {
+            jobs.push(Weight {
                 quantize: linear && tensor.dtype.is_float() && !tensor.data.is_empty(),
                 name: name.into(),
                 dtype: tensor.dtype,
                 shape: tensor.shape,
                 data: tensor.data,
+                double_quant: options.double_quant,
             });
         }
     }
@@ -390,34 +306,4 @@ fn is_skipped(module: &str, options: &QuantizeOptions) -> bool {
 
 fn last_name(module: &str) -> &str {
     module.rsplit_once('.').map_or(module, |(_, last)| last)
-}
-
-/// Cuts the jobs into files of at most the greatest size; a weight's tensors stay together.
-fn split(jobs: Vec<Job>, options: &QuantizeOptions) -> Vec<Vec<Job>> {
-    let mut shards = vec![Vec::new()];
-    let mut filled = 0;
-    for job in jobs {
-        let (planned, late) = job.outputs(options);
-        let bytes = planned.iter().map(Planned::len_bytes).sum::<u64>()
-            + late.map_or(0, |(_, longest)| longest as u64);
-        if filled > 0 && filled + bytes > options.max_shard_bytes {
-            shards.push(Vec::new());
-            filled = 0;
-        }
-        filled += bytes;
-        shards.last_mut().expect("starts with one").push(job);
-    }
-    shards
-}
-
-fn temporary_folder(parent: &Path) -> std::io::Result<tempfile::TempDir> {
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".moectl-").suffix(".tmp");
-    // 0777 less the umask, as for any folder a program creates; tempfile's own default is 0700.
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        builder.permissions(fs::Permissions::from_mode(0o777));
-    }
-    builder.tempdir_in(parent)
 }

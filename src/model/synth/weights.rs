@@ -1,0 +1,381 @@
+//! The tensors of a synthetic model, in the published NF4 layout, and what each is filled with.
+//!
+//! Codes and their scales are random bytes: the NF4 code book is made so that normal weights use
+//! every code about equally often. Structure is in the bf16 matrices and in one scale per matrix.
+//!
+//! The hidden state is kept in two halves. Embeddings live in the first: half topic, half token.
+//! The second starts at zero and holds only what mixers and experts write, which changes with the
+//! context. A router reads both, and how much of each is the locality: at 1 a token's experts are
+//! decided by the token, so they repeat as words and topics of a text do; at 0 they are as good as
+//! drawn at random. What a layer writes is small enough that 48 of them leave the embedding the
+//! larger part of the residual stream.
+
+use std::sync::Arc;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::TOKENIZER_SIZE;
+use super::random::Stream;
+use crate::backend::{MixerKind, ModelShape};
+use crate::formats::Dtype;
+use crate::formats::nf4::dynamic_map::DYNAMIC_MAP;
+use crate::formats::nf4::{BLOCKSIZE, CODE_BOOK, STATE_SUFFIX, quantize as nf4};
+use crate::formats::writer::Planned;
+
+/// Tokens belong to one of so many topics.
+const TOPICS: u64 = 64;
+
+/// Share of an embedding's variance that its topic decides.
+const TOPIC_SHARE: f32 = 0.5;
+
+/// Variance that all layers together add to a residual stream that starts with 1.
+const RESIDUAL_VARIANCE: f64 = 0.5;
+
+/// Standard deviation of a router's logits.
+const ROUTER_STD: f64 = 1.5;
+
+/// Standard deviation of the output's logits, beside those of the tokens' frequencies.
+const LOGIT_STD: f64 = 2.0;
+
+/// The first element of every embedding: in it the head adds the log-frequency of tokens, so that
+/// generated text repeats tokens as text does.
+const CONSTANT: f32 = 2.0;
+
+/// Root mean square of silu(x), and of silu(x) times an independent y, for normal x and y.
+const SILU_RMS: f64 = 0.6;
+
+/// Bytes that one thread fills at a time.
+const PIECE: usize = 1 << 18;
+
+/// A weight of the model: one tensor, or the six of an NF4 matrix.
+pub struct Weight {
+    pub parts: Vec<Part>,
+}
+
+impl Weight {
+    pub fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.tensor.len_bytes()).sum()
+    }
+}
+
+/// A tensor and what it is filled with.
+pub struct Part {
+    pub tensor: Planned,
+    content: Content,
+}
+
+enum Content {
+    Bytes(Arc<[u8]>),
+    Random(Stream),
+    /// Rows of bf16
+    Rows(Rows),
+}
+
+/// A bf16 matrix whose rows can be made one by one.
+struct Rows {
+    stream: Stream,
+    width: usize,
+    kind: RowKind,
+}
+
+enum RowKind {
+    Normal { std: f32 },
+    Embedding { topics: Stream },
+    Router { token_std: f32, context_std: f32 },
+    Head { std: f32 },
+}
+
+impl Part {
+    /// Whether the bytes need no generator: code books, scales of scales, states.
+    pub fn is_constant(&self) -> bool {
+        matches!(self.content, Content::Bytes(_))
+    }
+
+    /// Fills `out`, the whole tensor, on all threads of the current pool.
+    pub fn fill(&self, out: &mut [u8]) {
+        match &self.content {
+            Content::Bytes(bytes) => out.copy_from_slice(bytes),
+            Content::Random(stream) => out
+                .par_chunks_mut(PIECE)
+                .enumerate()
+                .for_each(|(i, piece)| stream.bytes((i * PIECE / 8) as u64, piece)),
+            Content::Rows(rows) => {
+                let rows_per_piece = (PIECE / (2 * rows.width)).max(1);
+                out.par_chunks_mut(rows_per_piece * 2 * rows.width)
+                    .enumerate()
+                    .for_each(|(i, piece)| rows.fill(i * rows_per_piece, piece));
+            }
+        }
+    }
+}
+
+impl Rows {
+    fn fill(&self, first: usize, out: &mut [u8]) {
+        let mut values = vec![0.0; self.width];
+        for (row, out) in (first..).zip(out.chunks_exact_mut(2 * self.width)) {
+            self.row(row, &mut values);
+            for (to, value) in out.as_chunks_mut::<2>().0.iter_mut().zip(&values) {
+                *to = bf16::from_f32(*value).to_le_bytes();
+            }
+        }
+    }
+
+    fn row(&self, row: usize, out: &mut [f32]) {
+        let words = self.width.div_ceil(4) as u64;
+        let at = |stream: Stream, row: u64| stream.normal(row * words);
+        let own = at(self.stream, row as u64);
+        let half = self.width / 2;
+        match &self.kind {
+            RowKind::Normal { std } => {
+                out.iter_mut().zip(own).for_each(|(to, v)| *to = std * v);
+            }
+            RowKind::Embedding { topics } => {
+                let topic = at(*topics, self.stream.word(!(row as u64)) % TOPICS);
+                let (share, rest) = (TOPIC_SHARE.sqrt(), (1.0 - TOPIC_SHARE).sqrt());
+                for (to, (v, t)) in out[..half].iter_mut().zip(own.zip(topic)) {
+                    *to = rest * v + share * t;
+                }
+                out[half..].fill(0.0);
+                out[0] = CONSTANT;
+            }
+            RowKind::Router {
+                token_std,
+                context_std,
+            } => {
+                for (i, (to, v)) in out.iter_mut().zip(own).enumerate() {
+                    *to = v * if i < half { token_std } else { context_std };
+                }
+                out[0] = 0.0;
+            }
+            RowKind::Head { std } => {
+                out.iter_mut().zip(own).for_each(|(to, v)| *to = std * v);
+                out[0] = log_frequency(row) / CONSTANT;
+            }
+        }
+    }
+}
+
+/// Zipf's law over the tokens of the tokenizer, which lists them by frequency after the single
+/// bytes; others, which have no text, are never generated.
+fn log_frequency(token: usize) -> f32 {
+    const FIRST_WORD: usize = 259;
+    match token {
+        TOKENIZER_SIZE.. => -40.0,
+        FIRST_WORD.. => -((10 + token - FIRST_WORD) as f32 / 10.0).ln(),
+        _ => log_frequency(1000),
+    }
+}
+
+/// All weights of a model of that shape.
+///
+/// - `depth`: layers of the whole model, where `shape` is the first few of it
+pub fn weights(shape: &ModelShape, depth: usize, seed: u64, locality: f64) -> Vec<Weight> {
+    let mut maker = Maker {
+        shape,
+        seed,
+        locality,
+        written_std: (RESIDUAL_VARIANCE / (3.0 * depth as f64)).sqrt(),
+        quant_map: le_bytes(&CODE_BOOK),
+        nested_quant_map: le_bytes(&*DYNAMIC_MAP),
+        weights: Vec::new(),
+    };
+    let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
+    let topics = Stream::new(seed, "topics");
+    maker.rows("model.embed_tokens.weight", vocab, RowKind::Embedding { topics });
+    let head = RowKind::Head {
+        std: (LOGIT_STD / (hidden as f64).sqrt()) as f32,
+    };
+    maker.rows("lm_head.weight", vocab, head);
+    maker.norm("model.norm.weight", hidden);
+    for layer in 0..shape.num_layers() {
+        maker.layer(layer);
+    }
+    maker.weights
+}
+
+struct Maker<'a> {
+    shape: &'a ModelShape,
+    seed: u64,
+    locality: f64,
+    /// Standard deviation of what each of a layer's three writers adds to the residual stream:
+    /// the mixer, the experts, the shared expert
+    written_std: f64,
+    quant_map: Arc<[u8]>,
+    nested_quant_map: Arc<[u8]>,
+    weights: Vec<Weight>,
+}
+
+impl Maker<'_> {
+    fn layer(&mut self, layer: usize) {
+        let hidden = self.shape.hidden_size;
+        let prefix = format!("model.layers.{layer}");
+        self.norm(&format!("{prefix}.input_layernorm.weight"), hidden);
+        match self.shape.mixers[layer] {
+            MixerKind::GatedDeltaNet => self.delta_net(&format!("{prefix}.linear_attn")),
+            MixerKind::GatedAttention => self.attention(&format!("{prefix}.self_attn")),
+        }
+        self.norm(&format!("{prefix}.post_attention_layernorm.weight"), hidden);
+        self.moe(layer, &format!("{prefix}.mlp"));
+    }
+
+    fn delta_net(&mut self, prefix: &str) {
+        let net = self.shape.delta_net.clone();
+        let hidden = self.shape.hidden_size;
+        self.reader(&format!("{prefix}.in_proj_qkvz"), net.qkvz_rows(), hidden);
+        self.reader(&format!("{prefix}.in_proj_ba"), net.ba_rows(), hidden);
+        let kernel = net.conv_kernel_dim;
+        let taps = RowKind::Normal {
+            std: (1.0 / kernel as f32).sqrt(),
+        };
+        let conv_shape = [net.conv_dim(), 1, kernel];
+        self.shaped_rows(&format!("{prefix}.conv1d.weight"), &conv_shape, taps);
+        // Heads forget at different speeds, from within a few tokens to over dozens.
+        let heads = net.num_value_heads;
+        self.ramp(&format!("{prefix}.A_log"), heads, -0.7, 2.0);
+        self.ramp(&format!("{prefix}.dt_bias"), heads, -3.0, 0.0);
+        self.ramp(&format!("{prefix}.norm.weight"), net.value_head_dim, 1.0, 1.0);
+        let out_proj = format!("{prefix}.out_proj");
+        self.writer(&out_proj, hidden, net.value_dim(), SILU_RMS);
+    }
+
+    fn attention(&mut self, prefix: &str) {
+        let attention = self.shape.attention.clone();
+        let hidden = self.shape.hidden_size;
+        self.reader(&format!("{prefix}.q_proj"), attention.q_proj_rows(), hidden);
+        self.reader(&format!("{prefix}.k_proj"), attention.kv_rows(), hidden);
+        self.reader(&format!("{prefix}.v_proj"), attention.kv_rows(), hidden);
+        self.norm(&format!("{prefix}.q_norm.weight"), attention.head_dim);
+        self.norm(&format!("{prefix}.k_norm.weight"), attention.head_dim);
+        // The gate halves values that are means over the context.
+        let o_proj = format!("{prefix}.o_proj");
+        self.writer(&o_proj, hidden, attention.o_proj_cols(), 0.4);
+    }
+
+    fn moe(&mut self, layer: usize, prefix: &str) {
+        let moe = self.shape.moe.clone();
+        self.router(layer, &format!("{prefix}.gate.weight"));
+        // Independent outputs, each with a weight of about 1 / k.
+        let share = SILU_RMS / (moe.num_experts_per_tok as f64).sqrt();
+        for expert in 0..moe.num_experts {
+            let prefix = format!("{prefix}.experts.{expert}");
+            self.expert(&prefix, moe.moe_intermediate_size, share);
+        }
+        let shared = format!("{prefix}.shared_expert");
+        self.expert(&shared, moe.shared_expert_intermediate_size, SILU_RMS / 2.0);
+        self.reader(&format!("{shared}_gate"), 1, self.shape.hidden_size);
+    }
+
+    fn expert(&mut self, prefix: &str, intermediate: usize, input_rms: f64) {
+        let hidden = self.shape.hidden_size;
+        self.reader(&format!("{prefix}.gate_proj"), intermediate, hidden);
+        self.reader(&format!("{prefix}.up_proj"), intermediate, hidden);
+        let down_proj = format!("{prefix}.down_proj");
+        self.writer(&down_proj, hidden, intermediate, input_rms);
+    }
+
+    /// Rows whose logits get `locality` of their variance from the token, the rest from context.
+    fn router(&mut self, layer: usize, name: &str) {
+        let context = (1 + 3 * layer) as f64 * self.written_std.powi(2);
+        let token = 1.0 + context;
+        let mean = (token + context) / 2.0;
+        let half = self.shape.hidden_size as f64 / 2.0;
+        let std = |share: f64, variance: f64| {
+            (ROUTER_STD * (share * mean / (variance * half)).sqrt()) as f32
+        };
+        let kind = RowKind::Router {
+            token_std: std(self.locality, token),
+            context_std: std(1.0 - self.locality, context),
+        };
+        self.rows(name, self.shape.moe.num_experts, kind);
+    }
+
+    /// A matrix that reads a normed hidden state: outputs have variance 1.
+    fn reader(&mut self, module: &str, rows: usize, cols: usize) {
+        self.nf4(module, rows, cols, (1.0 / cols as f64).sqrt());
+    }
+
+    /// A matrix that writes to the residual stream, from inputs of that root mean square.
+    fn writer(&mut self, module: &str, rows: usize, cols: usize, input_rms: f64) {
+        let std = self.written_std / (input_rms * (cols as f64).sqrt());
+        self.nf4(module, rows, cols, std);
+    }
+
+    fn nf4(&mut self, module: &str, rows: usize, cols: usize, std: f64) {
+        let name = format!("{module}.weight");
+        let n = rows * cols;
+        let code_rms = (CODE_BOOK.iter().map(|c| f64::from(c * c)).sum::<f64>() / 16.0).sqrt();
+        let absmax = (std / code_rms) as f32;
+        // Scales of normal weights differ by some ten percent; all stay positive.
+        let nested_absmax = vec![absmax / 4.0; n.div_ceil(BLOCKSIZE).div_ceil(256)];
+        let mut state = nf4::state(Dtype::Bf16, &[rows, cols], true);
+        if let Some(nested) = &mut state.nested {
+            nested.nested_offset = f64::from(absmax);
+        }
+        let state = state.to_json().into_bytes();
+        let part = |suffix: &str, dtype, shape: Vec<usize>, content| {
+            let name = format!("{name}{suffix}");
+            Part {
+                tensor: Planned { name, dtype, shape },
+                content,
+            }
+        };
+        let parts = nf4::parts(n, true).into_iter().map(|p| {
+            let random = |what| Content::Random(Stream::new(self.seed, what));
+            let content = match p.suffix {
+                "" => random(&name),
+                ".absmax" => random(&format!("{name}.absmax")),
+                ".nested_absmax" => Content::Bytes(le_bytes(&nested_absmax)),
+                ".quant_map" => Content::Bytes(Arc::clone(&self.quant_map)),
+                ".nested_quant_map" => Content::Bytes(Arc::clone(&self.nested_quant_map)),
+                other => unreachable!("NF4 has no part `{other}`"),
+            };
+            part(p.suffix, p.dtype, p.shape, content)
+        });
+        let mut parts: Vec<Part> = parts.collect();
+        let len = state.len();
+        let state = Content::Bytes(state.into());
+        parts.push(part(STATE_SUFFIX, Dtype::U8, vec![len], state));
+        self.weights.push(Weight { parts });
+    }
+
+    /// A norm's weight, zero-centred: near 0, as training leaves it.
+    fn norm(&mut self, name: &str, len: usize) {
+        self.shaped_rows(name, &[len], RowKind::Normal { std: 0.02 });
+    }
+
+    /// `len` evenly spaced values.
+    fn ramp(&mut self, name: &str, len: usize, from: f32, to: f32) {
+        let step = (to - from) / (len - 1).max(1) as f32;
+        let value = |i| bf16::from_f32(from + step * i as f32).to_le_bytes();
+        let bytes: Vec<u8> = (0..len).flat_map(value).collect();
+        self.bf16(name, &[len], Content::Bytes(bytes.into()));
+    }
+
+    fn rows(&mut self, name: &str, rows: usize, kind: RowKind) {
+        self.shaped_rows(name, &[rows, self.shape.hidden_size], kind);
+    }
+
+    fn shaped_rows(&mut self, name: &str, shape: &[usize], kind: RowKind) {
+        let rows = Rows {
+            stream: Stream::new(self.seed, name),
+            width: shape[shape.len() - 1],
+            kind,
+        };
+        self.bf16(name, shape, Content::Rows(rows));
+    }
+
+    fn bf16(&mut self, name: &str, shape: &[usize], content: Content) {
+        let tensor = Planned {
+            name: name.into(),
+            dtype: Dtype::Bf16,
+            shape: shape.to_vec(),
+        };
+        let parts = vec![Part { tensor, content }];
+        self.weights.push(Weight { parts });
+    }
+}
+
+fn le_bytes(values: &[f32]) -> Arc<[u8]> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
