@@ -66,7 +66,6 @@ fn few<S: Simd, const N: usize>(
     c: &mut [[f32; TILE_ROWS]],
 ) {
     let table = s.word_table();
-    let zero = s.splat_i32(0);
     let mut sums = [[s.splat(0.0); 2]; N];
     for (kb, tile) in tiles.iter().enumerate() {
         let x = &x[kb * x_tokens..(kb + 1) * x_tokens];
@@ -74,35 +73,12 @@ fn few<S: Simd, const N: usize>(
         for (block, &token) in blocks.iter_mut().zip(&tokens) {
             *block = &x[token as usize];
         }
-        // Two sets of sums for even and odd groups: with one token, a single set would wait for
-        // the multiplier's latency.
-        let mut even = [[zero; 2]; N];
-        let mut odd = [[zero; 2]; N];
-        for pair in 0..4 {
-            group(
-                s,
-                table,
-                &tile.codes[2 * pair],
-                &blocks,
-                8 * pair,
-                &mut even,
-            );
-            let odd = if N <= 2 { &mut odd } else { &mut even };
-            group(
-                s,
-                table,
-                &tile.codes[2 * pair + 1],
-                &blocks,
-                8 * pair + 4,
-                odd,
-            );
-        }
         for half in 0..2 {
+            let dots = dot_products(s, table, tile, half, &blocks);
             let absmax = s.load_u16(&lanes(&tile.absmax)[half]);
             for i in 0..N {
-                let dot = s.to_f32(s.add_i32(even[i][half], odd[i][half]));
                 let scale = s.mul(absmax, s.splat(blocks[i].scale));
-                sums[i][half] = s.mul_add(dot, scale, sums[i][half]);
+                sums[i][half] = s.mul_add(s.to_f32(dots[i]), scale, sums[i][half]);
             }
         }
     }
@@ -113,25 +89,37 @@ fn few<S: Simd, const N: usize>(
     }
 }
 
-/// Adds the products of one group of codes, whose activations start at pair `first`.
+/// Products of half a tile, 16 rows, with one block of each token.
 #[inline(always)]
-fn group<S: Simd, const N: usize>(
+fn dot_products<S: Simd, const N: usize>(
     s: S,
     table: S::WordTable,
-    codes: &[u32; TILE_ROWS],
+    tile: &Tile<u16>,
+    half: usize,
     blocks: &[&Int16Block; N],
-    first: usize,
-    sums: &mut [[S::I32; 2]; N],
-) {
-    for half in 0..2 {
+) -> [S::I32; N] {
+    // VNNI adds with the latency of its multiplier, so four sums take turns; AVX2 adds in one
+    // cycle, and has no registers to spare.
+    let turns = if S::MAX_TOKENS > 2 { 4 } else { 1 };
+    let mut sums = [[s.splat_i32(0); 4]; N];
+    for (group, codes) in tile.codes.iter().enumerate() {
         let words = s.nf4_words(table, s.load_u32(&lanes(codes)[half]));
         for j in 0..4 {
             for i in 0..N {
-                let x = s.splat_i32(blocks[i].pairs[first + j]);
-                sums[i][half] = s.dot_pairs(sums[i][half], words[j], x);
+                let x = s.splat_i32(blocks[i].pairs[4 * group + j]);
+                sums[i][j % turns] = s.dot_pairs(sums[i][j % turns], words[j], x);
             }
         }
     }
+    let mut out = [s.splat_i32(0); N];
+    for i in 0..N {
+        let [a, b, c, d] = sums[i];
+        out[i] = match turns {
+            1 => a,
+            _ => s.add_i32(s.add_i32(a, b), s.add_i32(c, d)),
+        };
+    }
+    out
 }
 
 /// Any number of tokens: a tile is looked up once and used for all of them.
