@@ -63,14 +63,25 @@ impl Bench {
     ///
     /// `clock` is [`wall`], or [`own`] for work of one thread on a machine that is shared.
     fn time(&self, name: &str, units: f64, unit: &str, clock: fn() -> f64, mut f: impl FnMut()) {
-        if !self.wants(name) {
-            return;
+        if self.wants(name) {
+            self.repeat(name, units, unit, clock, 101, f);
         }
+    }
+
+    fn repeat(
+        &self,
+        name: &str,
+        units: f64,
+        unit: &str,
+        clock: fn() -> f64,
+        runs: usize,
+        mut f: impl FnMut(),
+    ) {
         f();
         let start = clock();
         f();
-        let calls = (0.005 / (clock() - start)).clamp(1.0, 1e6) as usize;
-        let mut rates: Vec<f64> = (0..31)
+        let calls = (0.002 / (clock() - start)).clamp(1.0, 1e6) as usize;
+        let mut rates: Vec<f64> = (0..runs)
             .map(|_| {
                 let start = clock();
                 for _ in 0..calls {
@@ -82,7 +93,9 @@ impl Bench {
         rates.sort_by(f64::total_cmp);
         println!(
             "{name:<44} {:>9.2} {unit:<8} ({:.2} .. {:.2})",
-            rates[15], rates[3], rates[27]
+            rates[runs / 2],
+            rates[runs / 10],
+            rates[runs * 9 / 10]
         );
     }
 }
@@ -387,65 +400,62 @@ fn slice(layers: usize) -> (ModelShape, ModelWeights) {
 }
 
 /// Decode and prefill of a whole model; `vocab` bounds the token ids that are fed.
-fn model(bench: &Bench, name: &str, shape: ModelShape, weights: ModelWeights, vocab: u32) {
+///
+/// One thread is timed by its own clock, several by the wall's.
+fn model(
+    bench: &Bench,
+    name: &str,
+    threads: Option<usize>,
+    (shape, weights): (ModelShape, ModelWeights),
+    vocab: u32,
+) {
+    let options = CpuOptions {
+        threads,
+        ..CpuOptions::default()
+    };
+    let stored: usize = weights
+        .layers
+        .iter()
+        .flat_map(|l| &l.moe.experts)
+        .flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj])
+        .map(|m| m.stored_bytes())
+        .sum();
     let start = Instant::now();
-    let cpu = Cpu::new(shape, &weights, CpuOptions::default(), &|_, _| {}).unwrap();
-    let stored = weights.layers.iter().map(|l| {
-        let experts = l.moe.experts.iter();
-        experts
-            .map(|e| {
-                e.gate_proj.stored_bytes() + e.up_proj.stored_bytes() + e.down_proj.stored_bytes()
-            })
-            .sum::<usize>()
-    });
-    let seconds = start.elapsed().as_secs_f64();
-    let rate = stored.sum::<usize>() as f64 / seconds / 1e9;
-    println!("{name}: packed in {seconds:.1} s, {rate:.2} GB/s");
+    let cpu = Cpu::new(shape, &weights, options, &|_, _| {}).unwrap();
+    let rate = stored as f64 / start.elapsed().as_secs_f64() / 1e9;
     drop(weights);
+    let (name, clock) = match cpu.threads() {
+        1 => (format!("{name} one-thread"), own as fn() -> f64),
+        _ => (name.to_string(), wall as fn() -> f64),
+    };
+    println!("{:<44} {rate:>9.2} GB/s", format!("{name} load"));
     let bytes = cpu.weight_bytes_per_token() as f64;
     let mut sequence = Sequence::new(cpu, 4096).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let prompt: Vec<u32> = (0..512).map(|_| rng.random_range(0..vocab)).collect();
-
     let feed = |ids: &[u32], sequence: &mut Sequence<Cpu>| {
-        sequence
-            .forward(ids, LogitRows::Last, &mut |_, _, _| {})
-            .unwrap()
-    };
-    let mut rates = Vec::new();
-    for _ in 0..5 {
-        sequence.reset(4096).unwrap();
-        let start = Instant::now();
-        black_box(feed(&prompt, &mut sequence));
-        rates.push(512.0 / start.elapsed().as_secs_f64());
-    }
-    rates.sort_by(f64::total_cmp);
-    println!(
-        "{name}: prefill 512 {:.0} tok/s ({:.0} .. {:.0})",
-        rates[2], rates[0], rates[4]
-    );
-    let mut rates = Vec::new();
-    for _ in 0..5 {
-        let start = Instant::now();
-        for &id in &prompt[..64] {
-            black_box(feed(&[id], &mut sequence));
-        }
-        rates.push(64.0 / start.elapsed().as_secs_f64());
-    }
-    rates.sort_by(f64::total_cmp);
-    println!(
-        "{name}: decode {:.1} tok/s ({:.1} .. {:.1}), {:.1} GB/s",
-        rates[2],
-        rates[0],
-        rates[4],
-        rates[2] * bytes / 1e9
-    );
-    bench.time(&format!("{name} decode step"), 1e9, "tok/s", wall, || {
-        if sequence.position() > 4000 {
+        if sequence.position() + ids.len() > 4096 {
             sequence.reset(4096).unwrap();
         }
-        black_box(feed(&[7], &mut sequence));
+        let mut ignore = |_: usize, _: usize, _: &Routing| {};
+        black_box(sequence.forward(ids, LogitRows::Last, &mut ignore)).unwrap();
+    };
+    let mut next = prompt.iter().cycle();
+    bench.repeat(&format!("{name} decode"), 1e9, "tok/s", clock, 21, || {
+        feed(&[*next.next().unwrap()], &mut sequence);
     });
+    let mut next = prompt.iter().cycle();
+    bench.repeat(&format!("{name} decode"), bytes, "GB/s", clock, 21, || {
+        feed(&[*next.next().unwrap()], &mut sequence);
+    });
+    bench.repeat(
+        &format!("{name} prefill 512"),
+        512e9,
+        "tok/s",
+        clock,
+        9,
+        || feed(&prompt, &mut sequence),
+    );
 }
 
 fn main() {
@@ -457,12 +467,13 @@ fn main() {
         other_kernels(&bench, isa);
     }
     memory_bound(&bench);
-    if bench.wants("tiny") {
-        let (shape, weights) = support::open(&support::tiny_moe());
-        model(&bench, "tiny", shape, weights, 8192);
-    }
-    if bench.wants("slice") {
-        let (shape, weights) = slice(4);
-        model(&bench, "slice", shape, weights, 4096);
+    for threads in [Some(1), None] {
+        if bench.wants("tiny") {
+            let tiny = support::open(&support::tiny_moe());
+            model(&bench, "tiny", threads, tiny, 8192);
+        }
+        if bench.wants("slice") {
+            model(&bench, "slice", threads, slice(4), 4096);
+        }
     }
 }
