@@ -8,6 +8,7 @@
 mod support;
 
 use std::hint::black_box;
+use std::sync::OnceLock;
 use std::time::Instant;
 
 use moectl::backend::cpu::activations::Activations;
@@ -30,6 +31,23 @@ use moectl::model::{LogitRows, Runner, Sequence};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// Seconds of wall time.
+fn wall() -> f64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_secs_f64()
+}
+
+/// Seconds that this thread had a core.
+fn own() -> f64 {
+    // SAFETY: zero bits are a valid `timespec`, which the call overwrites.
+    let time = unsafe {
+        let mut time: libc::timespec = std::mem::zeroed();
+        libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time);
+        time
+    };
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
+}
+
 struct Bench {
     filter: Option<String>,
 }
@@ -42,26 +60,42 @@ impl Bench {
     }
 
     /// Prints how many `units` (in 1e9, named by `unit`) one call of `f` does per second.
-    fn time(&self, name: &str, units: f64, unit: &str, mut f: impl FnMut()) {
-        if !self.wants(name) {
-            return;
+    ///
+    /// `clock` is [`wall`], or [`own`] for work of one thread on a machine that is shared.
+    fn time(&self, name: &str, units: f64, unit: &str, clock: fn() -> f64, mut f: impl FnMut()) {
+        if self.wants(name) {
+            self.repeat(name, units, unit, clock, 101, f);
         }
-        let start = Instant::now();
+    }
+
+    fn repeat(
+        &self,
+        name: &str,
+        units: f64,
+        unit: &str,
+        clock: fn() -> f64,
+        runs: usize,
+        mut f: impl FnMut(),
+    ) {
         f();
-        let calls = (0.005 / start.elapsed().as_secs_f64()).clamp(1.0, 1e6) as usize;
-        let mut rates: Vec<f64> = (0..31)
+        let start = clock();
+        f();
+        let calls = (0.002 / (clock() - start)).clamp(1.0, 1e6) as usize;
+        let mut rates: Vec<f64> = (0..runs)
             .map(|_| {
-                let start = Instant::now();
+                let start = clock();
                 for _ in 0..calls {
                     f();
                 }
-                units * calls as f64 / start.elapsed().as_secs_f64() / 1e9
+                units * calls as f64 / (clock() - start) / 1e9
             })
             .collect();
         rates.sort_by(f64::total_cmp);
         println!(
             "{name:<44} {:>9.2} {unit:<8} ({:.2} .. {:.2})",
-            rates[15], rates[3], rates[27]
+            rates[runs / 2],
+            rates[runs / 10],
+            rates[runs * 9 / 10]
         );
     }
 }
@@ -133,7 +167,7 @@ fn matrix_kernels(bench: &Bench, isa: Isa) {
                 (flops, "GFLOP/s")
             };
             let name = format!("{form} {} M={tokens}", isa.name());
-            bench.time(&name, units, unit, || {
+            bench.time(&name, units, unit, own, || {
                 project(&mut pool, isa, &linear, &x, &mut panels);
             });
         }
@@ -144,13 +178,25 @@ fn other_kernels(bench: &Bench, isa: Isa) {
     let name = isa.name();
     let x = random(2048);
     let mut y = vec![0.0; 2048];
-    bench.time(&format!("rms-norm {name} 2048"), 2048.0, "Gelem/s", || {
-        rms_norm(isa, black_box(&x), &x, 1e-6, &mut y);
-    });
+    bench.time(
+        &format!("rms-norm {name} 2048"),
+        2048.0,
+        "Gelem/s",
+        own,
+        || {
+            rms_norm(isa, black_box(&x), &x, 1e-6, &mut y);
+        },
+    );
     let mut p = random(512);
-    bench.time(&format!("softmax {name} 512"), 512.0, "Gelem/s", || {
-        softmax(isa, black_box(&mut p));
-    });
+    bench.time(
+        &format!("softmax {name} 512"),
+        512.0,
+        "Gelem/s",
+        own,
+        || {
+            softmax(isa, black_box(&mut p));
+        },
+    );
     for tokens in [1, 64] {
         let (dk, dv) = (128, 128);
         let mut k = random(tokens * dk);
@@ -171,15 +217,22 @@ fn other_kernels(bench: &Bench, isa: Isa) {
             &format!("delta-rule {name} T={tokens}"),
             flops,
             "GFLOP/s",
+            own,
             || {
                 delta_rule(isa, &inputs, dv, black_box(&mut state), &mut out);
             },
         );
         let (input, taps) = (random((3 + tokens) * dv), random(4 * dv));
         let flops = (tokens * dv * 8) as f64;
-        bench.time(&format!("conv {name} T={tokens}"), flops, "GFLOP/s", || {
-            conv_silu(isa, black_box(&input), &taps, dv, &mut out);
-        });
+        bench.time(
+            &format!("conv {name} T={tokens}"),
+            flops,
+            "GFLOP/s",
+            own,
+            || {
+                conv_silu(isa, black_box(&input), &taps, dv, &mut out);
+            },
+        );
     }
     let dim = 256;
     let mut cache = KvCache::new(1, dim, CHUNK);
@@ -194,6 +247,7 @@ fn other_kernels(bench: &Bench, isa: Isa) {
             &format!("attention {name} queries={n}"),
             flops,
             "GFLOP/s",
+            own,
             || {
                 attend_chunk(
                     isa,
@@ -216,7 +270,7 @@ fn memory_bound(bench: &Bench) {
     let bytes = 512 << 20;
     let memory: Vec<u64> = vec![1; bytes / 8];
     let chunks: Vec<&[u64]> = memory.chunks(1 << 14).collect();
-    bench.time("ram read", bytes as f64, "GB/s", || {
+    bench.time("ram read", bytes as f64, "GB/s", wall, || {
         pool.run(chunks.len(), &|i| {
             black_box(chunks[i].iter().fold(0u64, |a, b| a ^ b));
         })
@@ -233,11 +287,11 @@ fn memory_bound(bench: &Bench) {
             .remove(0);
         let x = activations(&mut pool, isa, 1, 2048);
         let mut panels = Panels::default();
-        bench.time(&name, linear.bytes() as f64, "GB/s", || {
+        bench.time(&name, linear.bytes() as f64, "GB/s", wall, || {
             project(&mut pool, isa, &linear, &x, &mut panels);
         });
     }
-    bench.time("pool dispatch", 1.0, "G/s", || {
+    bench.time("pool dispatch", 1.0, "G/s", wall, || {
         pool.run(2, &|_| {}).unwrap();
     });
 }
@@ -346,65 +400,62 @@ fn slice(layers: usize) -> (ModelShape, ModelWeights) {
 }
 
 /// Decode and prefill of a whole model; `vocab` bounds the token ids that are fed.
-fn model(bench: &Bench, name: &str, shape: ModelShape, weights: ModelWeights, vocab: u32) {
+///
+/// One thread is timed by its own clock, several by the wall's.
+fn model(
+    bench: &Bench,
+    name: &str,
+    threads: Option<usize>,
+    (shape, weights): (ModelShape, ModelWeights),
+    vocab: u32,
+) {
+    let options = CpuOptions {
+        threads,
+        ..CpuOptions::default()
+    };
+    let stored: usize = weights
+        .layers
+        .iter()
+        .flat_map(|l| &l.moe.experts)
+        .flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj])
+        .map(|m| m.stored_bytes())
+        .sum();
     let start = Instant::now();
-    let cpu = Cpu::new(shape, &weights, CpuOptions::default(), &|_, _| {}).unwrap();
-    let stored = weights.layers.iter().map(|l| {
-        let experts = l.moe.experts.iter();
-        experts
-            .map(|e| {
-                e.gate_proj.stored_bytes() + e.up_proj.stored_bytes() + e.down_proj.stored_bytes()
-            })
-            .sum::<usize>()
-    });
-    let seconds = start.elapsed().as_secs_f64();
-    let rate = stored.sum::<usize>() as f64 / seconds / 1e9;
-    println!("{name}: packed in {seconds:.1} s, {rate:.2} GB/s");
+    let cpu = Cpu::new(shape, &weights, options, &|_, _| {}).unwrap();
+    let rate = stored as f64 / start.elapsed().as_secs_f64() / 1e9;
     drop(weights);
+    let (name, clock) = match cpu.threads() {
+        1 => (format!("{name} one-thread"), own as fn() -> f64),
+        _ => (name.to_string(), wall as fn() -> f64),
+    };
+    println!("{:<44} {rate:>9.2} GB/s", format!("{name} load"));
     let bytes = cpu.weight_bytes_per_token() as f64;
     let mut sequence = Sequence::new(cpu, 4096).unwrap();
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let prompt: Vec<u32> = (0..512).map(|_| rng.random_range(0..vocab)).collect();
-
     let feed = |ids: &[u32], sequence: &mut Sequence<Cpu>| {
-        sequence
-            .forward(ids, LogitRows::Last, &mut |_, _, _| {})
-            .unwrap()
-    };
-    let mut rates = Vec::new();
-    for _ in 0..5 {
-        sequence.reset(4096).unwrap();
-        let start = Instant::now();
-        black_box(feed(&prompt, &mut sequence));
-        rates.push(512.0 / start.elapsed().as_secs_f64());
-    }
-    rates.sort_by(f64::total_cmp);
-    println!(
-        "{name}: prefill 512 {:.0} tok/s ({:.0} .. {:.0})",
-        rates[2], rates[0], rates[4]
-    );
-    let mut rates = Vec::new();
-    for _ in 0..5 {
-        let start = Instant::now();
-        for &id in &prompt[..64] {
-            black_box(feed(&[id], &mut sequence));
-        }
-        rates.push(64.0 / start.elapsed().as_secs_f64());
-    }
-    rates.sort_by(f64::total_cmp);
-    println!(
-        "{name}: decode {:.1} tok/s ({:.1} .. {:.1}), {:.1} GB/s",
-        rates[2],
-        rates[0],
-        rates[4],
-        rates[2] * bytes / 1e9
-    );
-    bench.time(&format!("{name} decode step"), 1e9, "tok/s", || {
-        if sequence.position() > 4000 {
+        if sequence.position() + ids.len() > 4096 {
             sequence.reset(4096).unwrap();
         }
-        black_box(feed(&[7], &mut sequence));
+        let mut ignore = |_: usize, _: usize, _: &Routing| {};
+        black_box(sequence.forward(ids, LogitRows::Last, &mut ignore)).unwrap();
+    };
+    let mut next = prompt.iter().cycle();
+    bench.repeat(&format!("{name} decode"), 1e9, "tok/s", clock, 21, || {
+        feed(&[*next.next().unwrap()], &mut sequence);
     });
+    let mut next = prompt.iter().cycle();
+    bench.repeat(&format!("{name} decode"), bytes, "GB/s", clock, 21, || {
+        feed(&[*next.next().unwrap()], &mut sequence);
+    });
+    bench.repeat(
+        &format!("{name} prefill 512"),
+        512e9,
+        "tok/s",
+        clock,
+        9,
+        || feed(&prompt, &mut sequence),
+    );
 }
 
 fn main() {
@@ -416,12 +467,13 @@ fn main() {
         other_kernels(&bench, isa);
     }
     memory_bound(&bench);
-    if bench.wants("tiny") {
-        let (shape, weights) = support::open(&support::tiny_moe());
-        model(&bench, "tiny", shape, weights, 8192);
-    }
-    if bench.wants("slice") {
-        let (shape, weights) = slice(4);
-        model(&bench, "slice", shape, weights, 4096);
+    for threads in [Some(1), None] {
+        if bench.wants("tiny") {
+            let tiny = support::open(&support::tiny_moe());
+            model(&bench, "tiny", threads, tiny, 8192);
+        }
+        if bench.wants("slice") {
+            model(&bench, "slice", threads, slice(4), 4096);
+        }
     }
 }

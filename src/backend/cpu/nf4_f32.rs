@@ -1,25 +1,15 @@
 //! `y = W x` with W in NF4 and exact f32 weights: `--cpu-precision f32`, routers, small matrices.
 //!
-//! Columns are added one after the other in tile order, so one token gives the same bits as many.
+//! Code book entries times activations add up in four sums per block, which count `absmax`; the
+//! order is the same for one token as for many, and so are the bits.
 
 use super::activations::Block;
 use super::isa::dispatch;
 use super::layout::{TILE_COLS, TILE_ROWS, Tile, column};
 use super::simd::{Simd, lanes, lanes_mut};
 
-/// Weights of one tile in the order of its nibbles, `[8 * group + n][row]`.
+/// Code book entries of one tile in the order of its nibbles, `[8 * group + n][row]`.
 type Weights = [[f32; TILE_ROWS]; TILE_COLS];
-
-/// Column of each entry of [`Weights`].
-const COLUMN: [u8; TILE_COLS] = {
-    let mut columns = [0; TILE_COLS];
-    let mut i = 0;
-    while i < TILE_COLS {
-        columns[i] = column(i / 32, i / 8 % 4, i % 8) as u8;
-        i += 1;
-    }
-    columns
-};
 
 dispatch! {
     /// One tile row times some tokens: `c[i] = W x[tokens[i]]`.
@@ -37,7 +27,7 @@ dispatch! {
     ) = tile_row_body
 }
 
-/// Tokens at once: 12 accumulators hide the latency of two multipliers.
+/// Tokens at once: with two sums per row, 24 accumulators.
 const MAX_TOKENS: usize = 6;
 
 #[inline(always)]
@@ -51,72 +41,114 @@ fn tile_row_body<S: Simd>(
 ) {
     assert_eq!(x.len(), tiles.len() * x_tokens);
     assert_eq!(c.len(), tokens.len());
+    let table = s.f32_table();
     let mut weights: Weights = [[0.0; TILE_ROWS]; TILE_COLS];
     c.fill([0.0; TILE_ROWS]);
     let group_len = S::MAX_TOKENS.min(MAX_TOKENS);
     for (kb, tile) in tiles.iter().enumerate() {
-        dequantize(s, tile, &mut weights);
         let x = &x[kb * x_tokens..(kb + 1) * x_tokens];
+        if let [token] = *tokens {
+            for half in 0..2 {
+                let codes = Codes { s, table, tile };
+                add_products(s, &codes, half, &tile.absmax, [&x[token as usize]], c);
+            }
+            continue;
+        }
+        look_up(s, table, tile, &mut weights);
         for (tokens, c) in tokens.chunks(group_len).zip(c.chunks_mut(group_len)) {
-            match tokens.len() {
-                1 => add_product::<S, 1>(s, &weights, x, tokens, c),
-                2 => add_product::<S, 2>(s, &weights, x, tokens, c),
-                3 => add_product::<S, 3>(s, &weights, x, tokens, c),
-                4 => add_product::<S, 4>(s, &weights, x, tokens, c),
-                5 => add_product::<S, 5>(s, &weights, x, tokens, c),
-                _ => add_product::<S, MAX_TOKENS>(s, &weights, x, tokens, c),
+            for half in 0..2 {
+                let (w, absmax) = (&weights, &tile.absmax);
+                let x = |i: usize| &x[tokens[i] as usize];
+                match tokens.len() {
+                    1 => add_products(s, w, half, absmax, [x(0)], c),
+                    2 => add_products(s, w, half, absmax, [0, 1].map(x), c),
+                    3 => add_products(s, w, half, absmax, [0, 1, 2].map(x), c),
+                    4 => add_products(s, w, half, absmax, [0, 1, 2, 3].map(x), c),
+                    5 => add_products(s, w, half, absmax, [0, 1, 2, 3, 4].map(x), c),
+                    _ => add_products(s, w, half, absmax, [0, 1, 2, 3, 4, 5].map(x), c),
+                }
             }
         }
     }
 }
 
-/// The weights exactly as the file defines them: one rounding of code times scale.
-#[inline(always)]
-fn dequantize<S: Simd>(s: S, tile: &Tile<f32>, weights: &mut Weights) {
-    let table = s.f32_table();
-    for half in 0..2 {
-        let absmax = s.load(&lanes(&tile.absmax)[half]);
-        for (group, codes) in tile.codes.iter().enumerate() {
-            let mut codes = s.load_u32(&lanes(codes)[half]);
-            for n in 0..8 {
-                let weight = s.mul(s.nf4_f32(table, codes), absmax);
-                s.store(weight, &mut lanes_mut(&mut weights[8 * group + n])[half]);
-                codes = s.shr::<4>(codes);
-            }
-        }
-    }
+/// The eight vectors of code book entries in half of a group.
+trait Source<S: Simd> {
+    fn group(&self, s: S, group: usize, half: usize) -> [S::F32; 8];
 }
 
-#[inline(always)]
-fn add_product<S: Simd, const N: usize>(
+/// Looks codes up as they are needed.
+struct Codes<'a, S: Simd> {
     s: S,
-    weights: &Weights,
-    x: &[Block],
-    tokens: &[u32],
+    table: S::F32Table,
+    tile: &'a Tile<f32>,
+}
+
+impl<S: Simd> Source<S> for Codes<'_, S> {
+    #[inline(always)]
+    fn group(&self, s: S, group: usize, half: usize) -> [S::F32; 8] {
+        let mut codes = s.load_u32(&lanes(&self.tile.codes[group])[half]);
+        let mut out = [s.splat(0.0); 8];
+        for weight in &mut out {
+            *weight = self.s.nf4_f32(self.table, codes);
+            codes = s.shr::<4>(codes);
+        }
+        out
+    }
+}
+
+impl<S: Simd> Source<S> for Weights {
+    #[inline(always)]
+    fn group(&self, s: S, group: usize, half: usize) -> [S::F32; 8] {
+        let mut out = [s.splat(0.0); 8];
+        for n in 0..8 {
+            out[n] = s.load(&lanes(&self[8 * group + n])[half]);
+        }
+        out
+    }
+}
+
+/// The code book entries of one tile, for more tokens than one.
+#[inline(always)]
+fn look_up<S: Simd>(s: S, table: S::F32Table, tile: &Tile<f32>, weights: &mut Weights) {
+    let codes = Codes { s, table, tile };
+    for group in 0..8 {
+        for half in 0..2 {
+            for (n, weight) in codes.group(s, group, half).into_iter().enumerate() {
+                s.store(weight, &mut lanes_mut(&mut weights[8 * group + n])[half]);
+            }
+        }
+    }
+}
+
+/// Adds the products of 16 rows and `N` tokens to `c`: four sums in turn, then times absmax.
+#[inline(always)]
+fn add_products<S: Simd, W: Source<S>, const N: usize>(
+    s: S,
+    weights: &W,
+    half: usize,
+    absmax: &[f32; TILE_ROWS],
+    blocks: [&Block; N],
     c: &mut [[f32; TILE_ROWS]],
 ) {
     if N > S::MAX_TOKENS {
         unreachable!("groups have at most {} tokens", S::MAX_TOKENS);
     }
-    let mut blocks = [&[0.0; TILE_COLS]; N];
-    let mut sums = [[s.splat(0.0); 2]; N];
-    for i in 0..N {
-        blocks[i] = &x[tokens[i] as usize];
-        let c = lanes(&c[i]);
-        sums[i] = [s.load(&c[0]), s.load(&c[1])];
-    }
-    for (weights, column) in weights.iter().zip(COLUMN) {
-        let weights = lanes(weights);
-        let (low, high) = (s.load(&weights[0]), s.load(&weights[1]));
-        for i in 0..N {
-            let x = s.splat(blocks[i][column as usize % TILE_COLS]);
-            sums[i][0] = s.mul_add(low, x, sums[i][0]);
-            sums[i][1] = s.mul_add(high, x, sums[i][1]);
+    let mut sums = [[s.splat(0.0); 4]; N];
+    for group in 0..8 {
+        let weights = weights.group(s, group, half);
+        for n in 0..8 {
+            let column = column(group / 4, group % 4, n);
+            for i in 0..N {
+                let x = s.splat(blocks[i][column]);
+                sums[i][n % 4] = s.mul_add(weights[n], x, sums[i][n % 4]);
+            }
         }
     }
-    for i in 0..N {
-        let c = lanes_mut(&mut c[i]);
-        s.store(sums[i][0], &mut c[0]);
-        s.store(sums[i][1], &mut c[1]);
+    let absmax = s.load(&lanes(absmax)[half]);
+    for (c, [a, b, d, e]) in c.iter_mut().zip(sums) {
+        let sum = s.add(s.add(a, b), s.add(d, e));
+        let c = &mut lanes_mut(c)[half];
+        s.store(s.mul_add(sum, absmax, s.load(c)), c);
     }
 }

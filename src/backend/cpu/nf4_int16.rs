@@ -41,13 +41,21 @@ fn tile_row_body<S: Simd>(
 ) {
     assert_eq!(x.len(), tiles.len() * x_tokens);
     assert_eq!(c.len(), tokens.len());
-    match *tokens {
-        [] => {}
-        [a] => few(s, tiles, x, x_tokens, [a], c),
-        [a, b] => few(s, tiles, x, x_tokens, [a, b], c),
-        [a, b, d] if S::MAX_TOKENS >= 3 => few(s, tiles, x, x_tokens, [a, b, d], c),
-        [a, b, d, e] if S::MAX_TOKENS >= 4 => few(s, tiles, x, x_tokens, [a, b, d, e], c),
-        _ => many(s, tiles, x, x_tokens, tokens, c),
+    match tokens.len() {
+        0 => {}
+        1 => few::<S, 1>(s, tiles, x, x_tokens, tokens, c),
+        2 => few::<S, 2>(s, tiles, x, x_tokens, tokens, c),
+        n if n > S::MAX_TOKENS => many(s, tiles, x, x_tokens, tokens, c),
+        3 => few::<S, 3>(s, tiles, x, x_tokens, tokens, c),
+        4 => few::<S, 4>(s, tiles, x, x_tokens, tokens, c),
+        5 => few::<S, 5>(s, tiles, x, x_tokens, tokens, c),
+        6 => few::<S, 6>(s, tiles, x, x_tokens, tokens, c),
+        7 => few::<S, 7>(s, tiles, x, x_tokens, tokens, c),
+        8 => few::<S, 8>(s, tiles, x, x_tokens, tokens, c),
+        9 => few::<S, 9>(s, tiles, x, x_tokens, tokens, c),
+        10 => few::<S, 10>(s, tiles, x, x_tokens, tokens, c),
+        11 => few::<S, 11>(s, tiles, x, x_tokens, tokens, c),
+        _ => few::<S, 12>(s, tiles, x, x_tokens, tokens, c),
     }
     let unit = s.splat(unit);
     for v in lanes_mut(c.as_flattened_mut()) {
@@ -55,54 +63,40 @@ fn tile_row_body<S: Simd>(
     }
 }
 
-/// Up to four tokens: weights go from the table straight into the products.
+/// As many tokens as registers: weights go from the table straight into the products.
 #[inline(always)]
 fn few<S: Simd, const N: usize>(
     s: S,
     tiles: &[Tile<u16>],
     x: &[Int16Block],
     x_tokens: usize,
-    tokens: [u32; N],
+    tokens: &[u32],
     c: &mut [[f32; TILE_ROWS]],
 ) {
+    if N > S::MAX_TOKENS.max(2) {
+        unreachable!("more tokens than registers");
+    }
     let table = s.word_table();
-    let zero = s.splat_i32(0);
     let mut sums = [[s.splat(0.0); 2]; N];
     for (kb, tile) in tiles.iter().enumerate() {
         let x = &x[kb * x_tokens..(kb + 1) * x_tokens];
         let mut blocks = [&Int16Block::ZERO; N];
-        for (block, &token) in blocks.iter_mut().zip(&tokens) {
+        for (block, &token) in blocks.iter_mut().zip(tokens) {
             *block = &x[token as usize];
         }
-        // Two sets of sums for even and odd groups: with one token, a single set would wait for
-        // the multiplier's latency.
-        let mut even = [[zero; 2]; N];
-        let mut odd = [[zero; 2]; N];
-        for pair in 0..4 {
-            group(
-                s,
-                table,
-                &tile.codes[2 * pair],
-                &blocks,
-                8 * pair,
-                &mut even,
-            );
-            let odd = if N <= 2 { &mut odd } else { &mut even };
-            group(
-                s,
-                table,
-                &tile.codes[2 * pair + 1],
-                &blocks,
-                8 * pair + 4,
-                odd,
-            );
+        // AVX2 has registers for the sums of 16 rows, AVX-512 for those of 32.
+        let mut dots = [[s.splat_i32(0); N]; 2];
+        if S::MAX_TOKENS > 2 {
+            dots = dot_products::<S, N, 2>(s, table, tile, 0, &blocks);
+        } else {
+            dots[0] = dot_products::<S, N, 1>(s, table, tile, 0, &blocks)[0];
+            dots[1] = dot_products::<S, N, 1>(s, table, tile, 1, &blocks)[0];
         }
         for half in 0..2 {
             let absmax = s.load_u16(&lanes(&tile.absmax)[half]);
             for i in 0..N {
-                let dot = s.to_f32(s.add_i32(even[i][half], odd[i][half]));
                 let scale = s.mul(absmax, s.splat(blocks[i].scale));
-                sums[i][half] = s.mul_add(dot, scale, sums[i][half]);
+                sums[i][half] = s.mul_add(s.to_f32(dots[half][i]), scale, sums[i][half]);
             }
         }
     }
@@ -113,25 +107,47 @@ fn few<S: Simd, const N: usize>(
     }
 }
 
-/// Adds the products of one group of codes, whose activations start at pair `first`.
+/// Products of `H` halves of a tile, 16 rows each, with one block of each token.
 #[inline(always)]
-fn group<S: Simd, const N: usize>(
+fn dot_products<S: Simd, const N: usize, const H: usize>(
     s: S,
     table: S::WordTable,
-    codes: &[u32; TILE_ROWS],
+    tile: &Tile<u16>,
+    first_half: usize,
     blocks: &[&Int16Block; N],
-    first: usize,
-    sums: &mut [[S::I32; 2]; N],
-) {
-    for half in 0..2 {
-        let words = s.nf4_words(table, s.load_u32(&lanes(codes)[half]));
-        for j in 0..4 {
-            for i in 0..N {
-                let x = s.splat_i32(blocks[i].pairs[first + j]);
-                sums[i][half] = s.dot_pairs(sums[i][half], words[j], x);
+) -> [[S::I32; N]; H] {
+    // VNNI adds with the latency of its multiplier: with few tokens, several sums take turns.
+    let turns = match (H, N) {
+        (2, 1) => 4,
+        (2, 2) => 2,
+        _ => 1,
+    };
+    let mut sums = [[[s.splat_i32(0); 4]; N]; H];
+    for (group, codes) in tile.codes.iter().enumerate() {
+        for half in 0..H {
+            let codes = s.load_u32(&lanes(codes)[first_half + half]);
+            let words = s.nf4_words(table, codes);
+            for j in 0..4 {
+                for i in 0..N {
+                    let x = s.splat_i32(blocks[i].pairs[4 * group + j]);
+                    let sum = &mut sums[half][i][j % turns];
+                    *sum = s.dot_pairs(*sum, words[j], x);
+                }
             }
         }
     }
+    let mut out = [[s.splat_i32(0); N]; H];
+    for half in 0..H {
+        for i in 0..N {
+            let [a, b, c, d] = sums[half][i];
+            out[half][i] = match turns {
+                1 => a,
+                2 => s.add_i32(a, b),
+                _ => s.add_i32(s.add_i32(a, b), s.add_i32(c, d)),
+            };
+        }
+    }
+    out
 }
 
 /// Any number of tokens: a tile is looked up once and used for all of them.

@@ -8,7 +8,7 @@ use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -31,11 +31,9 @@ pub struct Pool {
 }
 
 struct Shared {
-    /// Counts jobs; a change tells workers that there is one.
-    generation: Padded<AtomicUsize>,
-    /// Workers that have not finished the current job.
-    busy: Padded<AtomicUsize>,
-    /// The job of this generation; written only while `busy` is 0.
+    /// Number of the latest job, whether it is open, and how many workers are in it; see [`Gate`].
+    gate: Padded<AtomicU64>,
+    /// The latest job; written only while it is closed and nobody is in it.
     job: UnsafeCell<Option<*const Job<'static>>>,
     /// Items that each worker starts with; others may take from them.
     ranges: Vec<Padded<ItemRange>>,
@@ -44,12 +42,34 @@ struct Shared {
     panicked: Mutex<Option<String>>,
 }
 
-// SAFETY: all fields but `job` are made for sharing. The caller writes `job` only while no worker
-// is busy, and workers read it only after they saw `generation` change, which comes after the write.
-// The job itself is `Sync`, and `run` keeps it alive until every worker is done with it.
+// SAFETY: all fields but `job` are made for sharing. The caller writes `job` only while the gate is
+// closed with nobody inside, and workers read it only after entering an open gate. The job itself
+// is `Sync`, and `run` keeps it alive until the gate is closed and everybody has left.
 unsafe impl Sync for Shared {}
 // SAFETY: as above.
 unsafe impl Send for Shared {}
+
+/// What `Shared::gate` says.
+///
+/// A worker that has lost its core to another process when a job starts does not enter, and so
+/// nobody waits for it: the others take its items. Waiting for all workers to look at every job
+/// made decode fifty times slower beside a busy neighbour.
+#[derive(Clone, Copy)]
+struct Gate(u64);
+
+impl Gate {
+    const OPEN: u64 = 1 << 16;
+
+    fn job(self) -> u64 {
+        self.0 >> 17
+    }
+    fn is_open(self) -> bool {
+        self.0 & Gate::OPEN != 0
+    }
+    fn inside(self) -> u64 {
+        self.0 & (Gate::OPEN - 1)
+    }
+}
 
 #[derive(Default)]
 struct ItemRange {
@@ -77,8 +97,7 @@ impl Pool {
     /// stays where the system puts it.
     fn on(cores: &[usize]) -> Result<Pool> {
         let shared = Arc::new(Shared {
-            generation: Padded::default(),
-            busy: Padded::default(),
+            gate: Padded::default(),
             job: UnsafeCell::new(None),
             ranges: cores.iter().map(|_| Padded::default()).collect(),
             sleeping: cores.iter().map(|_| Padded::default()).collect(),
@@ -128,21 +147,25 @@ impl Pool {
                 .store((id + 1) * items / threads, Ordering::Relaxed);
         }
         // SAFETY: only the lifetime changes. Workers use the pointer between here and the moment
-        // `busy` is back at 0, which is awaited below, and nothing in between returns or unwinds.
+        // the gate is closed and empty again, which is awaited below, and nothing in between
+        // returns or unwinds.
         let pointer: *const Job<'static> = unsafe { std::mem::transmute(job as *const Job) };
-        // SAFETY: `busy` is 0, so no worker reads the job now.
+        // SAFETY: the gate is closed and empty, so no worker reads the job now.
         unsafe { *shared.job.get() = Some(pointer) };
-        shared.busy.0.store(threads - 1, Ordering::Relaxed);
-        shared.generation.0.fetch_add(1, Ordering::SeqCst);
+        let number = Gate(shared.gate.0.load(Ordering::Relaxed)).job() + 1;
+        let open = number << 17 | Gate::OPEN;
+        shared.gate.0.store(open, Ordering::SeqCst);
         for (id, worker) in self.workers.iter().enumerate() {
             if shared.sleeping[id + 1].0.load(Ordering::SeqCst) {
                 worker.thread().unpark();
             }
         }
 
+        // When this returns, every item has been claimed.
         shared.work(0, job);
+        shared.gate.0.fetch_and(!Gate::OPEN, Ordering::AcqRel);
         let mut waiting = Backoff::default();
-        while shared.busy.0.load(Ordering::Acquire) > 0 {
+        while Gate(shared.gate.0.load(Ordering::Acquire)).inside() > 0 {
             waiting.pause();
         }
         match shared.panicked.lock().unwrap().take() {
@@ -188,36 +211,49 @@ impl Drop for Pool {
 impl Shared {
     /// The life of worker `id`.
     fn serve(&self, id: usize) {
-        let mut seen = 0;
-        loop {
-            let mut waiting = Backoff::default();
-            loop {
-                if self.stop.load(Ordering::Relaxed) {
-                    return;
-                }
-                if self.generation.0.load(Ordering::Acquire) != seen {
-                    break;
-                }
-                if waiting.pause() > SLEEP_AFTER {
-                    self.sleep(id, seen);
-                }
-            }
-            seen = seen.wrapping_add(1);
-            // SAFETY: this generation's job was written before `generation` changed, and stays as
-            // it is, and alive, until this worker has left `busy`.
-            let job = unsafe { &*(*self.job.get()).expect("a generation has a job") };
+        let mut last = 0;
+        while let Some(number) = self.enter(id, last) {
+            last = number;
+            // SAFETY: this worker is inside the gate, so the job stays as it is, and alive.
+            let job = unsafe { &*(*self.job.get()).expect("an open gate has a job") };
             self.work(id, job);
-            self.busy.0.fetch_sub(1, Ordering::Release);
+            self.gate.0.fetch_sub(1, Ordering::Release);
         }
     }
 
-    /// Parks until there is a job after `seen`, or the pool stops.
+    /// Waits for an open job after `last` and enters it; `None` when the pool stops.
+    fn enter(&self, id: usize, last: u64) -> Option<u64> {
+        let mut waiting = Backoff::default();
+        loop {
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            let gate = self.gate.0.load(Ordering::Relaxed);
+            if Gate(gate).is_open() && Gate(gate).job() != last {
+                let entered = self.gate.0.compare_exchange_weak(
+                    gate,
+                    gate + 1,
+                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                );
+                if entered.is_ok() {
+                    return Some(Gate(gate).job());
+                }
+            } else if waiting.pause() > SLEEP_AFTER {
+                self.sleep(id, Gate(gate).job());
+                waiting = Backoff::default();
+            }
+        }
+    }
+
+    /// Parks until there is a job after `last`, or the pool stops.
     ///
-    /// `sleeping` is set before the last look at `generation`, and the caller looks at `sleeping`
-    /// after changing `generation`: in sequentially consistent order, one of them sees the other.
-    fn sleep(&self, id: usize, seen: usize) {
+    /// `sleeping` is set before the last look at the gate, and the caller looks at `sleeping` after
+    /// changing the gate: in sequentially consistent order, one of them sees the other.
+    fn sleep(&self, id: usize, last: u64) {
         self.sleeping[id].0.store(true, Ordering::SeqCst);
-        while self.generation.0.load(Ordering::SeqCst) == seen && !self.stop.load(Ordering::SeqCst)
+        while Gate(self.gate.0.load(Ordering::SeqCst)).job() == last
+            && !self.stop.load(Ordering::SeqCst)
         {
             thread::park();
         }
