@@ -10,7 +10,7 @@ pub struct Rotation {
 /// `1 / theta^(2j / rotary_dim)` for j below rotary_dim / 2, in f32.
 pub fn inverse_frequencies(theta: f64, rotary_dim: usize) -> Vec<f32> {
     (0..rotary_dim / 2)
-        .map(|j| (1.0 / (theta as f32).powf((2 * j) as f32 / rotary_dim as f32)) as f32)
+        .map(|j| 1.0 / (theta as f32).powf((2 * j) as f32 / rotary_dim as f32))
         .collect()
 }
 

@@ -182,7 +182,11 @@ pub fn weights(shape: &ModelShape, depth: usize, seed: u64, locality: f64) -> Ve
     };
     let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
     let topics = Stream::new(seed, "topics");
-    maker.rows("model.embed_tokens.weight", vocab, RowKind::Embedding { topics });
+    maker.rows(
+        "model.embed_tokens.weight",
+        vocab,
+        RowKind::Embedding { topics },
+    );
     let head = RowKind::Head {
         std: (LOGIT_STD / (hidden as f64).sqrt()) as f32,
     };
@@ -234,7 +238,12 @@ impl Maker<'_> {
         let heads = net.num_value_heads;
         self.ramp(&format!("{prefix}.A_log"), heads, -0.7, 2.0);
         self.ramp(&format!("{prefix}.dt_bias"), heads, -3.0, 0.0);
-        self.ramp(&format!("{prefix}.norm.weight"), net.value_head_dim, 1.0, 1.0);
+        self.ramp(
+            &format!("{prefix}.norm.weight"),
+            net.value_head_dim,
+            1.0,
+            1.0,
+        );
         let out_proj = format!("{prefix}.out_proj");
         self.writer(&out_proj, hidden, net.value_dim(), SILU_RMS);
     }
