@@ -42,9 +42,9 @@ pub struct PlanArgs {
     /// RAM for the experts; the rest stays on disk [default: all of them]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     ram: Option<u64>,
-    /// Context to make room for, in tokens (32k = 32768)
-    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens, default_value = "8k")]
-    ctx: u64,
+    /// Context to make room for, in tokens (32k = 32768) [default: 8k, or the model's longest]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
+    ctx: Option<u64>,
     /// Type of the KV cache
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::Bf16)]
     kv: Kv,
@@ -112,6 +112,8 @@ impl HardwareChoice {
     }
 }
 
+const DEFAULT_CONTEXT: u64 = 8192;
+
 pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
     check_output(&args.output)?;
     let source = Source::resolve(args.model.model.as_deref())?;
@@ -122,7 +124,9 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
     }
     let footprint = footprint(&config, checkpoint.as_ref())?;
     let model_id = source.model_id(checkpoint.as_ref())?;
-    check_context(&config, args.ctx)?;
+    let longest = config.max_position_embeddings as u64;
+    let ctx = args.ctx.unwrap_or(DEFAULT_CONTEXT.min(longest));
+    check_context(&config, ctx)?;
     let hardware = args.hardware.load()?;
 
     let profile = args.profile.as_deref().map(profile::read).transpose()?;
@@ -139,9 +143,9 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
         hardware: &hardware,
         vram_budget_bytes: args
             .vram
-            .unwrap_or_else(|| default_budget(&footprint, args.ctx, args.kv)),
+            .unwrap_or_else(|| default_budget(&footprint, ctx, args.kv)),
         ram_budget_bytes: args.ram,
-        ctx_tokens: args.ctx,
+        ctx_tokens: ctx,
         kv_dtype: args.kv.into(),
         routing: match (&profile, &trace) {
             (_, Some(trace)) => RoutingSource::Trace(trace),

@@ -276,13 +276,15 @@ fn prompt_ids(args: &RunArgs, config: &ModelConfig, text: &TextModel) -> anyhow:
             prompt
         }
     };
-    let ids = match (&text.chat_template, args.raw) {
-        (Some(_), false) => {
+    // A system message needs a template; without one, that is an error of encoding.
+    let templated = text.chat_template.is_some() || args.system.is_some();
+    let ids = match templated && !args.raw {
+        true => {
             let mut messages = system_message(args);
             messages.push(Message::new("user", prompt));
             text.encode_chat(&messages)?
         }
-        _ => text.tokenizer.encode(&prompt)?,
+        false => text.tokenizer.encode(&prompt)?,
     };
     if ids.is_empty() {
         return Err(Failure::Usage("the prompt is empty".into()).into());

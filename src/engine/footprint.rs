@@ -1,9 +1,9 @@
 //! What a model weighs, from its headers where they are at hand, else from config.json.
 
-use super::Result;
+use super::{Result, load_weights};
 use crate::backend::{ExpertWeights, MixerKind, MixerWeights, ModelShape, ModelWeights};
 use crate::formats::{Checkpoint, Matrix};
-use crate::model::{ModelConfig, weights};
+use crate::model::ModelConfig;
 use crate::planning::footprint::{Footprint, ShapeNumbers, nf4_matrix_bytes};
 
 /// The footprint of a model; `checkpoint` replaces the published layout by the actual one.
@@ -16,7 +16,7 @@ pub fn footprint(config: &ModelConfig, checkpoint: Option<&Checkpoint>) -> Resul
     let mut footprint = Footprint::published(&shape_numbers(&config.shape));
     if let Some(checkpoint) = checkpoint {
         let published = published_linear_bytes(&config.shape);
-        let weights = weights::load(checkpoint, config)?;
+        let weights = load_weights(checkpoint, config)?;
         let stored = LinearBytes::of(&weights);
         // Norms and convolutions are in the published figure and the same in every file.
         footprint.dense_bytes = footprint.dense_bytes - published + stored.dense;

@@ -13,8 +13,8 @@ use thiserror::Error;
 
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
-use crate::backend::{BackendError, BackendFacts, ModelShape};
-use crate::formats::ModelId;
+use crate::backend::{BackendError, BackendFacts, ModelShape, ModelWeights};
+use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::model::weights;
 use crate::model::{
     ChatError, GenerationConfigError, LogitRows, ModelConfig, OnRouting, Runner, Sequence, Source,
@@ -85,7 +85,12 @@ pub enum EngineError {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
-    Format(#[from] crate::formats::FormatError),
+    Format(#[from] FormatError),
+    #[error("{location}: {source}")]
+    Weights {
+        location: String,
+        source: FormatError,
+    },
     #[error(transparent)]
     Backend(#[from] BackendError),
     #[error(transparent)]
@@ -96,7 +101,7 @@ pub enum EngineError {
     GenerationConfig(#[from] GenerationConfigError),
     #[error(transparent)]
     Sampler(#[from] SampleError),
-    #[error("{location}: has no chat template; use a prompt without --chat")]
+    #[error("{location}: has no chat template; use a prompt without --chat and --system")]
     NoChatTemplate { location: String },
     #[error("token id {id} is not in the vocabulary of {vocab_size}")]
     TokenId { id: u32, vocab_size: usize },
@@ -110,6 +115,18 @@ pub enum EngineError {
 }
 
 pub type Result<T> = std::result::Result<T, EngineError>;
+
+/// [`weights::load`], with errors that also name the checkpoint.
+fn load_weights(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<ModelWeights> {
+    weights::load(checkpoint, config).map_err(|error| match error {
+        // It says from where.
+        FormatError::Missing { .. } => error.into(),
+        source => EngineError::Weights {
+            location: checkpoint.location().into(),
+            source,
+        },
+    })
+}
 
 /// A model in memory with one sequence.
 pub struct Engine {
@@ -139,7 +156,7 @@ impl Engine {
         let text = TextModel::load(source)?;
         let checkpoint = source.checkpoint()?;
         let model_id = source.model_id(Some(&checkpoint))?;
-        let weights = weights::load(&checkpoint, &config)?;
+        let weights = load_weights(&checkpoint, &config)?;
         let mut notes = Vec::new();
         if config.synthetic {
             notes.push("synthetic weights: speeds mean something, the text does not".into());

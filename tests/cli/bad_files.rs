@@ -77,7 +77,7 @@ fn a_tensor_of_the_wrong_shape_is_named_with_both_shapes() {
         header["lm_head.weight"]["shape"] = json!([64, 336]);
     });
     let parts = [
-        "model.safetensors",
+        model.to_str().unwrap(),
         "lm_head.weight",
         "[64, 336]",
         "[336, 64]",

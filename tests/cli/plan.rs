@@ -103,8 +103,9 @@ fn a_longer_context_costs_slots_and_int8_gives_half_of_them_back() {
 #[test]
 fn a_faster_machine_is_predicted_to_be_faster_and_is_named() {
     let laptop = plan("--vram 14G --ctx 32k");
-    let h100 = plan("--vram 70G --ctx 32k --hardware h100");
-    assert_eq!(slots(&h100), [512; 48]);
+    let h100 = plan("--vram 76G --ctx 32k --hardware h100");
+    // Room for all 512; the CPU, working beside the GPU, is left the share it is fast enough for.
+    assert!(slots(&h100).iter().all(|&n| (470..=512).contains(&n)));
     assert!(h100["hardware"].as_str().unwrap().contains("H100"));
     assert_eq!(h100["hardware_basis"], "modelled");
     for phase in ["decode", "prefill"] {

@@ -202,7 +202,7 @@ fn a_report_of_a_profile_alone_has_the_picture_of_its_experts() {
     for file in files {
         assert!(sandbox.path(file.as_str().unwrap()).is_file());
     }
-    assert_charts_and_tables(&sandbox.path("out"), &["report.md"]);
+    assert_charts_and_tables(&sandbox.path("out"), &["report.html", "heatmap.png"]);
 }
 
 #[test]

@@ -91,10 +91,6 @@ const PROFILE_TOKENS: usize = 256;
 
 pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     check(&args)?;
-    std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
-    let run_path = args.output.join("run.json");
-    check_output(&run_path)?;
-
     let source = Source::resolve(args.model.model.as_deref())?;
     let config = source.config()?;
     let longest = args
@@ -113,6 +109,10 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         ))
         .into());
     }
+    std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
+    let run_path = args.output.join("run.json");
+    check_output(&run_path)?;
+
     let mut engine = load::engine(&source, &args.compute, room, console)?;
     let footprint = footprint(&config, source.local_checkpoint()?.as_ref())?;
     let mut hardware = HardwareBody::detect();
