@@ -62,7 +62,7 @@ impl Bench {
     /// Prints how many `units` (in 1e9, named by `unit`) one call of `f` does per second.
     ///
     /// `clock` is [`wall`], or [`own`] for work of one thread on a machine that is shared.
-    fn time(&self, name: &str, units: f64, unit: &str, clock: fn() -> f64, mut f: impl FnMut()) {
+    fn time(&self, name: &str, units: f64, unit: &str, clock: fn() -> f64, f: impl FnMut()) {
         if self.wants(name) {
             self.repeat(name, units, unit, clock, 101, f);
         }
@@ -290,6 +290,20 @@ fn memory_bound(bench: &Bench) {
         bench.time(&name, linear.bytes() as f64, "GB/s", wall, || {
             project(&mut pool, isa, &linear, &x, &mut panels);
         });
+    }
+    if bench.wants("pack") {
+        let matrix = nf4(1 << 14, 2048);
+        let mut one = Pool::new(Some(1)).unwrap();
+        bench.repeat(
+            "pack",
+            matrix.stored_bytes() as f64,
+            "GB/s",
+            own,
+            21,
+            || {
+                black_box(load(&mut one, &[(&matrix, CpuPrecision::Int16)]).unwrap());
+            },
+        );
     }
     bench.time("pool dispatch", 1.0, "G/s", wall, || {
         pool.run(2, &|_| {}).unwrap();

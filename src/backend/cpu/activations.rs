@@ -7,7 +7,7 @@ use std::array::from_fn;
 
 use super::isa::dispatch;
 use super::layout::{TILE_COLS, column};
-use super::simd::{ACTIVATION_SUM, LANES, Simd, WEIGHT_ONE, lanes, lanes_mut};
+use super::simd::{ACTIVATION_SUM, LANES, PAIR_ORDER, Simd, WEIGHT_ONE, lanes, lanes_mut};
 
 /// 64 activations of one token.
 pub type Block = [f32; TILE_COLS];
@@ -17,7 +17,7 @@ pub type Block = [f32; TILE_COLS];
 #[repr(C)]
 pub struct Int16Block {
     /// i16 pairs in the order of the tile's codes: pair `4 * group + j` holds the columns of
-    /// nibble `j` (low half) and of nibble `j + 4`, which is 16 columns further.
+    /// nibble `PAIR_ORDER[j]` (low half) and of the nibble four further, 16 columns on.
     pub pairs: [i32; TILE_COLS / 2],
     /// Undoes the scaling of the activations and of the code book.
     pub scale: f32,
@@ -28,7 +28,7 @@ const PAIR_COLUMN: [usize; TILE_COLS / 2] = {
     let mut columns = [0; TILE_COLS / 2];
     let mut p = 0;
     while p < columns.len() {
-        columns[p] = column(p / 16, p / 4 % 4, p % 4);
+        columns[p] = column(p / 16, p / 4 % 4, PAIR_ORDER[p % 4]);
         p += 1;
     }
     columns

@@ -96,31 +96,42 @@ pub fn pack_tile_row<A: Absmax>(matrix: &Nf4Matrix, tile_row: usize, out: &mut [
     let largest = (first_block(rows.start)..first_block(rows.end))
         .fold(0.0f32, |max, b| max.max(matrix.absmax.get(b)));
     let unit = A::unit(largest);
-    for (r, row) in rows.enumerate() {
-        let start = first_block(row) * TILE_COLS / 2;
-        let packed = &matrix.packed[start..start + matrix.cols / 2];
-        let (blocks, _) = packed.as_chunks::<{ TILE_COLS / 2 }>();
-        for (kb, (block, tile)) in blocks.iter().zip(&mut *out).enumerate() {
-            tile.absmax[r] = A::encode(matrix.absmax.get(first_block(row) + kb), unit);
-            for (group, codes) in tile.codes.iter_mut().enumerate() {
-                codes[r] = group_codes(block, group);
+    for (kb, tile) in out.iter_mut().enumerate() {
+        let mut words = [[0; TILE_ROWS]; 8];
+        for (r, row) in rows.clone().enumerate() {
+            let block = first_block(row) + kb;
+            tile.absmax[r] = A::encode(matrix.absmax.get(block), unit);
+            let codes = &matrix.packed[block * TILE_COLS / 2..(block + 1) * TILE_COLS / 2];
+            for (words, bytes) in words.iter_mut().zip(codes.as_chunks().0) {
+                words[r] = u32::from_le_bytes(*bytes);
             }
         }
+        transpose(&words, &mut tile.codes);
     }
     unit
 }
 
-/// The dword of group `4d + t` of one row: bytes 16d + 4i + t of the block, i 0..4, their nibbles
-/// swapped because bitsandbytes stores the earlier column in the high one.
-fn group_codes(block: &[u8; TILE_COLS / 2], group: usize) -> u32 {
-    let first = 16 * (group / 4) + group % 4;
-    let bytes = u32::from_le_bytes([
-        block[first],
-        block[first + 4],
-        block[first + 8],
-        block[first + 12],
-    ]);
-    (bytes >> 4) & 0x0f0f_0f0f | (bytes & 0x0f0f_0f0f) << 4
+/// From the words of 32 rows, `[word][row]`, to the groups of a tile, `[4d + t][row]`.
+///
+/// Group `4d + t` of a row takes byte t of words 4d .. 4d + 4, nibbles swapped because bitsandbytes
+/// stores the earlier column in the high one: in each half, 4 x 4 bytes change rows with columns.
+fn transpose(words: &[[u32; TILE_ROWS]; 8], groups: &mut [[u32; TILE_ROWS]; 8]) {
+    const EVEN: u32 = 0x00ff_00ff;
+    for d in 0..2 {
+        for row in 0..TILE_ROWS {
+            let word = |i: usize| {
+                let w = words[4 * d + i][row];
+                (w >> 4) & 0x0f0f_0f0f | (w & 0x0f0f_0f0f) << 4
+            };
+            let (a, b, c, e) = (word(0), word(1), word(2), word(3));
+            let even = [a & EVEN | (b & EVEN) << 8, c & EVEN | (e & EVEN) << 8];
+            let odd = [(a >> 8) & EVEN | b & !EVEN, (c >> 8) & EVEN | e & !EVEN];
+            groups[4 * d][row] = even[0] & 0xffff | even[1] << 16;
+            groups[4 * d + 1][row] = odd[0] & 0xffff | odd[1] << 16;
+            groups[4 * d + 2][row] = even[0] >> 16 | even[1] & 0xffff_0000;
+            groups[4 * d + 3][row] = odd[0] >> 16 | odd[1] & 0xffff_0000;
+        }
+    }
 }
 
 #[cfg(test)]

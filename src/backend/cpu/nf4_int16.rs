@@ -9,6 +9,9 @@ use super::isa::dispatch;
 use super::layout::{TILE_ROWS, Tile};
 use super::simd::{Simd, lanes, lanes_mut};
 
+/// Weights are fetched from memory this much ahead: 4 KB.
+const TILES_AHEAD: usize = 4;
+
 /// The i16 pairs of one tile, `[pair][row]`.
 type Words = [[i32; TILE_ROWS]; 32];
 
@@ -81,8 +84,12 @@ fn few<S: Simd, const N: usize>(
     for (kb, tile) in tiles.iter().enumerate() {
         let x = &x[kb * x_tokens..(kb + 1) * x_tokens];
         let mut blocks = [&Int16Block::ZERO; N];
+        s.prefetch((tile as *const Tile<u16>).wrapping_add(TILES_AHEAD));
         for (block, &token) in blocks.iter_mut().zip(tokens) {
             *block = &x[token as usize];
+            if N > 1 {
+                s.prefetch((*block as *const Int16Block).wrapping_add(x_tokens));
+            }
         }
         // AVX2 has registers for the sums of 16 rows, AVX-512 for those of 32.
         let mut dots = [[s.splat_i32(0); N]; 2];
@@ -116,13 +123,26 @@ fn dot_products<S: Simd, const N: usize, const H: usize>(
     first_half: usize,
     blocks: &[&Int16Block; N],
 ) -> [[S::I32; N]; H] {
-    // VNNI adds with the latency of its multiplier: with few tokens, several sums take turns.
-    let turns = match (H, N) {
-        (2, 1) => 4,
-        (2, 2) => 2,
-        _ => 1,
-    };
-    let mut sums = [[[s.splat_i32(0); 4]; N]; H];
+    let zero = s.splat_i32(0);
+    let mut out = [[zero; N]; H];
+    if N == 1 {
+        // Two sets of sums for even and odd groups: VNNI adds with the latency of its multiplier.
+        let mut sums = [[[zero; 2]; H]; 2];
+        for (pair, groups) in tile.codes.chunks_exact(2).enumerate() {
+            for odd in 0..2 {
+                let x = &blocks[0].pairs.as_chunks().0[2 * pair + odd];
+                for half in 0..H {
+                    let codes = s.load_u32(&lanes(&groups[odd])[first_half + half]);
+                    sums[odd][half] = s.add_products(table, sums[odd][half], codes, x);
+                }
+            }
+        }
+        for half in 0..H {
+            let even = s.fold_products(sums[0][half]);
+            out[half][0] = s.add_i32(even, s.fold_products(sums[1][half]));
+        }
+        return out;
+    }
     for (group, codes) in tile.codes.iter().enumerate() {
         for half in 0..H {
             let codes = s.load_u32(&lanes(codes)[first_half + half]);
@@ -130,21 +150,9 @@ fn dot_products<S: Simd, const N: usize, const H: usize>(
             for j in 0..4 {
                 for i in 0..N {
                     let x = s.splat_i32(blocks[i].pairs[4 * group + j]);
-                    let sum = &mut sums[half][i][j % turns];
-                    *sum = s.dot_pairs(*sum, words[j], x);
+                    out[half][i] = s.dot_pairs(out[half][i], words[j], x);
                 }
             }
-        }
-    }
-    let mut out = [[s.splat_i32(0); N]; H];
-    for half in 0..H {
-        for i in 0..N {
-            let [a, b, c, d] = sums[half][i];
-            out[half][i] = match turns {
-                1 => a,
-                2 => s.add_i32(a, b),
-                _ => s.add_i32(s.add_i32(a, b), s.add_i32(c, d)),
-            };
         }
     }
     out

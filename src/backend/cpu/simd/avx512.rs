@@ -96,6 +96,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, item: *const T) {
+        for line in 0..size_of::<T>().div_ceil(64) {
+            let address = item.cast::<i8>().wrapping_add(64 * line);
+            // SAFETY: a prefetch of any address is allowed, and changes nothing.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
+        }
+    }
+
+    #[inline(always)]
     fn splat_i32(self, v: i32) -> __m512i {
         avx512!(_mm512_set1_epi32(v))
     }
@@ -145,14 +154,34 @@ impl Simd for Avx512 {
     fn nf4_words(self, table: __m512i, codes: __m512i) -> [__m512i; 4] {
         avx512!([
             _mm512_permutexvar_epi16(codes, table),
-            _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), table),
             _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes), table),
+            _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), table),
             _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), table),
         ])
     }
     #[inline(always)]
     fn dot_pairs(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
         avx512!(dot_pairs_512(acc, a, b))
+    }
+
+    #[inline(always)]
+    fn add_products(
+        self,
+        table: Self::WordTable,
+        [mut a, mut b]: [Self::I32; 2],
+        codes: Self::I32,
+        x: &[i32; 4],
+    ) -> [Self::I32; 2] {
+        let words = self.nf4_words(table, codes);
+        a = self.dot_pairs(a, words[0], self.splat_i32(x[0]));
+        b = self.dot_pairs(b, words[1], self.splat_i32(x[1]));
+        a = self.dot_pairs(a, words[2], self.splat_i32(x[2]));
+        b = self.dot_pairs(b, words[3], self.splat_i32(x[3]));
+        [a, b]
+    }
+    #[inline(always)]
+    fn fold_products(self, [a, b]: [Self::I32; 2]) -> Self::I32 {
+        self.add_i32(a, b)
     }
 
     #[inline(always)]

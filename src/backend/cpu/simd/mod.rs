@@ -39,6 +39,9 @@ pub const CODE_BOOK_INT16: [i16; 16] = {
     table
 };
 
+/// Which code each i16 pair starts with: the order in which byte lookups of AVX2 meet them.
+pub const PAIR_ORDER: [usize; 4] = [0, 2, 1, 3];
+
 /// Vector operations of one instruction set; lane by lane unless said otherwise.
 pub trait Simd: Copy {
     /// 16 f32
@@ -72,6 +75,9 @@ pub trait Simd: Copy {
     fn reduce_add(self, v: Self::F32) -> f32;
     fn reduce_max(self, v: Self::F32) -> f32;
 
+    /// Asks for the cache lines of an item that will be read soon; the address need not exist.
+    fn prefetch<T>(self, item: *const T);
+
     fn splat_i32(self, v: i32) -> Self::I32;
     fn load_i32(self, v: &[i32; LANES]) -> Self::I32;
     fn load_u32(self, v: &[u32; LANES]) -> Self::I32;
@@ -87,10 +93,23 @@ pub trait Simd: Copy {
 
     fn word_table(self) -> Self::WordTable;
     /// Eight codes per lane become four vectors of i16 pairs: of vector `j`, the low half comes
-    /// from code `j`, the high half from code `j + 4`.
+    /// from code `PAIR_ORDER[j]`, the high half from the code four further.
     fn nf4_words(self, table: Self::WordTable, codes: Self::I32) -> [Self::I32; 4];
     /// `acc + a.low * b.low + a.high * b.high`, on i16 halves.
     fn dot_pairs(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
+
+    /// Adds to `sums` the products of the codes' integers with the pairs `x` of one token.
+    ///
+    /// What the two sums mean is the instruction set's business: start with zeros, end with
+    /// [`fold_products`](Self::fold_products).
+    fn add_products(
+        self,
+        table: Self::WordTable,
+        sums: [Self::I32; 2],
+        codes: Self::I32,
+        x: &[i32; 4],
+    ) -> [Self::I32; 2];
+    fn fold_products(self, sums: [Self::I32; 2]) -> Self::I32;
 
     fn f32_table(self) -> Self::F32Table;
     /// The f32 weight of the lowest code of each lane; higher bits are ignored.

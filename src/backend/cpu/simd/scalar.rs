@@ -4,7 +4,7 @@ use std::array::from_fn;
 
 use half::bf16;
 
-use super::{CODE_BOOK_INT16, LANES, Simd};
+use super::{CODE_BOOK_INT16, LANES, PAIR_ORDER, Simd};
 use crate::backend::cpu::isa::Scalar;
 use crate::formats::nf4::CODE_BOOK;
 
@@ -95,6 +95,9 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
+
+    #[inline(always)]
     fn splat_i32(self, v: i32) -> I32 {
         [v; LANES]
     }
@@ -136,7 +139,7 @@ impl Simd for Scalar {
     #[inline(always)]
     fn nf4_words(self, (): (), codes: I32) -> [I32; 4] {
         let word = |code: u32, n: usize| CODE_BOOK_INT16[(code >> (4 * n)) as usize & 15];
-        from_fn(|j| codes.map(|c| join(word(c as u32, j), word(c as u32, j + 4))))
+        PAIR_ORDER.map(|n| codes.map(|c| join(word(c as u32, n), word(c as u32, n + 4))))
     }
     #[inline(always)]
     fn dot_pairs(self, acc: I32, a: I32, b: I32) -> I32 {
@@ -144,6 +147,26 @@ impl Simd for Scalar {
             let ((a0, a1), (b0, b1)) = (split(a[i]), split(b[i]));
             acc[i].wrapping_add(a0 * b0).wrapping_add(a1 * b1)
         })
+    }
+
+    #[inline(always)]
+    fn add_products(
+        self,
+        table: Self::WordTable,
+        [mut a, mut b]: [Self::I32; 2],
+        codes: Self::I32,
+        x: &[i32; 4],
+    ) -> [Self::I32; 2] {
+        let words = self.nf4_words(table, codes);
+        a = self.dot_pairs(a, words[0], self.splat_i32(x[0]));
+        b = self.dot_pairs(b, words[1], self.splat_i32(x[1]));
+        a = self.dot_pairs(a, words[2], self.splat_i32(x[2]));
+        b = self.dot_pairs(b, words[3], self.splat_i32(x[3]));
+        [a, b]
+    }
+    #[inline(always)]
+    fn fold_products(self, [a, b]: [Self::I32; 2]) -> Self::I32 {
+        self.add_i32(a, b)
     }
 
     #[inline(always)]

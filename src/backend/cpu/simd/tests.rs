@@ -64,6 +64,11 @@ fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
         out.i(s, words);
         out.i(s, s.dot_pairs(pairs, words, pairs));
     }
+    let x = std::array::from_fn(|i| input.pairs[i]);
+    let zeros = [s.splat_i32(0); 2];
+    let sums = s.add_products(s.word_table(), zeros, codes, &x);
+    let sums = s.add_products(s.word_table(), sums, pairs, &x);
+    out.i(s, s.fold_products(sums));
     let table = s.f32_table();
     out.f(s, s.nf4_f32(table, codes));
     out.f(s, s.nf4_f32(table, s.shr::<28>(codes)));
