@@ -145,10 +145,19 @@ fn widen<W: Weight + Send + Sync>(
     let kblocks = cols.div_ceil(TILE_COLS);
     let mut out = Huge::<[W; TILE_COLS]>::zeroed(matrix.rows() * kblocks)?;
     pool.for_each_chunk(&mut out, kblocks, &|row, blocks| {
-        let mut values = vec![0.0; cols];
-        matrix.dequantize_rows(row..row + 1, &mut values);
-        for (w, v) in blocks.as_flattened_mut().iter_mut().zip(values) {
-            *w = W::from_f32(v);
+        let out = &mut blocks.as_flattened_mut()[..cols];
+        match matrix {
+            Matrix::Dense(m) if m.dtype == W::DTYPE => {
+                let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
+                bytes.copy_from_slice(&m.data[row * bytes.len()..(row + 1) * bytes.len()]);
+            }
+            _ => {
+                let mut values = vec![0.0; cols];
+                matrix.dequantize_rows(row..row + 1, &mut values);
+                for (w, v) in out.iter_mut().zip(values) {
+                    *w = W::from_f32(v);
+                }
+            }
         }
     })?;
     Ok(out)

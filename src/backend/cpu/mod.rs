@@ -3,6 +3,9 @@
 //! Results are the same bits for any number of threads, and for any split of a sequence into
 //! chunks: work is divided by output rows, and every sum has a fixed order.
 
+// Kernels index several small arrays of registers in step; iterators would hide which.
+#![allow(clippy::needless_range_loop)]
+
 pub mod activations;
 pub mod attention;
 pub mod conv;

@@ -12,6 +12,7 @@ mod scalar;
 
 use half::bf16;
 
+use crate::formats::Dtype;
 use crate::formats::nf4::CODE_BOOK;
 
 /// Lanes of every vector.
@@ -118,12 +119,17 @@ pub trait Simd: Copy {
 
 /// A stored weight that widens to f32 exactly.
 pub trait Weight: bytemuck::Pod {
+    /// The same type in a checkpoint.
+    const DTYPE: Dtype;
+
     fn load<S: Simd>(s: S, v: &[Self; LANES]) -> S::F32;
     /// Rounds to nearest.
     fn from_f32(v: f32) -> Self;
 }
 
 impl Weight for f32 {
+    const DTYPE: Dtype = Dtype::F32;
+
     #[inline(always)]
     fn load<S: Simd>(s: S, v: &[f32; LANES]) -> S::F32 {
         s.load(v)
@@ -134,6 +140,8 @@ impl Weight for f32 {
 }
 
 impl Weight for bf16 {
+    const DTYPE: Dtype = Dtype::Bf16;
+
     #[inline(always)]
     fn load<S: Simd>(s: S, v: &[bf16; LANES]) -> S::F32 {
         s.load_bf16(v)
