@@ -154,7 +154,7 @@ pub fn execute(args: SynthArgs, console: &Console) -> anyhow::Result<()> {
         return Err(Failure::Interrupted.into());
     }
     let written = written?;
-    let source = Source::synthetic(spec.clone())?;
+    let source = Source::synthetic(spec.clone());
     for file in TEXT_FILES.into_iter().chain(["config.json"]) {
         let path = folder.path().join(file);
         let bytes = source.read_required(file)?;
@@ -236,7 +236,7 @@ fn probe(spec: &Spec, console: &Console) -> anyhow::Result<RoutingProbe> {
         progress: &|_, _| {},
         max_tokens: TOKENS,
     };
-    let mut engine = Engine::load(&Source::synthetic(spec.probe()?)?, &options)?;
+    let mut engine = Engine::load(&Source::synthetic(spec.probe()?), &options)?;
     let corpora = workloads::all()?;
     let settings = Settings::quick(RECORDS, TOKENS);
     let profile = record(&mut engine, &corpora, &settings, None, console)?.body;

@@ -105,7 +105,7 @@ impl Source {
             });
         }
         if let Some(spec) = spec.strip_prefix(synth::PREFIX) {
-            return Source::synthetic(spec.parse()?);
+            return Ok(Source::synthetic(spec.parse()?));
         }
         let folder = Path::new(spec);
         if folder.is_dir() {
@@ -139,18 +139,12 @@ impl Source {
     }
 
     /// A synthetic model, made when its weights are asked for.
-    ///
-    /// # Errors
-    /// [`SourceError::NoBuiltin`] without the built-in model, whose tokenizer it uses.
-    pub fn synthetic(spec: Spec) -> Result<Self, SourceError> {
-        if !builtin::PRESENT {
-            return Err(SourceError::NoBuiltin);
-        }
-        Ok(Source {
+    pub fn synthetic(spec: Spec) -> Self {
+        Source {
             id: spec.to_string(),
             revision: None,
             files: Files::Synthetic(Box::new(spec)),
-        })
+        }
     }
 
     pub fn id(&self) -> &str {
@@ -375,35 +369,26 @@ fn hub_error(id: &str, file: &str, source: ApiError) -> SourceError {
     }
 }
 
-#[cfg(feature = "tiny-moe")]
+/// Files that are part of the program: the text files always, the weights by feature.
 mod builtin {
-    pub const PRESENT: bool = true;
+    /// Whether the built-in model can run.
+    pub const PRESENT: bool = cfg!(feature = "tiny-moe");
 
-    macro_rules! files {
-        ($($name:literal),*) => {
-            pub fn read(file: &str) -> Option<&'static [u8]> {
-                match file {
-                    $($name => Some(include_bytes!(concat!("../../workloads/tiny-moe/", $name))),)*
-                    _ => None,
-                }
-            }
+    macro_rules! file {
+        ($name:literal) => {
+            Some(include_bytes!(concat!("../../workloads/tiny-moe/", $name)).as_slice())
         };
     }
 
-    files!(
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json"
-    );
-}
-
-#[cfg(not(feature = "tiny-moe"))]
-mod builtin {
-    pub const PRESENT: bool = false;
-
-    pub fn read(_file: &str) -> Option<&'static [u8]> {
-        None
+    pub fn read(file: &str) -> Option<&'static [u8]> {
+        match file {
+            "config.json" => file!("config.json"),
+            "generation_config.json" => file!("generation_config.json"),
+            "tokenizer.json" => file!("tokenizer.json"),
+            "tokenizer_config.json" => file!("tokenizer_config.json"),
+            #[cfg(feature = "tiny-moe")]
+            "model.safetensors" => file!("model.safetensors"),
+            _ => None,
+        }
     }
 }
