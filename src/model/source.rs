@@ -358,6 +358,11 @@ fn hub_error(id: &str, file: &str, source: ApiError) -> SourceError {
     }
 }
 
+/// A file of the built-in model, if this build has one.
+pub(super) fn builtin_file(file: &str) -> Option<&'static [u8]> {
+    builtin::read(file)
+}
+
 #[cfg(feature = "tiny-moe")]
 mod builtin {
     pub const PRESENT: bool = true;

@@ -17,11 +17,14 @@ pub const PREFIX: &str = "synth:";
 const VERSION: u32 = 1;
 
 /// Calibrated on the built-in workloads, see `tests/synth.rs`.
-pub const DEFAULT_LOCALITY: f64 = 0.8;
+pub const DEFAULT_LOCALITY: f64 = 0.95;
 
 /// Shapes by name and what config.json says of them.
 const SHAPES: [(&str, &str); 2] = [
-    ("qwen3-next-80b-a3b", include_str!("qwen3-next-80b-a3b.json")),
+    (
+        "qwen3-next-80b-a3b",
+        include_str!("qwen3-next-80b-a3b.json"),
+    ),
     ("tiny", include_str!("tiny.json")),
 ];
 
@@ -56,7 +59,7 @@ pub struct Spec {
     /// In the order of [`FIELDS`]: config.json's name, value
     overrides: Vec<(&'static str, u64)>,
     pub seed: u64,
-    /// Share of a router logit's variance that the token decides; the rest varies with its context
+    /// Share of routing that the token and its topic decide; the rest varies with the context
     pub locality: f64,
     /// Layers of the model that this one is the beginning of, if it is
     pub(super) depth: Option<usize>,
@@ -256,12 +259,24 @@ mod tests {
         refused("foo", "no shape `foo`; shapes: qwen3-next-80b-a3b, tiny");
         refused("tiny?layers=0", "layers is `0`, expected a whole number");
         refused("tiny?layers", "layers is ``, expected a whole number");
-        refused("tiny?colour=3", "no field `colour`; fields: seed, locality, layers");
-        refused("tiny?locality=2", "locality is `2`, expected a number from 0 to 1");
+        refused(
+            "tiny?colour=3",
+            "no field `colour`; fields: seed, locality, layers",
+        );
+        refused(
+            "tiny?locality=2",
+            "locality is `2`, expected a number from 0 to 1",
+        );
         refused("tiny?seed=x", "seed is `x`");
         refused("tiny?experts=4", "`num_experts_per_tok` is 8");
-        refused("tiny?hidden-size=96", "hidden-size is `96`, expected a multiple of 64");
-        refused("tiny?vocab-size=100", "vocab-size is `100`, expected at least 8192");
+        refused(
+            "tiny?hidden-size=96",
+            "hidden-size is `96`, expected a multiple of 64",
+        );
+        refused(
+            "tiny?vocab-size=100",
+            "vocab-size is `100`, expected at least 8192",
+        );
     }
 
     #[test]
