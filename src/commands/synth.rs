@@ -43,7 +43,7 @@ pub struct SynthArgs {
     /// Another seed, another model
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// How much a token decides which experts it gets: 0 is uniform, 1 is all
+    /// How much the token and its topic decide which experts it gets; 0 is uniform
     #[arg(long, value_name = "0..1", default_value_t = DEFAULT_LOCALITY)]
     locality: f64,
     /// Largest file of the result (5GB = 5 * 10^9 bytes)
@@ -133,6 +133,7 @@ struct HitRate {
 pub fn execute(args: SynthArgs, console: &Console) -> anyhow::Result<()> {
     let spec = args.spec()?;
     let config = spec.config()?;
+    let source = Source::synthetic(spec.clone());
     let folder = CheckpointFolder::create(&args.dir)?;
     let interrupt = interrupt::flag();
     let started = Instant::now();
@@ -154,7 +155,6 @@ pub fn execute(args: SynthArgs, console: &Console) -> anyhow::Result<()> {
         return Err(Failure::Interrupted.into());
     }
     let written = written?;
-    let source = Source::synthetic(spec.clone());
     for file in TEXT_FILES.into_iter().chain(["config.json"]) {
         let path = folder.path().join(file);
         let bytes = source.read_required(file)?;
@@ -228,7 +228,7 @@ fn check_space(place: &Path, dst: &Path, needed: u64) -> anyhow::Result<()> {
 /// the same embeddings and routers.
 fn probe(spec: &Spec, console: &Console) -> anyhow::Result<RoutingProbe> {
     const RECORDS: usize = 4;
-    const TOKENS: usize = 256;
+    const TOKENS: usize = 128;
     let options = LoadOptions {
         backend: BackendChoice::Auto,
         threads: None,

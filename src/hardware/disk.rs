@@ -17,6 +17,8 @@ pub fn free_bytes(path: &Path) -> Option<u64> {
     }
     // SAFETY: filled in by the successful call.
     let stats = unsafe { stats.assume_init() };
+    // The fields are narrower on other systems.
+    #[allow(clippy::unnecessary_cast)]
     (stats.f_bavail as u64).checked_mul(stats.f_frsize as u64)
 }
 

@@ -369,6 +369,11 @@ fn hub_error(id: &str, file: &str, source: ApiError) -> SourceError {
     }
 }
 
+/// A file of the built-in model, if this build has one.
+pub(super) fn builtin_file(file: &str) -> Option<&'static [u8]> {
+    builtin::read(file)
+}
+
 /// Files that are part of the program: the text files always, the weights by feature.
 mod builtin {
     /// Whether the built-in model can run.

@@ -1,11 +1,12 @@
 //! Models with random weights: full-size shapes to measure on, without a download.
 //!
-//! A [`Spec`] gives the same bytes on every machine and for any number of threads, whether they
-//! go to a file or straight to memory. What such a model says means nothing, and everything that
+//! A [`Spec`] gives the same bytes for any number of threads, whether they go to a file or straight
+//! to memory. What such a model says means nothing, and everything that
 //! is reported of it says that it is synthetic.
 
 mod random;
 mod spec;
+mod topics;
 mod weights;
 
 pub use spec::{DEFAULT_LOCALITY, FIELDS, PREFIX, Spec, SpecError};
@@ -23,17 +24,17 @@ use crate::formats::{Checkpoint, FormatError};
 pub const TOKENIZER_SIZE: usize = 8192;
 
 /// Layers of a [`Spec::probe`]: routing in the others is made by the same rule.
-const PROBE_LAYERS: usize = 2;
+const PROBE_LAYERS: usize = 4;
 
 impl Spec {
     /// Every weight of the model, in the order of its layers.
     ///
     /// # Errors
-    /// None after [`Spec::new`].
-    pub fn weights(&self) -> Result<Vec<Weight>, ConfigError> {
+    /// [`SynthError::NoBuiltin`].
+    pub fn weights(&self) -> Result<Vec<Weight>, SynthError> {
         let shape = self.config()?.shape;
         let depth = self.depth.unwrap_or(shape.num_layers());
-        Ok(weights::weights(&shape, depth, self.seed, self.locality))
+        weights::weights(&shape, depth, self.seed, self.locality)
     }
 
     /// The model in memory, made by all threads of the current pool.
@@ -42,7 +43,7 @@ impl Spec {
     ///   reads only the headers
     ///
     /// # Errors
-    /// If the system has no room for it.
+    /// If the system has no room for it, or this build no built-in model.
     pub fn checkpoint(&self, constants_only: bool) -> Result<Checkpoint, SynthError> {
         let mut parts: Vec<Part> = self.weights()?.into_iter().flat_map(|w| w.parts).collect();
         // Constants lie together, so that without the rest few pages are touched. Wide types come
@@ -82,6 +83,11 @@ pub enum SynthError {
     Spec(#[from] SpecError),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(
+        "synthetic model: this build has no built-in model (feature `tiny-moe` is off), whose \
+         tokenizer and embedding it needs"
+    )]
+    NoBuiltin,
     #[error("synthetic model: no memory for it: {0}; take fewer layers or experts")]
     Memory(std::io::Error),
     #[error(transparent)]

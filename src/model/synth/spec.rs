@@ -17,7 +17,7 @@ pub const PREFIX: &str = "synth:";
 const VERSION: u32 = 1;
 
 /// Calibrated on the built-in workloads, see `tests/synth.rs`.
-pub const DEFAULT_LOCALITY: f64 = 0.8;
+pub const DEFAULT_LOCALITY: f64 = 0.95;
 
 /// Shapes by name and what config.json says of them.
 const SHAPES: [(&str, &str); 2] = [
@@ -59,7 +59,7 @@ pub struct Spec {
     /// In the order of [`FIELDS`]: config.json's name, value
     overrides: Vec<(&'static str, u64)>,
     pub seed: u64,
-    /// Share of a router logit's variance that the token decides; the rest varies with its context
+    /// Share of routing that the token and its topic decide; the rest varies with the context
     pub locality: f64,
     /// Layers of the model that this one is the beginning of, if it is
     pub(super) depth: Option<usize>,

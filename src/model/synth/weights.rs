@@ -3,34 +3,29 @@
 //! Codes and their scales are random bytes: the NF4 code book is made so that normal weights use
 //! every code about equally often. Structure is in the bf16 matrices and in one scale per matrix.
 //!
-//! The hidden state is kept in two halves. Embeddings live in the first: half topic, half token.
-//! The second starts at zero and holds only what mixers and experts write, which changes with the
-//! context. A router reads both, and how much of each is the locality: at 1 a token's experts are
-//! decided by the token, so they repeat as words and topics of a text do; at 0 they are as good as
-//! drawn at random. What a layer writes is small enough that 48 of them leave the embedding the
-//! larger part of the residual stream.
+//! The hidden state is kept in two halves. Embeddings live in the first: tokens that are alike
+//! have embeddings that are, and so they get the same experts. The second starts at zero and holds
+//! only what mixers and experts write, which changes with the context. A router reads both, and
+//! how much of each is the locality: near 1 experts repeat as subjects and words of a text do; at
+//! 0 they are as good as drawn at random. What a layer writes is small enough that all layers
+//! together leave the embedding the larger part of the residual stream.
 
 use std::sync::Arc;
 
 use half::bf16;
 use rayon::prelude::*;
 
-use super::TOKENIZER_SIZE;
 use super::random::Stream;
+use super::topics::Topics;
+use super::{SynthError, TOKENIZER_SIZE};
 use crate::backend::{MixerKind, ModelShape};
 use crate::formats::Dtype;
 use crate::formats::nf4::dynamic_map::DYNAMIC_MAP;
 use crate::formats::nf4::{BLOCKSIZE, CODE_BOOK, STATE_SUFFIX, quantize as nf4};
 use crate::formats::writer::Planned;
 
-/// Tokens belong to one of so many topics.
-const TOPICS: u64 = 64;
-
-/// Share of an embedding's variance that its topic decides.
-const TOPIC_SHARE: f32 = 0.5;
-
 /// Variance that all layers together add to a residual stream that starts with 1.
-const RESIDUAL_VARIANCE: f64 = 0.5;
+const RESIDUAL_VARIANCE: f64 = 0.25;
 
 /// Standard deviation of a router's logits.
 const ROUTER_STD: f64 = 1.5;
@@ -41,6 +36,10 @@ const LOGIT_STD: f64 = 2.0;
 /// The first element of every embedding: in it the head adds the log-frequency of tokens, so that
 /// generated text repeats tokens as text does.
 const CONSTANT: f32 = 2.0;
+
+/// Standard deviation of what goes into the silu behind the delta net's convolution. Where silu is
+/// nearly linear its results have no common direction that would draw all tokens to some experts.
+const CONV_STD: f32 = 0.5;
 
 /// Root mean square of silu(x), and of silu(x) times an independent y, for normal x and y.
 const SILU_RMS: f64 = 0.6;
@@ -80,10 +79,20 @@ struct Rows {
 }
 
 enum RowKind {
-    Normal { std: f32 },
-    Embedding { topics: Stream },
-    Router { token_std: f32, context_std: f32 },
-    Head { std: f32 },
+    Normal {
+        std: f32,
+    },
+    Embedding {
+        topics: Arc<Topics>,
+        topic_share: f32,
+    },
+    Router {
+        token_std: f32,
+        context_std: f32,
+    },
+    Head {
+        std: f32,
+    },
 }
 
 impl Part {
@@ -123,20 +132,23 @@ impl Rows {
 
     fn row(&self, row: usize, out: &mut [f32]) {
         let words = self.width.div_ceil(4) as u64;
-        let at = |stream: Stream, row: u64| stream.normal(row * words);
-        let own = at(self.stream, row as u64);
+        let own = self.stream.normal(row as u64 * words);
         let half = self.width / 2;
         match &self.kind {
             RowKind::Normal { std } => {
                 out.iter_mut().zip(own).for_each(|(to, v)| *to = std * v);
             }
-            RowKind::Embedding { topics } => {
-                let topic = at(*topics, self.stream.word(!(row as u64)) % TOPICS);
-                let (share, rest) = (TOPIC_SHARE.sqrt(), (1.0 - TOPIC_SHARE).sqrt());
-                for (to, (v, t)) in out[..half].iter_mut().zip(own.zip(topic)) {
-                    *to = rest * v + share * t;
-                }
-                out[half..].fill(0.0);
+            RowKind::Embedding {
+                topics,
+                topic_share,
+            } => {
+                out.fill(0.0);
+                let token = match topics.add(row, topic_share.sqrt(), &mut out[..half]) {
+                    true => 1.0 - topic_share,
+                    false => 1.0,
+                };
+                let own = own.map(|v| token.sqrt() * v);
+                out[..half].iter_mut().zip(own).for_each(|(to, v)| *to += v);
                 out[0] = CONSTANT;
             }
             RowKind::Router {
@@ -170,7 +182,15 @@ fn log_frequency(token: usize) -> f32 {
 /// All weights of a model of that shape.
 ///
 /// - `depth`: layers of the whole model, where `shape` is the first few of it
-pub fn weights(shape: &ModelShape, depth: usize, seed: u64, locality: f64) -> Vec<Weight> {
+///
+/// # Errors
+/// If this build has no built-in model.
+pub fn weights(
+    shape: &ModelShape,
+    depth: usize,
+    seed: u64,
+    locality: f64,
+) -> Result<Vec<Weight>, SynthError> {
     let mut maker = Maker {
         shape,
         seed,
@@ -181,12 +201,11 @@ pub fn weights(shape: &ModelShape, depth: usize, seed: u64, locality: f64) -> Ve
         weights: Vec::new(),
     };
     let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
-    let topics = Stream::new(seed, "topics");
-    maker.rows(
-        "model.embed_tokens.weight",
-        vocab,
-        RowKind::Embedding { topics },
-    );
+    let embedding = RowKind::Embedding {
+        topics: Arc::new(Topics::new(seed, hidden / 2)?),
+        topic_share: locality as f32,
+    };
+    maker.rows("model.embed_tokens.weight", vocab, embedding);
     let head = RowKind::Head {
         std: (LOGIT_STD / (hidden as f64).sqrt()) as f32,
     };
@@ -195,7 +214,7 @@ pub fn weights(shape: &ModelShape, depth: usize, seed: u64, locality: f64) -> Ve
     for layer in 0..shape.num_layers() {
         maker.layer(layer);
     }
-    maker.weights
+    Ok(maker.weights)
 }
 
 struct Maker<'a> {
@@ -230,14 +249,14 @@ impl Maker<'_> {
         self.reader(&format!("{prefix}.in_proj_ba"), net.ba_rows(), hidden);
         let kernel = net.conv_kernel_dim;
         let taps = RowKind::Normal {
-            std: (1.0 / kernel as f32).sqrt(),
+            std: CONV_STD / (kernel as f32).sqrt(),
         };
         let conv_shape = [net.conv_dim(), 1, kernel];
         self.shaped_rows(&format!("{prefix}.conv1d.weight"), &conv_shape, taps);
-        // Heads forget at different speeds, from within a few tokens to over dozens.
+        // A short memory changes from token to token: what it gives depends on the last few words.
         let heads = net.num_value_heads;
-        self.ramp(&format!("{prefix}.A_log"), heads, -0.7, 2.0);
-        self.ramp(&format!("{prefix}.dt_bias"), heads, -3.0, 0.0);
+        self.ramp(&format!("{prefix}.A_log"), heads, 1.8, 2.2);
+        self.ramp(&format!("{prefix}.dt_bias"), heads, 0.0, 1.0);
         self.ramp(
             &format!("{prefix}.norm.weight"),
             net.value_head_dim,
@@ -256,9 +275,9 @@ impl Maker<'_> {
         self.reader(&format!("{prefix}.v_proj"), attention.kv_rows(), hidden);
         self.norm(&format!("{prefix}.q_norm.weight"), attention.head_dim);
         self.norm(&format!("{prefix}.k_norm.weight"), attention.head_dim);
-        // The gate halves values that are means over the context.
+        // Means over the context are small, and should be: they are much alike for all tokens.
         let o_proj = format!("{prefix}.o_proj");
-        self.writer(&o_proj, hidden, attention.o_proj_cols(), 0.4);
+        self.writer(&o_proj, hidden, attention.o_proj_cols(), 1.0);
     }
 
     fn moe(&mut self, layer: usize, prefix: &str) {

@@ -1,0 +1,61 @@
+//! Which tokens are alike, as the built-in model learnt it.
+
+use rayon::prelude::*;
+
+use super::random::Stream;
+use super::{SynthError, TOKENIZER_SIZE};
+use crate::formats::Checkpoint;
+use crate::model::source::builtin_file;
+
+/// Width of the built-in model's embedding.
+const TRAINED: usize = 256;
+
+/// The trained embedding of the built-in model, turned into another space: tokens that text has
+/// near each other, of one language or one subject, are near each other there too.
+pub struct Topics {
+    /// `[TOKENIZER_SIZE, TRAINED]`, each row of length 1, less the mean of all
+    embedding: Vec<f32>,
+    /// `[TRAINED, width]`, random
+    projection: Vec<f32>,
+    width: usize,
+}
+
+impl Topics {
+    /// # Errors
+    /// If this build has no built-in model.
+    pub fn new(seed: u64, width: usize) -> Result<Self, SynthError> {
+        let file = builtin_file("model.safetensors").ok_or(SynthError::NoBuiltin)?;
+        let trained = Checkpoint::from_bytes("built-in model", file.into())?;
+        let shape = [TOKENIZER_SIZE, TRAINED];
+        let mut embedding = trained.vector("model.embed_tokens.weight", &shape)?;
+        let mut mean = [0.0; TRAINED];
+        for row in embedding.chunks_exact(TRAINED) {
+            let share = 1.0 / TOKENIZER_SIZE as f32;
+            mean.iter_mut().zip(row).for_each(|(m, v)| *m += share * v);
+        }
+        embedding.par_chunks_exact_mut(TRAINED).for_each(|row| {
+            row.iter_mut().zip(mean).for_each(|(v, m)| *v -= m);
+            let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+            row.iter_mut().for_each(|v| *v /= length);
+        });
+        let random = Stream::new(seed, "topics").normal(0);
+        Ok(Topics {
+            embedding,
+            projection: random.take(TRAINED * width).collect(),
+            width,
+        })
+    }
+
+    /// Adds `share` times the token's topic, `[width]` of variance 1, to `out`; false and nothing
+    /// for a token without text.
+    pub fn add(&self, token: usize, share: f32, out: &mut [f32]) -> bool {
+        let Some(row) = self.embedding.chunks_exact(TRAINED).nth(token) else {
+            return false;
+        };
+        for (v, column) in row.iter().zip(self.projection.chunks_exact(self.width)) {
+            let v = share * v;
+            out.iter_mut().zip(column).for_each(|(to, p)| *to += v * p);
+        }
+        true
+    }
+}
