@@ -24,8 +24,8 @@
 //! | module | is | does not know |
 //! |---|---|---|
 //! | [`formats`] | safetensors, NF4, corpora, JSON envelopes, atomic writes | devices, models |
-//! | [`backend`] | the blocks on one kind of hardware; [`backend::reference`] is the oracle | tensor names, text |
-//! | [`model`] | config, weights by role, tokenizer, chat template, the loop over blocks | hardware |
+//! | [`backend`] | the blocks on one kind of hardware: [`backend::reference`], the oracle, and [`backend::cpu`], own SIMD kernels | tensor names, text |
+//! | [`model`] | config, weights by role, tokenizer, chat template, the loop over blocks, synthetic models | hardware |
 //! | [`engine`] | prefill, sampling, streaming, stopping | flags, files of results |
 //! | [`planning`] | traces, statistics, policies, simulator, cost model, knapsack | files, clocks, GPUs |
 //! | [`hardware`] | facts and measured bandwidths of this machine | models |
