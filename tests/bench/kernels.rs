@@ -277,12 +277,19 @@ fn memory_bound(bench: &Bench) {
         .unwrap();
     });
     drop(memory);
-    for (form, precision) in [("int16", CpuPrecision::Int16), ("f32", CpuPrecision::F32)] {
-        let name = format!("ram nf4-{form} M=1");
+    let large_nf4 = || nf4(1 << 18, 2048);
+    let large_bf16 = || bf16(1 << 16, 2048);
+    let forms: [(&str, CpuPrecision, &dyn Fn() -> Matrix); 3] = [
+        ("nf4-int16", CpuPrecision::Int16, &large_nf4),
+        ("nf4-f32", CpuPrecision::F32, &large_nf4),
+        ("bf16", CpuPrecision::F32, &large_bf16),
+    ];
+    for (form, precision, matrix) in forms {
+        let name = format!("ram {form} M=1");
         if !bench.wants(&name) {
             continue;
         }
-        let linear = load(&mut pool, &[(&nf4(1 << 18, 2048), precision)])
+        let linear = load(&mut pool, &[(&matrix(), precision)])
             .unwrap()
             .remove(0);
         let x = activations(&mut pool, isa, 1, 2048);
@@ -305,7 +312,7 @@ fn memory_bound(bench: &Bench) {
             },
         );
     }
-    bench.time("pool dispatch", 1.0, "G/s", wall, || {
+    bench.time("pool dispatch", 1e3, "M/s", wall, || {
         pool.run(2, &|_| {}).unwrap();
     });
 }

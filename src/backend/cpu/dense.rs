@@ -91,6 +91,12 @@ fn products<S: Simd, W: Weight, const N: usize>(
     let mut sums = [[s.splat(0.0); ROWS]; N];
     for kb in 0..w[0].len() {
         let x = &x[kb * x_tokens..(kb + 1) * x_tokens];
+        if N == 1 {
+            for w in w {
+                // The same place four rows on, which is what comes next.
+                s.prefetch(w.as_ptr().wrapping_add(kb + ROWS * w.len()));
+            }
+        }
         for v in 0..TILE_COLS / LANES {
             let mut weights = [s.splat(0.0); ROWS];
             for r in 0..ROWS {

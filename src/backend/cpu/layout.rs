@@ -28,6 +28,10 @@ pub const TILE_ROWS: usize = 32;
 /// Input columns of a tile: one NF4 block.
 pub const TILE_COLS: usize = BLOCKSIZE;
 
+/// How far ahead kernels fetch tiles from memory: 8 KB, which is worth a quarter of the bandwidth
+/// beside busy neighbours, and nothing on a quiet machine.
+pub const TILES_AHEAD: usize = 8;
+
 /// 32 x 64 weights; scales `A` are u16 for the integer kernels or f32 for the exact ones.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]

@@ -5,7 +5,7 @@
 
 use super::activations::Block;
 use super::isa::dispatch;
-use super::layout::{TILE_COLS, TILE_ROWS, Tile, column};
+use super::layout::{TILE_COLS, TILE_ROWS, TILES_AHEAD, Tile, column};
 use super::simd::{Simd, lanes, lanes_mut};
 
 /// Code book entries of one tile in the order of its nibbles, `[8 * group + n][row]`.
@@ -47,6 +47,7 @@ fn tile_row_body<S: Simd>(
     let group_len = S::MAX_TOKENS.min(MAX_TOKENS);
     for (kb, tile) in tiles.iter().enumerate() {
         let x = &x[kb * x_tokens..(kb + 1) * x_tokens];
+        s.prefetch((tile as *const Tile<f32>).wrapping_add(TILES_AHEAD));
         if let [token] = *tokens {
             for half in 0..2 {
                 let codes = Codes { s, table, tile };

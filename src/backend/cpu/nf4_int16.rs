@@ -6,11 +6,8 @@
 
 use super::activations::Int16Block;
 use super::isa::dispatch;
-use super::layout::{TILE_ROWS, Tile};
+use super::layout::{TILE_ROWS, TILES_AHEAD, Tile};
 use super::simd::{Simd, lanes, lanes_mut};
-
-/// Weights are fetched from memory this much ahead: 4 KB.
-const TILES_AHEAD: usize = 4;
 
 /// The i16 pairs of one tile, `[pair][row]`.
 type Words = [[i32; TILE_ROWS]; 32];

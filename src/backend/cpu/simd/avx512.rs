@@ -100,7 +100,7 @@ impl Simd for Avx512 {
         for line in 0..size_of::<T>().div_ceil(64) {
             let address = item.cast::<i8>().wrapping_add(64 * line);
             // SAFETY: a prefetch of any address is allowed, and changes nothing.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(address) };
         }
     }
 

@@ -76,7 +76,9 @@ pub trait Simd: Copy {
     fn reduce_add(self, v: Self::F32) -> f32;
     fn reduce_max(self, v: Self::F32) -> f32;
 
-    /// Asks for the cache lines of an item that will be read soon; the address need not exist.
+    /// Fetches the cache lines of an item that will be read soon into L2; it need not exist.
+    ///
+    /// Fetching into L1 instead lost a fifth of the memory bandwidth: it has fewer miss buffers.
     fn prefetch<T>(self, item: *const T);
 
     fn splat_i32(self, v: i32) -> Self::I32;
