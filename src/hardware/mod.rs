@@ -48,7 +48,7 @@ impl HardwareBody {
     /// [`detect`](Self::detect), then measures DRAM.
     pub fn measure() -> Self {
         let mut body = Self::detect();
-        body.dram = probe::dram_read(&body.cpu, &body.memory);
+        body.dram = probe::dram_read(&body.cpu, &body.memory, body.cpu.usable_cores());
         body
     }
 

@@ -35,19 +35,20 @@ pub struct Rate {
 }
 
 /// Far above any L3 share a virtual machine can hide, small enough to be filled in a moment.
-const SMALLEST_BUFFER: u64 = 256 << 20;
+const SMALLEST_BUFFER: u64 = 1 << 30;
 const LARGEST_BUFFER: u64 = 2 << 30;
 const IN_CACHE_WORDS_PER_THREAD: usize = 8 << 10; // 64 KiB
 const REPETITIONS: usize = 15;
 const TIME_PER_RATE: Duration = Duration::from_millis(450);
 
-/// Measures for at most two seconds; `None` if there is not enough memory for the buffer.
-pub fn dram_read(cpu: &CpuFacts, memory: &MemoryFacts) -> Option<DramProbe> {
+/// Measures with `threads` cores for about two seconds; `None` if there is not enough memory for
+/// the buffer.
+pub fn dram_read(cpu: &CpuFacts, memory: &MemoryFacts, threads: usize) -> Option<DramProbe> {
     let bytes = (4 * cpu.l3_bytes).clamp(SMALLEST_BUFFER, LARGEST_BUFFER);
     if bytes > memory.available_bytes / 2 {
         return None;
     }
-    let threads = cpu.usable_cores();
+    let threads = threads.min(cpu.usable_cores());
     let cores: Vec<usize> = cpu
         .physical_core_cpus
         .iter()
@@ -205,6 +206,6 @@ mod tests {
             available_bytes: 100 << 20,
             ..MemoryFacts::default()
         };
-        assert_eq!(dram_read(&cpu, &memory), None);
+        assert_eq!(dram_read(&cpu, &memory, 2), None);
     }
 }

@@ -160,7 +160,7 @@ fn comparison(runs: &[Run]) -> Option<Section> {
                     c.metric.key.to_string(),
                     value(c.base.median),
                     value(c.new.median),
-                    format!("{:.2}×", c.ratio()),
+                    c.ratio().map_or("-".into(), |ratio| format!("{ratio:.2}×")),
                     if c.intervals_overlap() {
                         "overlap"
                     } else {

@@ -17,8 +17,9 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    pub fn ratio(&self) -> f64 {
-        self.new.median / self.base.median
+    /// `None` against a base of zero.
+    pub fn ratio(&self) -> Option<f64> {
+        (self.base.median != 0.0).then(|| self.new.median / self.base.median)
     }
 
     /// No more than that: it is not a test of significance.

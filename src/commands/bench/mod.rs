@@ -139,7 +139,8 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
     // Not before: its buffer would count as the model's memory.
-    hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory);
+    let threads = engine.backend().threads;
+    hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
     let machine = this_machine(&hardware);
     for context in &mut contexts {
         let tokens = context.context_tokens;
