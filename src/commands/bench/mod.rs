@@ -113,8 +113,21 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let run_path = args.output.join("run.json");
     check_output(&run_path)?;
 
+    let corpus = match &args.corpus {
+        Some(path) => Corpus::open(path)?,
+        None => workloads::by_name(workloads::LONG).expect("is built in")?,
+    };
+    // All that can be refused is refused before the weights are loaded.
+    let checkpoint = source.local_checkpoint()?;
+    let footprint = footprint(&config, checkpoint.as_ref())?;
+    let model_id = source.model_id(checkpoint.as_ref())?;
+    let given = args.placement.as_deref();
+    let given = given
+        .map(|path| plan::read(path, &model_id, &footprint))
+        .transpose()?;
+    drop(checkpoint);
+
     let mut engine = load::engine(&source, &args.compute, room, console)?;
-    let footprint = footprint(&config, source.local_checkpoint()?.as_ref())?;
     let mut hardware = HardwareBody::detect();
     let executed_on = "cpu";
     console.note(format!(
@@ -123,18 +136,14 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         hardware.summary()
     ));
 
-    let (placement, profile) = match &args.placement {
-        Some(path) => (plan::read(path, engine.model_id(), &footprint)?, None),
+    let (placement, profile) = match given {
+        Some(placement) => (placement, None),
         None => {
             let (placement, profile) = plan_here(&args, &mut engine, &footprint, longest, console)?;
             (placement, Some(profile))
         }
     };
 
-    let corpus = match &args.corpus {
-        Some(path) => Corpus::open(path)?,
-        None => workloads::by_name(workloads::LONG).expect("is built in")?,
-    };
     let monitor = Monitor::start(Duration::from_millis(200), None);
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
