@@ -1,4 +1,4 @@
-//! What opening a checkpoint costs: under 5% of its size beyond the mapped file.
+//! What opening a checkpoint costs, and how much of it the reference backend expands at a time.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
@@ -8,7 +8,11 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
+use moectl::backend::reference::Reference;
+use moectl::backend::{Backend, Routing};
 use moectl::formats::Checkpoint;
+use moectl::model::Source;
+use moectl::model::weights;
 
 /// Counts bytes on the heap, now and at most.
 struct Counting;
@@ -225,4 +229,30 @@ fn opening_a_model_of_many_small_experts_costs_under_five_percent() {
         return;
     };
     assert_cheap(&dir, 5.0);
+}
+
+#[test]
+fn the_reference_backend_expands_one_expert_at_a_time() {
+    let _turn = TURN.lock().unwrap();
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/workloads/tiny-moe");
+    let source = Source::resolve(Some(folder)).unwrap();
+    let shape = source.config().unwrap().shape;
+    let weights = weights::load(&source.checkpoint().unwrap(), &source.config().unwrap()).unwrap();
+    let experts = shape.moe.num_experts;
+    let expert_bytes = 3 * shape.moe.moe_intermediate_size * shape.hidden_size * size_of::<f32>();
+    // One token that picks every expert of the layer.
+    let routing = Routing {
+        num_experts_per_tok: experts,
+        topk_ids: (0..experts as u16).collect(),
+        topk_weights: vec![1.0 / experts as f32; experts],
+    };
+    let mut backend = Reference::new(shape, weights);
+    let mut hidden = backend.embed(&[5]).unwrap();
+    backend.experts(0, &mut hidden, &routing).unwrap();
+    let before = NOW.load(Relaxed);
+    PEAK.store(before, Relaxed);
+    backend.experts(1, &mut hidden, &routing).unwrap();
+    let peak = PEAK.load(Relaxed) - before;
+    println!("{peak} bytes at most, an expert has {expert_bytes} in f32");
+    assert!(peak < expert_bytes, "{peak} of {expert_bytes}");
 }

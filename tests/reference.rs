@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
 use moectl::backend::reference::{LayerState, Reference, delta_rule};
+use moectl::engine::sampler::log_sum_exp;
 use moectl::formats::Checkpoint;
 use moectl::model::{LogitRows, Runner, Sequence};
 use support::*;
@@ -233,11 +234,10 @@ fn built_in_model_has_its_recorded_held_out_loss() {
     for row in tokens.chunks(len) {
         sequence.reset(len).unwrap();
         let (logits, _) = prefill(&mut sequence, row, len);
-        let losses = logits.chunks(vocab).zip(&row[1..]).map(|(logits, &next)| {
-            let max = logits.iter().copied().fold(f32::MIN, f32::max);
-            let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-            sum.ln() - f64::from(logits[next as usize] - max)
-        });
+        let losses = logits
+            .chunks(vocab)
+            .zip(&row[1..])
+            .map(|(logits, &next)| log_sum_exp(logits) - f64::from(logits[next as usize]));
         total += losses.sum::<f64>() / (len - 1) as f64;
     }
     let loss = total / rows as f64;

@@ -310,7 +310,6 @@ impl Checkpoint {
         FormatError::Missing {
             name: name.into(),
             location: self.location.clone(),
-            hint: String::new(),
         }
     }
 }

@@ -18,12 +18,8 @@ pub enum FormatError {
     Safetensors { path: PathBuf, reason: String },
     #[error("{}: {reason}", path.display())]
     Index { path: PathBuf, reason: String },
-    #[error("tensor `{name}` is missing from {location}{hint}")]
-    Missing {
-        name: String,
-        location: String,
-        hint: String,
-    },
+    #[error("tensor `{name}` is missing from {location}")]
+    Missing { name: String, location: String },
     #[error("tensor `{name}`: shape {found:?}, expected {expected:?}")]
     Shape {
         name: String,

@@ -151,10 +151,6 @@ impl Source {
         &self.id
     }
 
-    pub fn is_builtin(&self) -> bool {
-        matches!(self.files, Files::Builtin)
-    }
-
     /// Where the files are, as errors name it.
     pub fn location(&self) -> String {
         match &self.files {

@@ -3,7 +3,8 @@
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::console::Console;
 use crate::commands::workloads;
-use crate::engine::{BackendChoice, Engine, LoadOptions, PREFILL_CHUNK};
+use crate::engine::sampler::log_sum_exp;
+use crate::engine::{BackendChoice, Engine, LoadOptions};
 use crate::model::{LogitRows, Source};
 use crate::report::record::Quality;
 
@@ -30,7 +31,7 @@ pub fn against_reference(
     'text: for corpus in workloads::all()? {
         for record in corpus.records()? {
             let mut ids = engine.text().encode_content(&record?.content)?;
-            ids.truncate(PIECE.min(PREFILL_CHUNK));
+            ids.truncate(PIECE);
             if ids.len() < 2 {
                 continue;
             }
@@ -91,10 +92,6 @@ impl Sums {
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    logits
-        .iter()
-        .map(|&l| f64::from(l - max) - sum.ln())
-        .collect()
+    let normalizer = log_sum_exp(logits);
+    logits.iter().map(|&l| f64::from(l) - normalizer).collect()
 }

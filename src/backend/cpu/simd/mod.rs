@@ -105,14 +105,26 @@ pub trait Simd: Copy {
     ///
     /// What the two sums mean is the instruction set's business: start with zeros, end with
     /// [`fold_products`](Self::fold_products).
+    #[inline(always)]
     fn add_products(
         self,
         table: Self::WordTable,
         sums: [Self::I32; 2],
         codes: Self::I32,
         x: &[i32; 4],
-    ) -> [Self::I32; 2];
-    fn fold_products(self, sums: [Self::I32; 2]) -> Self::I32;
+    ) -> [Self::I32; 2] {
+        let [mut a, mut b] = sums;
+        let words = self.nf4_words(table, codes);
+        a = self.dot_pairs(a, words[0], self.splat_i32(x[0]));
+        b = self.dot_pairs(b, words[1], self.splat_i32(x[1]));
+        a = self.dot_pairs(a, words[2], self.splat_i32(x[2]));
+        b = self.dot_pairs(b, words[3], self.splat_i32(x[3]));
+        [a, b]
+    }
+    #[inline(always)]
+    fn fold_products(self, [a, b]: [Self::I32; 2]) -> Self::I32 {
+        self.add_i32(a, b)
+    }
 
     fn f32_table(self) -> Self::F32Table;
     /// The f32 weight of the lowest code of each lane; higher bits are ignored.

@@ -150,26 +150,6 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn add_products(
-        self,
-        table: Self::WordTable,
-        [mut a, mut b]: [Self::I32; 2],
-        codes: Self::I32,
-        x: &[i32; 4],
-    ) -> [Self::I32; 2] {
-        let words = self.nf4_words(table, codes);
-        a = self.dot_pairs(a, words[0], self.splat_i32(x[0]));
-        b = self.dot_pairs(b, words[1], self.splat_i32(x[1]));
-        a = self.dot_pairs(a, words[2], self.splat_i32(x[2]));
-        b = self.dot_pairs(b, words[3], self.splat_i32(x[3]));
-        [a, b]
-    }
-    #[inline(always)]
-    fn fold_products(self, [a, b]: [Self::I32; 2]) -> Self::I32 {
-        self.add_i32(a, b)
-    }
-
-    #[inline(always)]
     fn f32_table(self) {}
     #[inline(always)]
     fn nf4_f32(self, (): (), codes: I32) -> F32 {
