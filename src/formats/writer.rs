@@ -141,6 +141,9 @@ pub fn in_memory(
     let data_len: u64 = planned.iter().map(|tensor| tensor.len_bytes()).sum();
     let len = 8 + header.len() + data_len as usize;
     let mut map = MmapOptions::new().len(len).no_reserve_swap().map_anon()?;
+    // Refused only where the kernel has no huge pages: slower, not wrong.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
     let (length, rest) = map.split_at_mut(8);
     length.copy_from_slice(&(header.len() as u64).to_le_bytes());
     let (header_bytes, mut data) = rest.split_at_mut(header.len());

@@ -73,6 +73,14 @@ static NORMAL: LazyLock<Box<[f32; 65536]>> = LazyLock::new(|| {
     table
 });
 
+/// `N` values of the normal distribution, ascending, each as probable as the next.
+pub fn normal_quantiles<const N: usize>() -> [f32; N] {
+    let mut sorted = NORMAL.clone();
+    sorted.sort_unstable_by(f32::total_cmp);
+    let step = sorted.len() / N;
+    std::array::from_fn(|i| (sorted[i * step + step / 2 - 1] + sorted[i * step + step / 2]) / 2.0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

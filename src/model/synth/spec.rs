@@ -14,7 +14,7 @@ use crate::model::config::{ConfigError, ModelConfig, SYNTHETIC_FIELD};
 pub const PREFIX: &str = "synth:";
 
 /// Version of the generator: another one makes other bytes from the same seed.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Calibrated on the built-in workloads, see `tests/synth.rs`.
 pub const DEFAULT_LOCALITY: f64 = 0.95;

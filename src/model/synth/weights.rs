@@ -1,7 +1,7 @@
 //! The tensors of a synthetic model, in the published NF4 layout, and what each is filled with.
 //!
-//! Codes and their scales are random bytes: the NF4 code book is made so that normal weights use
-//! every code about equally often. Structure is in the bf16 matrices and in one scale per matrix.
+//! Nothing is quantised: codes are drawn as those of normal weights are distributed, scales from
+//! random bytes. Structure is in the bf16 matrices and in one scale per NF4 matrix.
 //!
 //! The hidden state is kept in two halves. Embeddings live in the first: tokens that are alike
 //! have embeddings that are, and so they get the same experts. The second starts at zero and holds
@@ -10,12 +10,12 @@
 //! 0 they are as good as drawn at random. What a layer writes is small enough that all layers
 //! together leave the embedding the larger part of the residual stream.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use half::bf16;
 use rayon::prelude::*;
 
-use super::random::Stream;
+use super::random::{Stream, normal_quantiles};
 use super::topics::Topics;
 use super::{SynthError, TOKENIZER_SIZE};
 use crate::backend::{MixerKind, ModelShape};
@@ -30,8 +30,13 @@ const RESIDUAL_VARIANCE: f64 = 0.25;
 /// Standard deviation of a router's logits.
 const ROUTER_STD: f64 = 1.5;
 
-/// Standard deviation of the output's logits, beside those of the tokens' frequencies.
+/// Standard deviation of the output's logits, beside those of the tokens' frequencies. They come
+/// from the context's half: followed a token from the last one alone, greedy text would soon go
+/// round in circles, and experts would be hit as no real text hits them.
 const LOGIT_STD: f64 = 2.0;
+
+/// What the last token adds to its own logit: without it some greedy texts end in one word repeated.
+const REPEAT_LOGIT: f64 = -2.0;
 
 /// The first element of every embedding: in it the head adds the log-frequency of tokens, so that
 /// generated text repeats tokens as text does.
@@ -67,6 +72,8 @@ pub struct Part {
 enum Content {
     Bytes(Arc<[u8]>),
     Random(Stream),
+    /// Pairs of NF4 codes
+    Codes(Stream),
     /// Rows of bf16
     Rows(Rows),
 }
@@ -82,17 +89,51 @@ enum RowKind {
     Normal {
         std: f32,
     },
-    Embedding {
-        topics: Arc<Topics>,
-        topic_share: f32,
-    },
-    Router {
-        token_std: f32,
-        context_std: f32,
-    },
+    Embedding(Arc<Embedding>),
+    Router(Halves),
     Head {
-        std: f32,
+        halves: Halves,
+        embedding: Arc<Embedding>,
+        /// How much of its own embedding is in a token's row, less than 0
+        repeat: f32,
     },
+}
+
+/// The token's half of all embeddings.
+struct Embedding {
+    stream: Stream,
+    topics: Topics,
+    topic_share: f32,
+}
+
+impl Embedding {
+    /// Adds `share` times the embedding of a token to `out`, `[hidden_size / 2]`.
+    fn add(&self, token: usize, share: f32, out: &mut [f32]) {
+        let has_topic = self.topics.add(token, share * self.topic_share.sqrt(), out);
+        let rest = if has_topic {
+            1.0 - self.topic_share
+        } else {
+            1.0
+        };
+        let share = share * rest.sqrt();
+        let own = self.stream.normal((token * out.len()) as u64);
+        out.iter_mut().zip(own).for_each(|(to, v)| *to += share * v);
+    }
+}
+
+/// Standard deviations of weights that read the halves of the hidden state.
+struct Halves {
+    token: f32,
+    context: f32,
+}
+
+impl Halves {
+    fn fill(&self, normal: impl Iterator<Item = f32>, out: &mut [f32]) {
+        let half = out.len() / 2;
+        for (i, (to, v)) in out.iter_mut().zip(normal).enumerate() {
+            *to = v * if i < half { self.token } else { self.context };
+        }
+    }
 }
 
 impl Part {
@@ -109,6 +150,15 @@ impl Part {
                 .par_chunks_mut(PIECE)
                 .enumerate()
                 .for_each(|(i, piece)| stream.bytes((i * PIECE / 8) as u64, piece)),
+            Content::Codes(stream) => {
+                let pairs: &[u8; 256] = &CODE_PAIRS;
+                out.par_chunks_mut(PIECE)
+                    .enumerate()
+                    .for_each(|(i, piece)| {
+                        stream.bytes((i * PIECE / 8) as u64, piece);
+                        piece.iter_mut().for_each(|b| *b = pairs[usize::from(*b)]);
+                    });
+            }
             Content::Rows(rows) => {
                 let rows_per_piece = (PIECE / (2 * rows.width)).max(1);
                 out.par_chunks_mut(rows_per_piece * 2 * rows.width)
@@ -138,30 +188,25 @@ impl Rows {
             RowKind::Normal { std } => {
                 out.iter_mut().zip(own).for_each(|(to, v)| *to = std * v);
             }
-            RowKind::Embedding {
-                topics,
-                topic_share,
-            } => {
+            RowKind::Embedding(embedding) => {
                 out.fill(0.0);
-                let token = match topics.add(row, topic_share.sqrt(), &mut out[..half]) {
-                    true => 1.0 - topic_share,
-                    false => 1.0,
-                };
-                let own = own.map(|v| token.sqrt() * v);
-                out[..half].iter_mut().zip(own).for_each(|(to, v)| *to += v);
+                embedding.add(row, 1.0, &mut out[..half]);
                 out[0] = CONSTANT;
             }
-            RowKind::Router {
-                token_std,
-                context_std,
-            } => {
-                for (i, (to, v)) in out.iter_mut().zip(own).enumerate() {
-                    *to = v * if i < half { token_std } else { context_std };
-                }
+            RowKind::Router(halves) => {
+                halves.fill(own, out);
                 out[0] = 0.0;
             }
-            RowKind::Head { std } => {
-                out.iter_mut().zip(own).for_each(|(to, v)| *to = std * v);
+            RowKind::Head {
+                halves,
+                embedding,
+                repeat,
+            } => {
+                halves.fill(own, out);
+                // Other tokens are never generated.
+                if row < TOKENIZER_SIZE {
+                    embedding.add(row, *repeat, &mut out[..half]);
+                }
                 out[0] = log_frequency(row) / CONSTANT;
             }
         }
@@ -177,6 +222,29 @@ fn log_frequency(token: usize) -> f32 {
         FIRST_WORD.. => -((10 + token - FIRST_WORD) as f32 / 10.0).ln(),
         _ => log_frequency(1000),
     }
+}
+
+/// Two NF4 codes for each value of a byte: with random bytes, those of normal weights in blocks of
+/// 64, whose largest is 2.4 standard deviations on average.
+///
+/// All sixteen codes equally often would be nearly as normal, but with a mean of 0.05 standard
+/// deviations, and that is enough to make all tokens alike after some thirty layers.
+static CODE_PAIRS: LazyLock<[u8; 256]> = LazyLock::new(|| {
+    const ABSMAX: f32 = 2.4;
+    let codes = normal_quantiles::<256>().map(|z| {
+        let distance = |code: &usize| (CODE_BOOK[*code] - z / ABSMAX).abs();
+        let nearest = (0..16).min_by(|a, b| distance(a).total_cmp(&distance(b)));
+        nearest.expect("there are sixteen") as u8
+    });
+    // The other nibble takes the same codes in an order that has little to do with the first.
+    std::array::from_fn(|i| codes[i] << 4 | codes[usize::from((i as u8).reverse_bits())])
+});
+
+/// Root mean square of the codes' values.
+fn code_rms() -> f64 {
+    let value = |pair: &u8| f64::from(CODE_BOOK[usize::from(pair >> 4)]);
+    let sum: f64 = CODE_PAIRS.iter().map(|pair| value(pair).powi(2)).sum();
+    (sum / CODE_PAIRS.len() as f64).sqrt()
 }
 
 /// All weights of a model of that shape.
@@ -201,15 +269,14 @@ pub fn weights(
         weights: Vec::new(),
     };
     let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
-    let embedding = RowKind::Embedding {
-        topics: Arc::new(Topics::new(seed, hidden / 2)?),
+    let embedding = Arc::new(Embedding {
+        stream: Stream::new(seed, "embedding"),
+        topics: Topics::new(seed, hidden / 2)?,
         topic_share: locality as f32,
-    };
-    maker.rows("model.embed_tokens.weight", vocab, embedding);
-    let head = RowKind::Head {
-        std: (LOGIT_STD / (hidden as f64).sqrt()) as f32,
-    };
-    maker.rows("lm_head.weight", vocab, head);
+    });
+    let embed_tokens = RowKind::Embedding(Arc::clone(&embedding));
+    maker.rows("model.embed_tokens.weight", vocab, embed_tokens);
+    maker.head(embedding);
     maker.norm("model.norm.weight", hidden);
     for layer in 0..shape.num_layers() {
         maker.layer(layer);
@@ -230,6 +297,18 @@ struct Maker<'a> {
 }
 
 impl Maker<'_> {
+    fn head(&mut self, embedding: Arc<Embedding>) {
+        let writers = 3 * self.shape.num_layers();
+        let (_, _, mean) = self.half_variances(writers);
+        let half = self.shape.hidden_size as f64 / 2.0;
+        let kind = RowKind::Head {
+            halves: self.halves(writers, LOGIT_STD, 0.0),
+            embedding,
+            repeat: (REPEAT_LOGIT * mean.sqrt() / half) as f32,
+        };
+        self.rows("lm_head.weight", self.shape.vocab_size, kind);
+    }
+
     fn layer(&mut self, layer: usize) {
         let hidden = self.shape.hidden_size;
         let prefix = format!("model.layers.{layer}");
@@ -253,10 +332,10 @@ impl Maker<'_> {
         };
         let conv_shape = [net.conv_dim(), 1, kernel];
         self.shaped_rows(&format!("{prefix}.conv1d.weight"), &conv_shape, taps);
-        // A short memory changes from token to token: what it gives depends on the last few words.
+        // Heads remember from one token to dozens.
         let heads = net.num_value_heads;
-        self.ramp(&format!("{prefix}.A_log"), heads, 1.8, 2.2);
-        self.ramp(&format!("{prefix}.dt_bias"), heads, 0.0, 1.0);
+        self.ramp(&format!("{prefix}.A_log"), heads, -2.0, 1.0);
+        self.ramp(&format!("{prefix}.dt_bias"), heads, -2.0, 0.0);
         self.ramp(
             &format!("{prefix}.norm.weight"),
             net.value_head_dim,
@@ -304,18 +383,29 @@ impl Maker<'_> {
 
     /// Rows whose logits get `locality` of their variance from the token, the rest from context.
     fn router(&mut self, layer: usize, name: &str) {
-        let context = (1 + 3 * layer) as f64 * self.written_std.powi(2);
-        let token = 1.0 + context;
-        let mean = (token + context) / 2.0;
+        let halves = self.halves(3 * layer + 1, ROUTER_STD, self.locality);
+        self.rows(name, self.shape.moe.num_experts, RowKind::Router(halves));
+    }
+
+    /// Variance of the token's half, the context's and the whole after `writers` wrote to it.
+    fn half_variances(&self, writers: usize) -> (f64, f64, f64) {
+        let context = writers as f64 * self.written_std.powi(2);
+        (1.0 + context, context, 0.5 + context)
+    }
+
+    /// Weights that make logits of the normed hidden state after `writers` wrote to it.
+    ///
+    /// - `std`: of the logits
+    /// - `token_share`: of their variance, from the half of the token; the rest from the context's
+    fn halves(&self, writers: usize, std: f64, token_share: f64) -> Halves {
+        let (token, context, mean) = self.half_variances(writers);
         let half = self.shape.hidden_size as f64 / 2.0;
-        let std = |share: f64, variance: f64| {
-            (ROUTER_STD * (share * mean / (variance * half)).sqrt()) as f32
-        };
-        let kind = RowKind::Router {
-            token_std: std(self.locality, token),
-            context_std: std(1.0 - self.locality, context),
-        };
-        self.rows(name, self.shape.moe.num_experts, kind);
+        let weight =
+            |share: f64, variance: f64| (std * (share * mean / (variance * half)).sqrt()) as f32;
+        Halves {
+            token: weight(token_share, token),
+            context: weight(1.0 - token_share, context),
+        }
     }
 
     /// A matrix that reads a normed hidden state: outputs have variance 1.
@@ -332,8 +422,7 @@ impl Maker<'_> {
     fn nf4(&mut self, module: &str, rows: usize, cols: usize, std: f64) {
         let name = format!("{module}.weight");
         let n = rows * cols;
-        let code_rms = (CODE_BOOK.iter().map(|c| f64::from(c * c)).sum::<f64>() / 16.0).sqrt();
-        let absmax = (std / code_rms) as f32;
+        let absmax = (std / code_rms()) as f32;
         // Scales of normal weights differ by some ten percent; all stay positive.
         let nested_absmax = vec![absmax / 4.0; n.div_ceil(BLOCKSIZE).div_ceil(256)];
         let mut state = nf4::state(Dtype::Bf16, &[rows, cols], true);
@@ -349,10 +438,10 @@ impl Maker<'_> {
             }
         };
         let parts = nf4::parts(n, true).into_iter().map(|p| {
-            let random = |what| Content::Random(Stream::new(self.seed, what));
+            let stream = Stream::new(self.seed, &format!("{name}{}", p.suffix));
             let content = match p.suffix {
-                "" => random(&name),
-                ".absmax" => random(&format!("{name}.absmax")),
+                "" => Content::Codes(stream),
+                ".absmax" => Content::Random(stream),
                 ".nested_absmax" => Content::Bytes(le_bytes(&nested_absmax)),
                 ".quant_map" => Content::Bytes(Arc::clone(&self.quant_map)),
                 ".nested_quant_map" => Content::Bytes(Arc::clone(&self.nested_quant_map)),
