@@ -6,7 +6,8 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::{bench, doctor, plan, profile, quantize, report, run, synth};
-use crate::engine::BackendChoice;
+use crate::engine::{BackendChoice, GpuOptions, Residency};
+use crate::planning::units::parse_bytes;
 
 /// Runs large mixture-of-experts language models on one small GPU plus system RAM, and tells
 /// beforehand how fast.
@@ -75,7 +76,8 @@ pub struct ModelArgs {
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Compute")]
 pub struct ComputeArgs {
-    /// What computes: auto (the fastest there is), cpu (SIMD kernels) or reference (f32, slow)
+    /// What computes: auto (the fastest there is), cuda[:N] (a GPU, the CPU beside it), cpu (SIMD
+    /// kernels) or reference (f32, slow)
     #[arg(long, value_name = "NAME", default_value_t)]
     pub backend: BackendChoice,
     /// Worker threads [default: all cores the process may use]
@@ -84,6 +86,31 @@ pub struct ComputeArgs {
     /// Arithmetic of NF4 weights on the CPU
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Precision::Int16)]
     pub cpu_precision: Precision,
+    /// GPU memory that the process may hold, CUDA context included [default: all that is free]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub vram: Option<u64>,
+    /// Keep all experts in RAM: the CPU computes them, the GPU the rest
+    #[arg(long)]
+    pub cpu_moe: bool,
+    /// Of 1, 2, .. missing experts of a layer, how many the GPU reads over PCIe
+    #[arg(long, value_name = "N,...", value_delimiter = ',', hide = true)]
+    pub gpu_reads: Vec<i32>,
+}
+
+impl ComputeArgs {
+    /// What the flags say of the GPU.
+    pub fn gpu(&self) -> GpuOptions {
+        GpuOptions {
+            vram_bytes: self.vram,
+            residency: match self.cpu_moe {
+                true => Residency::Nothing,
+                false => Residency::Fill,
+            },
+            split: (!self.gpu_reads.is_empty())
+                .then(|| [0].iter().chain(&self.gpu_reads).copied().collect()),
+            ..GpuOptions::default()
+        }
+    }
 }
 
 fn parse_threads(text: &str) -> Result<usize, String> {

@@ -7,8 +7,11 @@
 //! Shapes: `T` tokens of one chunk, `D` hidden_size, `E` num_experts, `k` num_experts_per_tok.
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+pub mod cuda;
 pub mod reference;
 pub mod shape;
+mod times;
 pub mod weights;
 
 use std::ops::Range;
@@ -16,6 +19,7 @@ use std::ops::Range;
 use thiserror::Error;
 
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
+pub use times::DecodeTimes;
 pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};
 
 /// Why a block could not be computed. None of these is the user's input: that was checked before.

@@ -17,6 +17,7 @@ pub fn engine(
         backend: compute.backend,
         threads: compute.threads,
         cpu_precision: compute.cpu_precision.into(),
+        gpu: compute.gpu(),
         progress: &|done, total| {
             bar.set_length(total as u64);
             bar.set_position(done as u64);

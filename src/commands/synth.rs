@@ -14,7 +14,7 @@ use super::console::{Console, Unit};
 use super::profile::{Settings, record};
 use super::{Failure, interrupt, workloads};
 use crate::backend::cpu::CpuPrecision;
-use crate::engine::{BackendChoice, Engine, LoadOptions};
+use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use crate::formats::writer::Planned;
 use crate::formats::{Bytes, FormatError, atomic};
 use crate::hardware::disk;
@@ -230,9 +230,10 @@ fn probe(spec: &Spec, console: &Console) -> anyhow::Result<RoutingProbe> {
     const RECORDS: usize = 4;
     const TOKENS: usize = 128;
     let options = LoadOptions {
-        backend: BackendChoice::Auto,
+        backend: BackendChoice::Cpu,
         threads: None,
         cpu_precision: CpuPrecision::Int16,
+        gpu: GpuOptions::default(),
         progress: &|_, _| {},
         max_tokens: TOKENS,
     };

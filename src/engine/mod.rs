@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
-use crate::backend::{BackendError, BackendFacts, ModelShape, ModelWeights};
+use crate::backend::{BackendError, BackendFacts, DecodeTimes, ModelShape, ModelWeights};
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::model::weights;
 use crate::model::{
@@ -27,10 +27,6 @@ pub use sampler::{
 pub use stream::TextStream;
 pub use text::TextModel;
 
-/// Tokens fed to the model at once in prefill. Large enough that an expert's weights are read for
-/// several tokens, small enough that Ctrl-C and progress bars answer at once.
-pub const PREFILL_CHUNK: usize = 512;
-
 /// Which backend computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum BackendChoice {
@@ -39,6 +35,8 @@ pub enum BackendChoice {
     Auto,
     Reference,
     Cpu,
+    /// The GPU of this number, and the CPU beside it
+    Cuda(usize),
 }
 
 impl FromStr for BackendChoice {
@@ -49,21 +47,53 @@ impl FromStr for BackendChoice {
             "auto" => Ok(BackendChoice::Auto),
             "cpu" => Ok(BackendChoice::Cpu),
             "reference" => Ok(BackendChoice::Reference),
-            _ => Err(format!(
-                "unknown backend `{name}`; expected auto, cpu or reference"
-            )),
+            "cuda" => Ok(BackendChoice::Cuda(0)),
+            _ => name
+                .strip_prefix("cuda:")
+                .and_then(|index| index.parse().ok())
+                .map(BackendChoice::Cuda)
+                .ok_or_else(|| {
+                    format!("unknown backend `{name}`; expected auto, cuda[:N], cpu or reference")
+                }),
         }
     }
 }
 
 impl fmt::Display for BackendChoice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            BackendChoice::Auto => "auto",
-            BackendChoice::Reference => "reference",
-            BackendChoice::Cpu => "cpu",
-        })
+        match self {
+            BackendChoice::Auto => f.write_str("auto"),
+            BackendChoice::Reference => f.write_str("reference"),
+            BackendChoice::Cpu => f.write_str("cpu"),
+            BackendChoice::Cuda(index) => write!(f, "cuda:{index}"),
+        }
     }
+}
+
+/// What a GPU may hold, and what of it experts get.
+#[derive(Clone, Debug, Default)]
+pub struct GpuOptions {
+    /// All the process may hold there, its context included; all that is free if not given
+    pub vram_bytes: Option<u64>,
+    /// Keys and values in int8 instead of f16
+    pub kv_int8: bool,
+    pub residency: Residency,
+    /// The most tokens of a prefill chunk
+    pub prefill_tokens: Option<usize>,
+    /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
+    pub split: Option<Vec<i32>>,
+}
+
+/// Which experts are in VRAM.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Residency {
+    /// As many as fit, spread evenly over layers
+    #[default]
+    Fill,
+    /// None: the CPU computes every expert
+    Nothing,
+    /// Of each layer these, most wanted first, as far as they fit; then as `Fill`
+    Preferred(Vec<Vec<u16>>),
 }
 
 /// How to load a model.
@@ -73,6 +103,7 @@ pub struct LoadOptions<'a> {
     /// Worker threads; all usable cores if `None`
     pub threads: Option<usize>,
     pub cpu_precision: CpuPrecision,
+    pub gpu: GpuOptions,
     /// Told the stored bytes packed so far and in all
     pub progress: Progress<'a>,
     /// Room for this many tokens, prompt and answer together
@@ -128,6 +159,61 @@ fn load_weights(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<ModelWe
     })
 }
 
+/// What `auto` means on this machine, in this build.
+fn fastest() -> BackendChoice {
+    #[cfg(feature = "emulate")]
+    if std::env::var_os("MOECTL_EMULATE").is_some_and(|v| v != "0") {
+        return BackendChoice::Cuda(0);
+    }
+    #[cfg(feature = "cuda")]
+    if crate::backend::cuda::driver::device_count().is_some_and(|count| count > 0) {
+        return BackendChoice::Cuda(0);
+    }
+    BackendChoice::Cpu
+}
+
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+fn cuda(
+    index: usize,
+    config: &ModelConfig,
+    weights: &ModelWeights,
+    options: &LoadOptions,
+) -> Result<Box<dyn Runner>> {
+    use crate::backend::cuda::state::KvFormat;
+    use crate::backend::cuda::{self, Cuda, CudaOptions};
+    let gpu = options.gpu.clone();
+    let cuda_options = CudaOptions {
+        threads: options.threads,
+        vram_bytes: gpu.vram_bytes,
+        kv_format: if gpu.kv_int8 { KvFormat::Int8 } else { KvFormat::F16 },
+        residency: match gpu.residency {
+            Residency::Fill => cuda::Residency::Fill,
+            Residency::Nothing => cuda::Residency::Nothing,
+            Residency::Preferred(lists) => cuda::Residency::Preferred(lists),
+        },
+        prefill_tokens: gpu.prefill_tokens,
+        split: gpu.split,
+    };
+    let shape = config.shape.clone();
+    let (room, progress) = (options.max_tokens, options.progress);
+    let cuda = Cuda::new(index, shape, weights, cuda_options, room, progress)?;
+    Ok(Box::new(cuda))
+}
+
+#[cfg(not(any(feature = "cuda", feature = "emulate")))]
+fn cuda(
+    index: usize,
+    _: &ModelConfig,
+    _: &ModelWeights,
+    _: &LoadOptions,
+) -> Result<Box<dyn Runner>> {
+    Err(BackendError::Other(format!(
+        "this build has no kernels for cuda:{index}; run scripts/setup-cuda.sh and build with \
+         --features cuda, or use --backend cpu"
+    ))
+    .into())
+}
+
 /// A model in memory with one sequence.
 pub struct Engine {
     runner: Box<dyn Runner>,
@@ -167,7 +253,12 @@ impl Engine {
                 "skipped {mtp_tensors} multi-token-prediction tensors (mtp.*)"
             ));
         }
-        let runner: Box<dyn Runner> = match options.backend {
+        let backend = match options.backend {
+            BackendChoice::Auto => fastest(),
+            chosen => chosen,
+        };
+        let runner: Box<dyn Runner> = match backend {
+            BackendChoice::Cuda(index) => cuda(index, &config, &weights, options)?,
             BackendChoice::Auto | BackendChoice::Cpu => {
                 let cpu = CpuOptions {
                     threads: options.threads,
@@ -225,6 +316,16 @@ impl Engine {
         self.runner.decode_read_bytes(context)
     }
 
+    /// Where decode steps spent their time since the last call, if a GPU took part.
+    pub fn take_times(&mut self) -> Option<DecodeTimes> {
+        self.runner.take_times()
+    }
+
+    /// Bytes this process holds on the GPU, by the driver's figure.
+    pub fn vram_bytes(&self) -> Option<u64> {
+        self.runner.vram_bytes()
+    }
+
     /// The ids the sequence has been fed, in order.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
@@ -275,9 +376,10 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
         proceed: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Option<Vec<f32>>> {
-        let chunks = ids.len().div_ceil(PREFILL_CHUNK);
-        for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
-            if !proceed(i * PREFILL_CHUNK) {
+        let size = self.runner.prefill_chunk();
+        let chunks = ids.len().div_ceil(size);
+        for (i, chunk) in ids.chunks(size).enumerate() {
+            if !proceed(i * size) {
                 return Ok(None);
             }
             let last = i + 1 == chunks;

@@ -1,6 +1,6 @@
 //! The loop over blocks, the same for every backend. Routing events leave here.
 
-use crate::backend::{Backend, BackendError, BackendFacts, Result, Routing};
+use crate::backend::{Backend, BackendError, BackendFacts, DecodeTimes, Result, Routing};
 
 /// Which positions of a chunk want logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +37,22 @@ pub trait Runner: Send {
 
     /// See [`Backend::decode_read_bytes`].
     fn decode_read_bytes(&self, context: usize) -> Option<u64>;
+
+    /// The most tokens worth feeding at once: large enough that weights are read for many tokens,
+    /// small enough that Ctrl-C and progress bars answer at once.
+    fn prefill_chunk(&self) -> usize {
+        512
+    }
+
+    /// Where decode steps spent their time since the last call; `None` where nothing is split.
+    fn take_times(&mut self) -> Option<DecodeTimes> {
+        None
+    }
+
+    /// Bytes this process holds on the GPU, by the driver's figure.
+    fn vram_bytes(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// A backend and the state of the sequence it is working on.
@@ -109,5 +125,51 @@ impl<B: Backend> Runner for Sequence<B> {
 
     fn decode_read_bytes(&self, context: usize) -> Option<u64> {
         self.backend.decode_read_bytes(context)
+    }
+}
+
+/// The cuda backend drives a whole sequence by itself: its decode step is one graph.
+#[cfg(any(feature = "cuda", feature = "emulate"))]
+impl Runner for crate::backend::cuda::Cuda {
+    fn forward(
+        &mut self,
+        ids: &[u32],
+        rows: LogitRows,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<Vec<f32>> {
+        let rows = match rows {
+            LogitRows::None => 0..0,
+            LogitRows::Last => ids.len().saturating_sub(1)..ids.len(),
+            LogitRows::All => 0..ids.len(),
+        };
+        self.forward(ids, rows, on_routing)
+    }
+
+    fn reset(&mut self, max_tokens: usize) -> Result<()> {
+        self.reset(max_tokens)
+    }
+
+    fn position(&self) -> usize {
+        self.position()
+    }
+
+    fn facts(&self) -> BackendFacts {
+        self.facts()
+    }
+
+    fn decode_read_bytes(&self, _: usize) -> Option<u64> {
+        None
+    }
+
+    fn prefill_chunk(&self) -> usize {
+        self.prefill_chunk()
+    }
+
+    fn take_times(&mut self) -> Option<DecodeTimes> {
+        Some(self.take_times())
+    }
+
+    fn vram_bytes(&self) -> Option<u64> {
+        self.used_bytes().ok()
     }
 }

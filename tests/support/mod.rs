@@ -3,9 +3,9 @@
 
 use std::path::PathBuf;
 
-use moectl::backend::{Backend, ModelShape, ModelWeights, Routing};
+use moectl::backend::{ModelShape, ModelWeights, Routing};
 use moectl::formats::Checkpoint;
-use moectl::model::{LogitRows, ModelConfig, Runner, Sequence, weights};
+use moectl::model::{LogitRows, ModelConfig, Runner, weights};
 use serde_json::Value;
 
 /// A recorded checkpoint and the results of one library on it.
@@ -129,8 +129,8 @@ pub fn open(dir: &std::path::Path) -> (ModelShape, ModelWeights) {
 }
 
 /// Logits of every prompt token and the routing per layer, fed in pieces of at most `piece`.
-pub fn prefill<B: Backend>(
-    sequence: &mut Sequence<B>,
+pub fn prefill(
+    sequence: &mut impl Runner,
     ids: &[u32],
     piece: usize,
 ) -> (Vec<f32>, Vec<Routing>) {
@@ -171,7 +171,7 @@ pub fn argmax(logits: &[f32]) -> u32 {
 }
 
 /// Greedy continuation of a sequence whose last logits are `logits`.
-pub fn greedy<B: Backend>(sequence: &mut Sequence<B>, logits: &[f32], n: usize) -> Vec<u32> {
+pub fn greedy(sequence: &mut impl Runner, logits: &[f32], n: usize) -> Vec<u32> {
     let mut tokens = vec![argmax(logits)];
     while tokens.len() < n {
         let last = *tokens.last().unwrap();

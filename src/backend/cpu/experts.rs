@@ -25,7 +25,7 @@ pub struct Expert {
 
 impl Expert {
     /// Blocks of 64 intermediate values.
-    fn blocks(&self) -> usize {
+    pub(super) fn blocks(&self) -> usize {
         self.gate.rows.div_ceil(TILE_COLS)
     }
 }
@@ -229,7 +229,7 @@ fn gate_and_up(
 
 dispatch! {
     /// `silu(gate) * up` into half `half` of each block.
-    fn swiglu(gate: &[Panel], up: &[Panel], half: usize, hidden: &mut [Block]) = swiglu_body
+    pub(super) fn swiglu(gate: &[Panel], up: &[Panel], half: usize, hidden: &mut [Block]) = swiglu_body
 }
 
 #[inline(always)]
@@ -244,7 +244,7 @@ fn swiglu_body<S: Simd>(s: S, gate: &[Panel], up: &[Panel], half: usize, hidden:
 
 dispatch! {
     /// `sums[tokens[i]] += weights[i] * c[i]`
-    fn add_weighted(c: &[Panel], tokens: &[u32], weights: &[f32], sums: &mut [Panel])
+    pub(super) fn add_weighted(c: &[Panel], tokens: &[u32], weights: &[f32], sums: &mut [Panel])
         = add_weighted_body
 }
 

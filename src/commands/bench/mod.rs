@@ -29,7 +29,7 @@ use crate::planning::hardware::{Basis, Cpu, Hardware};
 use crate::planning::placement::Placement;
 use crate::planning::planner::{PlanRequest, RoutingSource};
 use crate::planning::profile::ProfileBody;
-use crate::planning::units::{parse_bytes, parse_tokens};
+use crate::planning::units::parse_tokens;
 use crate::planning::{TraceReader, placement};
 use crate::report::record::{
     Labels, MemoryComponent, MemoryRecord, Prediction, PredictionTerm, RunBody, Settings,
@@ -67,9 +67,6 @@ pub struct BenchArgs {
     /// Placement to run with [default: one made here, for --vram]
     #[arg(long, value_name = "FILE")]
     placement: Option<PathBuf>,
-    /// GPU memory to plan for, as in `moectl plan`
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, conflicts_with = "placement")]
-    vram: Option<u64>,
     /// Type of the KV cache to plan for
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::Bf16)]
     kv: Kv,
@@ -265,6 +262,7 @@ fn plan_here(
         footprint,
         hardware: &hardware,
         vram_budget_bytes: args
+            .compute
             .vram
             .unwrap_or_else(|| plan::default_budget(footprint, ctx, args.kv)),
         ram_budget_bytes: None,

@@ -4,7 +4,7 @@ use crate::backend::cpu::CpuPrecision;
 use crate::commands::console::Console;
 use crate::commands::workloads;
 use crate::engine::sampler::log_sum_exp;
-use crate::engine::{BackendChoice, Engine, LoadOptions};
+use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use crate::model::{LogitRows, Source};
 use crate::report::record::Quality;
 
@@ -22,6 +22,7 @@ pub fn against_reference(
         backend: BackendChoice::Reference,
         threads: None,
         cpu_precision: CpuPrecision::F32,
+        gpu: GpuOptions::default(),
         progress: &|_, _| {},
         max_tokens: PIECE,
     };

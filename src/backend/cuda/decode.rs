@@ -1,0 +1,461 @@
+//! One token: a captured graph on the GPU, and the CPU computing experts beside it.
+//!
+//! Per layer the graph runs about seven kernels. The router's kernel writes its choice to host
+//! memory; this thread sees it, has the workers compute the experts that are not in VRAM, and sets a
+//! flag that the graph waits for before it adds both parts. Nothing else is synchronised, and no GPU
+//! kernel spins.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use super::abi::{DECISION_BYTES, ExpertLayout, Handoff, Linear, Step};
+use super::arena::Arena;
+use super::device::{Device, Graph, Pinned, Stream, args};
+use super::geometry;
+use super::state::{LayerState, SequenceState};
+use super::store::ExpertStore;
+use super::weights::{DenseWeights, Mixer};
+use crate::backend::cpu::offload::Offload;
+use crate::backend::{BackendError, DecodeTimes, ModelShape, Result, Routing};
+
+/// The GPU must reach the next layer within this time.
+const WATCHDOG: Duration = Duration::from_secs(30);
+
+/// Which graph a step needs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Kind {
+    logits: bool,
+    /// Whether the CPU may have experts to compute
+    hybrid: bool,
+}
+
+/// Buffers of a decode step; addresses are the device's.
+pub struct Decode {
+    hidden: u64,
+    step: u64,
+    /// Outputs of projections: q, k, v or ba
+    projected: [u64; 3],
+    mixed: u64,
+    router_logits: u64,
+    router_counter: u64,
+    decision: u64,
+    expert_hidden: u64,
+    expert_hidden_stride: usize,
+    moe: u64,
+    attention_partial: u64,
+    attention_counters: u64,
+    attention_splits: usize,
+    logits: u64,
+    /// `[k + 1]`: of m misses, how many the GPU reads over PCIe
+    split: u64,
+    split_host: Vec<i32>,
+
+    embedding: Pinned<f32>,
+    host_step: Pinned<Step>,
+    handoffs: Pinned<Handoff>,
+    handoff_x: Pinned<f32>,
+    cpu_out: Pinned<f32>,
+    done: Pinned<u32>,
+    host_logits: Pinned<f32>,
+
+    graphs: Vec<(Kind, Graph)>,
+    number: u32,
+    pub times: DecodeTimes,
+}
+
+/// What a step works on.
+pub struct Model<'a> {
+    pub shape: &'a ModelShape,
+    pub dense: &'a DenseWeights,
+    pub store: &'a ExpertStore,
+    pub shared_layout: ExpertLayout,
+    pub stream: &'a Stream,
+}
+
+impl Decode {
+    pub fn new(
+        device: &Device,
+        arena: &mut Arena,
+        shape: &ModelShape,
+        layouts: [&ExpertLayout; 2],
+        stream: &Stream,
+    ) -> Result<Self> {
+        let (dim, layers) = (shape.hidden_size, shape.num_layers());
+        let (attention, net) = (&shape.attention, &shape.delta_net);
+        let k = shape.moe.num_experts_per_tok;
+        let mut floats = |count: usize| arena.alloc(4 * count, stream);
+        let splits = geometry::attention_splits(shape, device.facts().multiprocessors as usize);
+        let share = attention.num_attention_heads / attention.num_key_value_heads.max(1);
+        let intermediate = layouts.map(|l| l.intermediate as usize);
+        let stride = intermediate[0].max(intermediate[1]).next_multiple_of(64);
+        let partials = attention.num_key_value_heads * splits * share * (attention.head_dim + 2);
+        Ok(Decode {
+            hidden: floats(dim)?,
+            step: floats(2)?,
+            projected: [
+                floats(attention.q_proj_rows())?,
+                floats(attention.kv_rows().max(net.ba_rows()))?,
+                floats(attention.kv_rows())?,
+            ],
+            mixed: floats(net.value_dim().max(attention.o_proj_cols()))?,
+            router_logits: floats(shape.moe.num_experts + 1)?,
+            router_counter: floats(1)?,
+            decision: floats(DECISION_BYTES / 4)?,
+            expert_hidden: floats((k + 1) * stride)?,
+            expert_hidden_stride: stride,
+            moe: floats(dim)?,
+            attention_partial: floats(partials)?,
+            attention_counters: floats(attention.num_key_value_heads)?,
+            attention_splits: splits,
+            logits: floats(shape.vocab_size)?,
+            split: floats(k + 1)?,
+            split_host: vec![0; k + 1],
+            embedding: device.alloc_host(dim)?,
+            host_step: device.alloc_host(1)?,
+            handoffs: device.alloc_host(layers)?,
+            handoff_x: device.alloc_host(layers * dim)?,
+            cpu_out: device.alloc_host(layers * dim)?,
+            done: device.alloc_host(layers)?,
+            host_logits: device.alloc_host(shape.vocab_size)?,
+            graphs: Vec::new(),
+            number: 0,
+            times: DecodeTimes::default(),
+        })
+    }
+
+    /// Device address of the residual stream, `[D]`.
+    pub fn hidden(&self) -> u64 {
+        self.hidden
+    }
+
+    /// Of `m` missing experts, the GPU reads `split[m]` over PCIe instead of leaving them to the
+    /// CPU.
+    pub fn set_split(&mut self, split: &[i32], stream: &Stream) -> Result<()> {
+        assert_eq!(split.len(), self.split_host.len());
+        self.split_host.copy_from_slice(split);
+        let bytes: &[u8] = bytemuck::cast_slice(split);
+        // SAFETY: the table has this size, and the copy is awaited.
+        unsafe { stream.copy_to_device(self.split, bytes.as_ptr(), bytes.len())? };
+        stream.synchronize()
+    }
+
+    /// Graphs hold addresses of the sequence: they are made anew after it moved.
+    pub fn forget_graphs(&mut self) {
+        self.graphs.clear();
+    }
+
+    /// Feeds one token. `embedding(out)` writes its embedding, `[D]`.
+    ///
+    /// # Errors
+    /// If the driver, a worker or the watchdog reports one; the sequence is lost then.
+    pub fn step(
+        &mut self,
+        model: &Model,
+        offload: &mut Offload,
+        state: &mut SequenceState,
+        want_logits: bool,
+        embedding: impl FnOnce(&mut [f32]),
+        on_routing: &mut dyn FnMut(usize, &Routing),
+    ) -> Result<Option<&[f32]>> {
+        let start = Instant::now();
+        self.number += 1;
+        embedding(self.embedding.as_mut_slice());
+        self.host_step.as_mut_slice()[0] = Step {
+            position: state.position as i32,
+            number: self.number,
+        };
+        let kind = Kind {
+            logits: want_logits,
+            hybrid: !model.store.all_resident(),
+        };
+        let index = match self.graphs.iter().position(|(k, _)| *k == kind) {
+            Some(index) => index,
+            None => {
+                let graph = model.stream.capture(|| self.record(model, state, kind))?;
+                self.graphs.push((kind, graph));
+                self.graphs.len() - 1
+            }
+        };
+        // SAFETY: the graph was recorded for this sequence, whose memory `state` holds.
+        unsafe { model.stream.launch_graph(&self.graphs[index].1)? };
+        let launched = Instant::now();
+        let mut times = DecodeTimes {
+            steps: 1,
+            launch_s: (launched - start).as_secs_f64(),
+            ..DecodeTimes::default()
+        };
+        if kind.hybrid {
+            let served = self.serve(model, offload, &mut times);
+            if let Err(error) = served {
+                // The graph must end, or the next call of the driver would wait for ever.
+                for layer in 0..model.shape.num_layers() {
+                    self.set_done(layer);
+                }
+                model.stream.synchronize().ok();
+                return Err(error);
+            }
+        }
+        let served = Instant::now();
+        model.stream.synchronize()?;
+        let end = Instant::now();
+        times.tail_s = (end - served).as_secs_f64();
+        times.total_s = (end - start).as_secs_f64();
+        state.position += 1;
+
+        let k = model.shape.moe.num_experts_per_tok;
+        let mut routing = Routing {
+            num_experts_per_tok: k,
+            ..Routing::default()
+        };
+        for (layer, handoff) in self.handoffs.as_slice().iter().enumerate() {
+            routing.topk_ids.clear();
+            routing.topk_ids.extend(handoff.topk_ids[..k].iter().map(|&id| id as u16));
+            routing.topk_weights.clear();
+            routing.topk_weights.extend(&handoff.topk_weights[..k]);
+            let cpu = handoff.num_cpu as u64;
+            let missing = (routing.topk_ids.iter())
+                .filter(|&&id| model.store.resident(layer, usize::from(id)) == 0)
+                .count() as u64;
+            times.experts_cpu += cpu;
+            times.experts_pcie += missing - cpu.min(missing);
+            times.experts_vram += k as u64 - missing;
+            on_routing(layer, &routing);
+        }
+        self.times.add(&times);
+        Ok(want_logits.then(|| self.host_logits.as_slice()))
+    }
+
+    /// Computes what each layer leaves to the CPU, as the GPU gets there.
+    fn serve(
+        &mut self,
+        model: &Model,
+        offload: &mut Offload,
+        times: &mut DecodeTimes,
+    ) -> Result<()> {
+        let dim = model.shape.hidden_size;
+        let mut now = Instant::now();
+        for layer in 0..model.shape.num_layers() {
+            self.wait_ready(layer, model)?;
+            let ready = Instant::now();
+            times.wait_gpu_s += (ready - now).as_secs_f64();
+            let handoff = self.handoffs.pointer(layer);
+            // SAFETY: the GPU released it with `ready`, and writes it again in the next step.
+            let handoff = unsafe { handoff.read_volatile() };
+            let count = (handoff.num_cpu.max(0) as usize).min(handoff.cpu_ids.len());
+            if count > 0 {
+                // SAFETY: as above; `[layers, dim]` floats.
+                let x = unsafe {
+                    std::slice::from_raw_parts(self.handoff_x.pointer(layer * dim), dim)
+                };
+                // SAFETY: the GPU reads this only after `done` is set below.
+                let out = unsafe {
+                    std::slice::from_raw_parts_mut(self.cpu_out.pointer(layer * dim), dim)
+                };
+                let experts = &model.store.layers[layer].experts;
+                let (ids, weights) = (&handoff.cpu_ids[..count], &handoff.cpu_weights[..count]);
+                offload.compute(experts, ids, weights, x, out)?;
+            } else {
+                let out = self.cpu_out.as_mut_slice();
+                out[layer * dim..(layer + 1) * dim].fill(0.0);
+            }
+            self.set_done(layer);
+            now = Instant::now();
+            times.cpu_experts_s += (now - ready).as_secs_f64();
+        }
+        Ok(())
+    }
+
+    fn set_done(&self, layer: usize) {
+        // SAFETY: a u32 that only atomics and the GPU touch.
+        unsafe { AtomicU32::from_ptr(self.done.pointer(layer)) }.store(1, Ordering::Release);
+    }
+
+    /// Spins until the router of `layer` has chosen.
+    fn wait_ready(&self, layer: usize, model: &Model) -> Result<()> {
+        let ready = self.handoffs.pointer(layer).cast::<u32>();
+        // SAFETY: `ready` is the first field, a u32 that the GPU stores.
+        let ready = unsafe { AtomicU32::from_ptr(ready) };
+        let mut spins = 0u32;
+        let mut since = None;
+        while ready.load(Ordering::Acquire) != self.number {
+            std::hint::spin_loop();
+            spins = spins.wrapping_add(1);
+            if spins.is_multiple_of(1 << 14) {
+                // A kernel that failed never gets here: the stream tells.
+                let idle = model.stream.is_idle()?;
+                let since = *since.get_or_insert_with(Instant::now);
+                if idle || since.elapsed() > WATCHDOG {
+                    return Err(BackendError::Other(format!(
+                        "the GPU did not reach layer {layer} of step {} within {} s{}",
+                        self.number,
+                        since.elapsed().as_secs(),
+                        if idle { ", though it has finished" } else { "" },
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds all kernels of a step to the stream.
+    fn record(&self, model: &Model, state: &SequenceState, kind: Kind) -> Result<()> {
+        let Model {
+            shape,
+            dense,
+            store,
+            shared_layout,
+            stream,
+        } = *model;
+        let dim = shape.hidden_size;
+        let eps = shape.rms_norm_eps;
+        let layout = store.layout;
+        let k = shape.moe.num_experts_per_tok;
+        let none = Linear::default();
+        // SAFETY, of all launches here: arguments are those of the kernels in `kernels/`, in order,
+        // and addresses are of buffers that live as long as the graph: this struct's, the model's
+        // and the sequence's.
+        let launch = |name, geometry, args, overlap| unsafe {
+            stream.launch(name, geometry, args, overlap)
+        };
+        launch(
+            "decode_begin",
+            geometry::begin(dim),
+            args![self.embedding.at(0), self.host_step.at(0), self.hidden, self.step, dim as i32],
+            false,
+        )?;
+        for (index, layer) in dense.layers.iter().enumerate() {
+            match (&layer.mixer, &state.layers[index]) {
+                (Mixer::DeltaNet(net), &LayerState::DeltaNet { ring, memory }) => {
+                    let s = &shape.delta_net;
+                    let rows = s.qkvz_rows() as i32;
+                    let taps = s.conv_kernel_dim as i32;
+                    let heads = (s.num_key_heads as i32, s.num_value_heads as i32);
+                    let dims = (s.key_head_dim as i32, s.value_head_dim as i32);
+                    launch(
+                        "decode_norm_linear",
+                        geometry::norm_linear([&net.qkvz, &net.ba, &none]),
+                        args![
+                            self.step, self.hidden, layer.input_norm, eps, net.qkvz, net.ba, none,
+                            ring, self.projected[1], 0u64, taps
+                        ],
+                        true,
+                    )?;
+                    launch(
+                        "decode_delta_net",
+                        geometry::delta_net(s),
+                        args![
+                            self.step, ring, taps, rows, self.projected[1], net.conv,
+                            net.negative_a, net.dt_bias, memory, self.mixed, heads.0, heads.1,
+                            dims.0, dims.1
+                        ],
+                        true,
+                    )?;
+                    launch(
+                        "decode_delta_out",
+                        geometry::linear_add(&net.out),
+                        args![
+                            self.step, self.mixed, ring, taps, rows, net.norm, eps, heads.0,
+                            heads.1, dims.0, dims.1, net.out, self.hidden
+                        ],
+                        true,
+                    )?;
+                }
+                (Mixer::Attention(net), LayerState::Attention(cache)) => {
+                    let s = &shape.attention;
+                    launch(
+                        "decode_norm_linear",
+                        geometry::norm_linear([&net.q, &net.k, &net.v]),
+                        args![
+                            self.step, self.hidden, layer.input_norm, eps, net.q, net.k, net.v,
+                            self.projected[0], self.projected[1], self.projected[2], 0i32
+                        ],
+                        true,
+                    )?;
+                    launch(
+                        "decode_attention",
+                        geometry::attention(s, self.attention_splits),
+                        args![
+                            self.step, self.projected[0], self.projected[1], self.projected[2],
+                            net.q_norm, net.k_norm, eps, dense.inverse_frequencies,
+                            s.rotary_dim as i32, *cache, s.num_attention_heads as i32,
+                            s.num_key_value_heads as i32, s.head_dim as i32,
+                            self.attention_splits as i32, self.attention_partial,
+                            self.attention_counters, self.mixed
+                        ],
+                        true,
+                    )?;
+                    launch(
+                        "decode_linear_add",
+                        geometry::linear_add(&net.out),
+                        args![self.mixed, net.out, self.hidden],
+                        true,
+                    )?;
+                }
+                _ => unreachable!("states are made for this model"),
+            }
+            let layer_store = &store.layers[index];
+            launch(
+                "decode_router",
+                geometry::router(shape),
+                args![
+                    self.step, self.hidden, layer.expert_norm, eps, dim as i32, layer.router,
+                    layer.shared_gate, k as i32, shape.moe.norm_topk_prob as i32,
+                    self.router_logits, self.router_counter, store.device_table(index),
+                    layer_store.mapped, layout.blob_bytes, layer_store.units, layout.num_units,
+                    layer.shared_blob, layer.shared_units, self.split, self.decision,
+                    self.handoffs.at(index), self.handoff_x.at(index * dim), kind.hybrid as i32
+                ],
+                true,
+            )?;
+            launch(
+                "decode_experts_up",
+                geometry::experts_up(shape, [&layout, &shared_layout]),
+                args![
+                    self.hidden, layer.expert_norm, eps, dim as i32, self.decision, layout,
+                    shared_layout, self.expert_hidden, self.expert_hidden_stride as i32
+                ],
+                true,
+            )?;
+            // Alone, the GPU adds to the residual stream at once; else it waits for the CPU first.
+            let (out, add) = if kind.hybrid { (self.moe, 0i32) } else { (self.hidden, 1i32) };
+            launch(
+                "decode_experts_down",
+                geometry::experts_down(shape, [&layout, &shared_layout]),
+                args![
+                    self.expert_hidden, self.expert_hidden_stride as i32, self.decision, layout,
+                    shared_layout, dim as i32, out, add
+                ],
+                true,
+            )?;
+            if kind.hybrid {
+                // SAFETY: the flag lives as long as this struct.
+                unsafe { stream.wait_flag(self.done.at(index), 1)? };
+                launch(
+                    "decode_combine",
+                    geometry::combine(dim),
+                    args![
+                        self.moe, self.cpu_out.at(index * dim), self.done.at(index), self.hidden,
+                        dim as i32
+                    ],
+                    false,
+                )?;
+            }
+        }
+        if kind.logits {
+            launch(
+                "decode_norm_linear",
+                geometry::norm_linear([&dense.lm_head, &none, &none]),
+                args![
+                    self.step, self.hidden, dense.norm, eps, dense.lm_head, none, none,
+                    self.logits, 0u64, 0u64, 0i32
+                ],
+                true,
+            )?;
+            let bytes = 4 * shape.vocab_size;
+            let to = self.host_logits.pointer(0).cast::<u8>();
+            // SAFETY: both are `[vocab_size]` and live as long as this struct.
+            unsafe { stream.copy_to_host(to, self.logits, bytes)? };
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,396 @@
+//! The `cuda` backend: dense weights, states and hot experts on the GPU, the other experts computed
+//! in RAM by the CPU at the same time.
+//!
+//! It is driven as a whole sequence, not block by block: a decode step is one captured graph, and a
+//! host call between blocks would cost more than the blocks. [`Cuda::forward`] has the contract of
+//! `model::forward::Runner`; the conformance tests hold it to the same results.
+//!
+//! | file | is |
+//! |---|---|
+//! | [`device`] | memory, streams, launches, graphs; behind it the driver or the emulator |
+//! | [`abi`], [`geometry`] | structures and launch sizes of `kernels/*.cu` |
+//! | [`weights`], [`store`] | dense weights in VRAM, all experts in pinned RAM, some in slots |
+//! | [`state`] | what a sequence carries on |
+//! | [`decode`] | one token; the hand-off between GPU and CPU |
+//! | [`prefill`] | chunks of tokens; experts stream over PCIe |
+
+pub mod abi;
+mod arena;
+pub mod budget;
+pub mod decode;
+pub mod device;
+#[cfg(feature = "cuda")]
+pub mod driver;
+#[cfg(feature = "emulate")]
+pub mod emulated;
+pub mod geometry;
+mod prefill;
+pub mod state;
+mod store;
+mod weights;
+
+use std::ops::Range;
+
+use abi::{ExpertLayout, MAX_TOP_K};
+use arena::Arena;
+use budget::Usage;
+use decode::{Decode, Model};
+use device::{Device, Stream};
+use prefill::Prefill;
+use state::{KvFormat, SequenceState};
+use store::ExpertStore;
+use weights::{DenseWeights, Loaded};
+
+use super::cpu::Progress;
+use super::cpu::offload::Offload;
+use super::{
+    BackendError, BackendFacts, DecodeTimes, ModelShape, ModelWeights, Result, Routing,
+};
+use crate::formats::Matrix;
+
+/// Which experts get the VRAM that dense weights, states and workspace leave.
+#[derive(Clone, Debug, Default)]
+pub enum Residency {
+    /// As many as fit, spread evenly over layers
+    #[default]
+    Fill,
+    /// None: every expert is computed by the CPU
+    Nothing,
+    /// Of each layer these, most wanted first, as far as they fit; then as `Fill`
+    Preferred(Vec<Vec<u16>>),
+    /// Exactly these (layer, expert)
+    Exactly(Vec<(usize, usize)>),
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct CudaOptions {
+    /// CPU workers, the one that drives the GPU included; one per usable core if not given
+    pub threads: Option<usize>,
+    /// All that the process may hold on the device, its context included; all that is free if not
+    /// given
+    pub vram_bytes: Option<u64>,
+    pub kv_format: KvFormat,
+    pub residency: Residency,
+    /// The most tokens of a prefill chunk; chosen by memory if not given
+    pub prefill_tokens: Option<usize>,
+    /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
+    pub split: Option<Vec<i32>>,
+}
+
+/// Chunks up to this many tokens are decoded one by one: streaming all experts of a model over PCIe
+/// takes as long as about eighty steps.
+const MAX_STEPPED_TOKENS: usize = 48;
+
+/// A model on a device, with one sequence.
+pub struct Cuda {
+    // Fields are dropped in order: buffers before the arena and streams they came from.
+    prefill: Prefill,
+    decode: Decode,
+    state: SequenceState,
+    store: ExpertStore,
+    dense: DenseWeights,
+    shared_layout: ExpertLayout,
+    offload: Offload,
+    embed_tokens: Matrix,
+    shape: ModelShape,
+    options: CudaOptions,
+    usage: Usage,
+    /// A failed step leaves the sequence in an unknown state.
+    broken: bool,
+    _arena: Arena,
+    stream: Stream,
+    copies: Stream,
+    device: Device,
+    index: usize,
+}
+
+impl Cuda {
+    /// Loads a model onto device `index` with room for one sequence of `max_tokens`.
+    ///
+    /// # Errors
+    /// If there is no such device, or it lacks memory for what must be there.
+    pub fn new(
+        index: usize,
+        shape: ModelShape,
+        weights: &ModelWeights,
+        options: CudaOptions,
+        max_tokens: usize,
+        progress: Progress,
+    ) -> Result<Self> {
+        let baseline = Usage::before_context(index);
+        let device = Device::open(index)?;
+        let usage = baseline.with(&device);
+        Self::on(device, index, usage, shape, weights, options, max_tokens, progress)
+    }
+
+    /// As [`new`](Cuda::new), on a device that is open.
+    #[allow(clippy::too_many_arguments)]
+    pub fn on(
+        device: Device,
+        index: usize,
+        usage: Usage,
+        shape: ModelShape,
+        weights: &ModelWeights,
+        options: CudaOptions,
+        max_tokens: usize,
+        progress: Progress,
+    ) -> Result<Self> {
+        if shape.moe.num_experts_per_tok > MAX_TOP_K {
+            return Err(BackendError::Other(format!(
+                "{} experts per token; kernels take at most {MAX_TOP_K}, use --backend cpu",
+                shape.moe.num_experts_per_tok
+            )));
+        }
+        let stream = device.new_stream()?;
+        let copies = device.new_stream()?;
+        let mut offload = Offload::new(options.threads)?;
+        let mut arena = Arena::new(&device);
+        let Loaded {
+            dense,
+            store,
+            shared_layout,
+        } = weights::load(
+            &device,
+            &stream,
+            &mut arena,
+            &mut offload,
+            &shape,
+            weights,
+            progress,
+        )?;
+        let layouts = [&store.layout, &shared_layout];
+        let mut decode = Decode::new(&device, &mut arena, &shape, layouts, &stream)?;
+        if let Some(split) = &options.split {
+            // What is not given for many misses is as for the most that is.
+            let last = split.last().copied().unwrap_or(0);
+            let k = shape.moe.num_experts_per_tok;
+            let all = (0..=k).map(|m| split.get(m).copied().unwrap_or(last).clamp(0, m as i32));
+            decode.set_split(&all.collect::<Vec<_>>(), &stream)?;
+        }
+        let state = SequenceState::new(&device, &shape, options.kv_format, max_tokens, &stream)?;
+        let prefill = Prefill::new(&device, &shape, layouts, &options, &stream)?;
+        let mut cuda = Cuda {
+            prefill,
+            decode,
+            state,
+            store,
+            dense,
+            shared_layout,
+            offload,
+            embed_tokens: weights.embed_tokens.clone(),
+            shape,
+            options,
+            usage,
+            broken: false,
+            _arena: arena,
+            stream,
+            copies,
+            device,
+            index,
+        };
+        cuda.fill_slots()?;
+        Ok(cuda)
+    }
+
+    /// Gives the VRAM that is left to experts, as the options ask.
+    fn fill_slots(&mut self) -> Result<()> {
+        let (layers, experts) = (self.shape.num_layers(), self.shape.moe.num_experts);
+        self.decode.forget_graphs();
+        self.store.set_slots(&self.device, 0, &self.stream)?;
+        let room = self.usage.room(self.options.vram_bytes)?;
+        let fitting = ((room / self.store.slot_bytes()) as usize).min(layers * experts);
+        let wanted: Vec<(usize, usize)> = match &self.options.residency {
+            Residency::Nothing => Vec::new(),
+            Residency::Exactly(experts) => {
+                if experts.len() > fitting {
+                    return Err(BackendError::Other(format!(
+                        "{} experts were asked to be in VRAM, {fitting} fit",
+                        experts.len()
+                    )));
+                }
+                experts.clone()
+            }
+            Residency::Fill => spread(layers, experts, &[], fitting),
+            Residency::Preferred(lists) => spread(layers, experts, lists, fitting),
+        };
+        self.store.set_slots(&self.device, wanted.len(), &self.stream)?;
+        for (slot, (layer, expert)) in wanted.into_iter().enumerate() {
+            if layer >= layers || expert >= experts {
+                return Err(BackendError::Other(format!(
+                    "expert {expert} of layer {layer} is not in this model of {layers} layers \
+                     with {experts} experts"
+                )));
+            }
+            self.store.fetch(layer, expert, slot, &self.stream)?;
+        }
+        self.store.publish(&self.stream)?;
+        self.stream.synchronize()
+    }
+
+    pub fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
+    /// Tokens the sequence has seen.
+    pub fn position(&self) -> usize {
+        self.state.position
+    }
+
+    /// Experts in VRAM now.
+    pub fn resident_experts(&self) -> usize {
+        self.store.num_resident()
+    }
+
+    /// Where the time of decode steps went since the last call.
+    pub fn take_times(&mut self) -> DecodeTimes {
+        std::mem::take(&mut self.decode.times)
+    }
+
+    /// Bytes that this process holds on the device, by the driver's figure.
+    pub fn used_bytes(&self) -> Result<u64> {
+        self.usage.now()
+    }
+
+    /// See `Runner::prefill_chunk`.
+    pub fn prefill_chunk(&self) -> usize {
+        self.prefill.max_tokens()
+    }
+
+    pub fn facts(&self) -> BackendFacts {
+        BackendFacts {
+            name: format!("cuda:{}", self.index),
+            kernels: Some(format!(
+                "{}, {} int16 for experts in RAM",
+                self.device.facts().name,
+                self.offload.isa().name()
+            )),
+            threads: self.offload.threads(),
+        }
+    }
+
+    /// Forgets the sequence and makes room for one of `max_tokens`.
+    pub fn reset(&mut self, max_tokens: usize) -> Result<()> {
+        self.stream.synchronize().ok();
+        self.broken = false;
+        if max_tokens <= self.state.max_tokens && 2 * max_tokens > self.state.max_tokens {
+            self.state.max_tokens = max_tokens;
+            return self.state.clear(&self.stream);
+        }
+        // Slots give their memory back first, then get what the new context leaves.
+        self.decode.forget_graphs();
+        self.store.set_slots(&self.device, 0, &self.stream)?;
+        let (shape, format) = (&self.shape, self.options.kv_format);
+        self.state = SequenceState::new(&self.device, shape, format, 1, &self.stream)?;
+        self.state = SequenceState::new(&self.device, shape, format, max_tokens, &self.stream)?;
+        self.fill_slots()
+    }
+
+    /// Feeds `ids` after what the sequence has seen; `[rows, vocab_size]` logits of the tokens
+    /// `rows` of this chunk.
+    ///
+    /// `on_routing` gets layer, position of the first token it covers, and the choice.
+    ///
+    /// # Errors
+    /// The context is full, or driver, worker or watchdog report an error.
+    pub fn forward(
+        &mut self,
+        ids: &[u32],
+        rows: Range<usize>,
+        on_routing: &mut dyn FnMut(usize, usize, &Routing),
+    ) -> Result<Vec<f32>> {
+        if self.broken {
+            return Err(BackendError::Other(
+                "the sequence was lost with an earlier error; start a new one".into(),
+            ));
+        }
+        let needed = self.state.position + ids.len();
+        if needed > self.state.max_tokens {
+            return Err(BackendError::ContextFull {
+                needed,
+                capacity: self.state.max_tokens,
+            });
+        }
+        self.broken = true;
+        let logits = if ids.len() <= MAX_STEPPED_TOKENS {
+            self.step_all(ids, rows, on_routing)?
+        } else {
+            self.prefill_all(ids, rows, on_routing)?
+        };
+        self.broken = false;
+        Ok(logits)
+    }
+
+    /// Tokens one after the other, each a decode step.
+    fn step_all(
+        &mut self,
+        ids: &[u32],
+        rows: Range<usize>,
+        on_routing: &mut dyn FnMut(usize, usize, &Routing),
+    ) -> Result<Vec<f32>> {
+        let mut logits = Vec::with_capacity(rows.len() * self.shape.vocab_size);
+        let model = Model {
+            shape: &self.shape,
+            dense: &self.dense,
+            store: &self.store,
+            shared_layout: self.shared_layout,
+            stream: &self.stream,
+        };
+        for (i, &id) in ids.iter().enumerate() {
+            let position = self.state.position;
+            let row = self.decode.step(
+                &model,
+                &mut self.offload,
+                &mut self.state,
+                rows.contains(&i),
+                |out| {
+                    let id = id as usize;
+                    self.embed_tokens.dequantize_rows(id..id + 1, out);
+                },
+                &mut |layer, routing| on_routing(layer, position, routing),
+            )?;
+            logits.extend_from_slice(row.unwrap_or_default());
+        }
+        Ok(logits)
+    }
+}
+
+/// `count` experts, the same number in every layer as nearly as can be: of each layer those that
+/// `preferred` names, then the lowest ids.
+fn spread(
+    layers: usize,
+    experts: usize,
+    preferred: &[Vec<u16>],
+    count: usize,
+) -> Vec<(usize, usize)> {
+    let orders: Vec<Vec<usize>> = (0..layers)
+        .map(|layer| {
+            let named = preferred.get(layer).map_or(&[][..], Vec::as_slice);
+            let mut order: Vec<usize> = Vec::with_capacity(experts);
+            let mut taken = vec![false; experts];
+            let all = named.iter().map(|&e| usize::from(e)).chain(0..experts);
+            for expert in all {
+                if expert < experts && !std::mem::replace(&mut taken[expert], true) {
+                    order.push(expert);
+                }
+            }
+            order
+        })
+        .collect();
+    (0..experts)
+        .flat_map(|rank| (0..layers).map(move |layer| (layer, rank)))
+        .take(count)
+        .map(|(layer, rank)| (layer, orders[layer][rank]))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_spread_evenly_and_preferences_come_first() {
+        let all = spread(3, 4, &[vec![3, 1], vec![], vec![2]], 7);
+        assert_eq!(all, [(0, 3), (1, 0), (2, 2), (0, 1), (1, 1), (2, 0), (0, 0)]);
+        assert_eq!(spread(2, 3, &[], 100).len(), 6);
+    }
+}

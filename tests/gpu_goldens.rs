@@ -1,0 +1,102 @@
+//! The cuda backend against what transformers computed: whole models, every placement of experts.
+//!
+//! On a machine without a GPU the emulator runs the same kernels, if it is built in
+//! (`--features cuda,emulate`); without both there is nothing to test, which is said.
+#![cfg(any(feature = "cuda", feature = "emulate"))]
+
+mod gpu;
+mod support;
+
+use gpu::open_device;
+use moectl::backend::cuda::budget::Usage;
+use moectl::backend::cuda::device::Device;
+use moectl::backend::cuda::{Cuda, CudaOptions, Residency};
+use moectl::backend::{ModelShape, ModelWeights};
+use moectl::model::Runner;
+use support::*;
+
+/// Largest difference of a logit. Keys and values are f16: 0.02% off each, which the random weights
+/// of the goldens magnify.
+const TOLERANCE: f32 = 0.02;
+/// Below this relative gap at the router's boundary, either expert is right.
+const DECIDED_GAP: f64 = 1e-3;
+
+fn cuda(device: &Device, options: CudaOptions, model: &(ModelShape, ModelWeights)) -> Cuda {
+    let (shape, weights) = (model.0.clone(), &model.1);
+    let usage = Usage::alone(device);
+    Cuda::on(device.clone(), 0, usage, shape, weights, options, 512, &|_, _| {}).unwrap()
+}
+
+fn with(residency: Residency) -> CudaOptions {
+    CudaOptions {
+        residency,
+        ..CudaOptions::default()
+    }
+}
+
+#[test]
+fn logits_routing_and_greedy_tokens_equal_transformers() {
+    let Some(device) = open_device() else { return };
+    for &(model, layout) in F32_GOLDENS {
+        let golden = golden(model, layout);
+        let model = open(&golden.model_dir);
+        let mut sequence = cuda(&device, with(Residency::Fill), &model);
+        let (mut worst, mut worst_name) = (0.0f32, String::new());
+        for prompt in &golden.prompts {
+            let what = format!("{} {}", golden.name, prompt.name);
+            let expected = golden.f32s(&format!("logits.{}", prompt.name));
+            let vocab = expected.len() / prompt.ids.len();
+            Runner::reset(&mut sequence, 512).unwrap();
+            let (logits, routing) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
+            if prompt.router_gap < DECIDED_GAP {
+                continue;
+            }
+            let diff = max_diff(&logits, &expected);
+            if diff > worst {
+                (worst, worst_name) = (diff, what.clone());
+            }
+            assert!(diff <= TOLERANCE, "{what}: logits differ by {diff}");
+            for (layer, routing) in routing.iter().enumerate() {
+                let ids = golden.i32s(&format!("router.{}.{layer}.idx", prompt.name));
+                assert_eq!(unequal_expert_sets(routing, &ids), 0, "{what} layer {layer}");
+            }
+            let last = &logits[logits.len() - vocab..];
+            assert_eq!(greedy(&mut sequence, last, 32), prompt.greedy, "{what}");
+        }
+        println!("{}: largest difference of a logit {worst:.1e} ({worst_name})", golden.name);
+    }
+}
+
+#[test]
+fn every_placement_of_experts_gives_the_same_tokens() {
+    let Some(device) = open_device() else { return };
+    for &(model, layout) in &[("tiny-a", "nf4"), ("tiny-b", "nf4"), ("tiny-c", "bf16")] {
+        let golden = golden(model, layout);
+        let model = open(&golden.model_dir);
+        let (layers, experts) = (model.0.num_layers(), model.0.moe.num_experts);
+        let some = |step: usize| -> Vec<(usize, usize)> {
+            (0..layers * experts).step_by(step).map(|i| (i / experts, i % experts)).collect()
+        };
+        let prompt = golden.prompts.iter().find(|p| p.router_gap >= DECIDED_GAP).unwrap();
+        let placements = [
+            (with(Residency::Nothing), "all in RAM"),
+            (with(Residency::Exactly(some(2))), "every other one in VRAM"),
+            (with(Residency::Exactly(some(3))), "every third in VRAM"),
+            (with(Residency::Fill), "all in VRAM"),
+            (
+                CudaOptions {
+                    split: Some(vec![0, 1, 1, 2]),
+                    ..with(Residency::Exactly(some(5)))
+                },
+                "some read over PCIe",
+            ),
+        ];
+        for (options, name) in placements {
+            let mut sequence = cuda(&device, options, &model);
+            let (logits, _) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
+            let vocab = logits.len() / prompt.ids.len();
+            let tokens = greedy(&mut sequence, &logits[logits.len() - vocab..], 32);
+            assert_eq!(tokens, prompt.greedy, "{} {name}", golden.name);
+        }
+    }
+}
