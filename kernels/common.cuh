@@ -118,9 +118,11 @@ __device__ __forceinline__ float bf16_to_f32(uint16_t bits) {
 __device__ __forceinline__ float f16_to_f32(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }
-/* Round to nearest; beyond the range, the largest finite number. */
+/* Round to nearest; beyond the range, the largest finite number. NaN stays NaN. */
 __device__ __forceinline__ uint16_t f32_to_f16(float x) {
-  return __half_as_ushort(__float2half_rn(fminf(fmaxf(x, -65504.0f), 65504.0f)));
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-65504.0f));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(65504.0f));
+  return __half_as_ushort(__float2half_rn(x));
 }
 #endif
 
@@ -257,4 +259,16 @@ __device__ __forceinline__ float warp_max(float x) {
   for (int offset = 16; offset > 0; offset /= 2)
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
+}
+
+/* Two f16 in each: x - y. */
+__device__ __forceinline__ uint32_t sub_f16x2(uint32_t x, uint32_t y) {
+#ifdef MOECTL_EMULATE
+  return pack_f16(f16_to_f32((uint16_t)x) - f16_to_f32((uint16_t)y),
+                  f16_to_f32((uint16_t)(x >> 16)) - f16_to_f32((uint16_t)(y >> 16)));
+#else
+  uint32_t z;
+  asm("sub.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+#endif
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::abi::{DECISION_BYTES, ExpertLayout, Handoff, Linear, Step};
 use super::arena::Arena;
 use super::device::{Device, Graph, Pinned, Stream, args};
-use super::geometry;
+use super::geometry::{self, AttentionParts};
 use super::state::{LayerState, SequenceState};
 use super::store::ExpertStore;
 use super::weights::{DenseWeights, Mixer};
@@ -44,7 +44,8 @@ pub struct Decode {
     moe: u64,
     attention_partial: u64,
     attention_counters: u64,
-    attention_splits: usize,
+    attention: AttentionParts,
+    multiprocessors: usize,
     logits: u64,
     /// `[k + 1]`: of m misses, how many the GPU reads over PCIe
     split: u64,
@@ -84,11 +85,10 @@ impl Decode {
         let (attention, net) = (&shape.attention, &shape.delta_net);
         let k = shape.moe.num_experts_per_tok;
         let mut floats = |count: usize| arena.alloc(4 * count, stream);
-        let splits = geometry::attention_splits(shape, device.facts().multiprocessors as usize);
-        let share = attention.num_attention_heads / attention.num_key_value_heads.max(1);
+        let multiprocessors = device.facts().multiprocessors as usize;
+        let parts = geometry::attention_parts(attention, multiprocessors);
         let intermediate = layouts.map(|l| l.intermediate as usize);
         let stride = intermediate[0].max(intermediate[1]).next_multiple_of(64);
-        let partials = attention.num_key_value_heads * splits * share * (attention.head_dim + 2);
         Ok(Decode {
             hidden: floats(dim)?,
             step: floats(2)?,
@@ -104,9 +104,10 @@ impl Decode {
             expert_hidden: floats((k + 1) * stride)?,
             expert_hidden_stride: stride,
             moe: floats(dim)?,
-            attention_partial: floats(partials)?,
-            attention_counters: floats(attention.num_key_value_heads)?,
-            attention_splits: splits,
+            attention_partial: floats(parts.partial)?,
+            attention_counters: floats(parts.counters)?,
+            attention: parts,
+            multiprocessors,
             logits: floats(shape.vocab_size)?,
             split: floats(k + 1)?,
             split_host: vec![0; k + 1],
@@ -121,11 +122,6 @@ impl Decode {
             number: 0,
             times: DecodeTimes::default(),
         })
-    }
-
-    /// Device address of the residual stream, `[D]`.
-    pub fn hidden(&self) -> u64 {
-        self.hidden
     }
 
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe instead of leaving them to the
@@ -223,6 +219,34 @@ impl Decode {
         }
         self.times.add(&times);
         Ok(want_logits.then(|| self.host_logits.as_slice()))
+    }
+
+    /// Logits of the residual stream at device address `hidden`, `[D]`; waits.
+    pub fn head_of(&mut self, model: &Model, hidden: u64) -> Result<&[f32]> {
+        self.record_head(model, hidden)?;
+        model.stream.synchronize()?;
+        Ok(self.host_logits.as_slice())
+    }
+
+    /// Final norm, output head, and the logits to the host.
+    fn record_head(&self, model: &Model, hidden: u64) -> Result<()> {
+        let none = Linear::default();
+        let (dense, eps) = (model.dense, model.shape.rms_norm_eps);
+        let to = self.host_logits.pointer(0).cast::<u8>();
+        // SAFETY: arguments are those of the kernel; buffers are `[vocab_size]` and live as long as
+        // this struct.
+        unsafe {
+            model.stream.launch(
+                "decode_norm_linear",
+                geometry::norm_linear([&dense.lm_head, &none, &none], self.multiprocessors),
+                args![
+                    self.step, hidden, dense.norm, eps, dense.lm_head, none, none, self.logits,
+                    0u64, 0u64, 0i32
+                ],
+                true,
+            )?;
+            model.stream.copy_to_host(to, self.logits, 4 * model.shape.vocab_size)
+        }
     }
 
     /// Computes what each layer leaves to the CPU, as the GPU gets there.
@@ -333,7 +357,7 @@ impl Decode {
                     let dims = (s.key_head_dim as i32, s.value_head_dim as i32);
                     launch(
                         "decode_norm_linear",
-                        geometry::norm_linear([&net.qkvz, &net.ba, &none]),
+                        geometry::norm_linear([&net.qkvz, &net.ba, &none], self.multiprocessors),
                         args![
                             self.step, self.hidden, layer.input_norm, eps, net.qkvz, net.ba, none,
                             ring, self.projected[1], 0u64, taps
@@ -364,7 +388,7 @@ impl Decode {
                     let s = &shape.attention;
                     launch(
                         "decode_norm_linear",
-                        geometry::norm_linear([&net.q, &net.k, &net.v]),
+                        geometry::norm_linear([&net.q, &net.k, &net.v], self.multiprocessors),
                         args![
                             self.step, self.hidden, layer.input_norm, eps, net.q, net.k, net.v,
                             self.projected[0], self.projected[1], self.projected[2], 0i32
@@ -373,13 +397,13 @@ impl Decode {
                     )?;
                     launch(
                         "decode_attention",
-                        geometry::attention(s, self.attention_splits),
+                        geometry::attention(s, &self.attention, cache.format == 1),
                         args![
                             self.step, self.projected[0], self.projected[1], self.projected[2],
                             net.q_norm, net.k_norm, eps, dense.inverse_frequencies,
                             s.rotary_dim as i32, *cache, s.num_attention_heads as i32,
                             s.num_key_value_heads as i32, s.head_dim as i32,
-                            self.attention_splits as i32, self.attention_partial,
+                            self.attention.splits as i32, self.attention_partial,
                             self.attention_counters, self.mixed
                         ],
                         true,
@@ -396,7 +420,7 @@ impl Decode {
             let layer_store = &store.layers[index];
             launch(
                 "decode_router",
-                geometry::router(shape),
+                geometry::router(&layer.router, &layer.shared_gate),
                 args![
                     self.step, self.hidden, layer.expert_norm, eps, dim as i32, layer.router,
                     layer.shared_gate, k as i32, shape.moe.norm_topk_prob as i32,
@@ -420,7 +444,7 @@ impl Decode {
             let (out, add) = if kind.hybrid { (self.moe, 0i32) } else { (self.hidden, 1i32) };
             launch(
                 "decode_experts_down",
-                geometry::experts_down(shape, [&layout, &shared_layout]),
+                geometry::experts_down(dim),
                 args![
                     self.expert_hidden, self.expert_hidden_stride as i32, self.decision, layout,
                     shared_layout, dim as i32, out, add
@@ -442,19 +466,7 @@ impl Decode {
             }
         }
         if kind.logits {
-            launch(
-                "decode_norm_linear",
-                geometry::norm_linear([&dense.lm_head, &none, &none]),
-                args![
-                    self.step, self.hidden, dense.norm, eps, dense.lm_head, none, none,
-                    self.logits, 0u64, 0u64, 0i32
-                ],
-                true,
-            )?;
-            let bytes = 4 * shape.vocab_size;
-            let to = self.host_logits.pointer(0).cast::<u8>();
-            // SAFETY: both are `[vocab_size]` and live as long as this struct.
-            unsafe { stream.copy_to_host(to, self.logits, bytes)? };
+            self.record_head(model, self.hidden)?;
         }
         Ok(())
     }

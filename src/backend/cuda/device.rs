@@ -21,7 +21,7 @@ pub type Handle = u64;
 #[derive(Clone, Copy, Debug)]
 pub struct Geometry {
     pub grid: [u32; 3],
-    pub block: u32,
+    pub block: [u32; 2],
     pub shared_bytes: u32,
 }
 
@@ -114,6 +114,19 @@ pub trait Driver: Send + Sync {
         to: u64,
         from: *const u8,
         bytes: usize,
+        stream: Handle,
+    ) -> Result<()>;
+    /// `rows` pieces of `width` bytes, `pitch` bytes apart on the host, side by side on the device.
+    ///
+    /// # Safety
+    /// As [`copy_to_device`](Driver::copy_to_device).
+    unsafe fn copy_rows_to_device(
+        &self,
+        to: u64,
+        from: *const u8,
+        width: usize,
+        pitch: usize,
+        rows: usize,
         stream: Handle,
     ) -> Result<()>;
     /// # Safety
@@ -453,6 +466,21 @@ impl Stream {
     pub unsafe fn copy_to_device(&self, to: u64, from: *const u8, bytes: usize) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { (self.device.driver).copy_to_device(to, from, bytes, self.handle) }
+    }
+
+    /// # Safety
+    /// See [`Driver::copy_rows_to_device`].
+    pub unsafe fn copy_rows_to_device(
+        &self,
+        to: u64,
+        from: *const u8,
+        width: usize,
+        pitch: usize,
+        rows: usize,
+    ) -> Result<()> {
+        let driver = &self.device.driver;
+        // SAFETY: the caller's promise.
+        unsafe { driver.copy_rows_to_device(to, from, width, pitch, rows, self.handle) }
     }
 
     /// # Safety

@@ -365,6 +365,38 @@ impl Driver for Gpu {
         check(copied, "copy to the device")
     }
 
+    unsafe fn copy_rows_to_device(
+        &self,
+        to: u64,
+        from: *const u8,
+        width: usize,
+        pitch: usize,
+        rows: usize,
+        on: Handle,
+    ) -> Result<()> {
+        self.bind()?;
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            srcHost: from.cast(),
+            srcDevice: 0,
+            srcArray: ptr::null_mut(),
+            srcPitch: pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            dstHost: ptr::null_mut(),
+            dstDevice: to,
+            dstArray: ptr::null_mut(),
+            dstPitch: width,
+            WidthInBytes: width,
+            Height: rows,
+        };
+        // SAFETY: the caller's promise.
+        check(unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream(on)) }, "copy rows to the device")
+    }
+
     unsafe fn copy_to_host(&self, to: *mut u8, from: u64, bytes: usize, on: Handle) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's promise.
@@ -416,8 +448,8 @@ impl Driver for Gpu {
             gridDimX: geometry.grid[0],
             gridDimY: geometry.grid[1],
             gridDimZ: geometry.grid[2],
-            blockDimX: geometry.block,
-            blockDimY: 1,
+            blockDimX: geometry.block[0],
+            blockDimY: geometry.block[1],
             blockDimZ: 1,
             sharedMemBytes: geometry.shared_bytes,
             hStream: stream(on),

@@ -269,6 +269,24 @@ impl Driver for Emulated {
         unsafe { self.copy_on_device(to, from as u64, bytes, stream) }
     }
 
+    unsafe fn copy_rows_to_device(
+        &self,
+        to: u64,
+        from: *const u8,
+        width: usize,
+        pitch: usize,
+        rows: usize,
+        stream: Handle,
+    ) -> Result<()> {
+        (0..rows).try_for_each(|row| {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let from = from.add(row * pitch) as u64;
+                self.copy_on_device(to + (row * width) as u64, from, width, stream)
+            }
+        })
+    }
+
     unsafe fn copy_to_host(
         &self,
         to: *mut u8,
@@ -337,7 +355,7 @@ impl Driver for Emulated {
                 let name = CString::new(kernel).expect("kernel names have no NUL");
                 let mut args = args.lock().unwrap();
                 let mut pointers = args.pointers();
-                let block = [geometry.block, 1, 1];
+                let block = [geometry.block[0], geometry.block[1], 1];
                 // SAFETY: the caller promises arguments that fit the kernel.
                 let status = unsafe {
                     moectl_emulate_launch(

@@ -1,54 +1,164 @@
 //! Grid, block and shared memory of each kernel: what the head comments in `kernels/*.cu` ask for.
 
-use super::abi::{ExpertLayout, Linear};
+use super::abi::{ExpertLayout, Format, Linear};
 use super::device::Geometry;
 use crate::backend::{AttentionShape, DeltaNetShape, ModelShape};
 
 fn geometry(x: usize, block: usize, shared_bytes: usize) -> Geometry {
     Geometry {
         grid: [x.max(1) as u32, 1, 1],
-        block: block as u32,
+        block: [block as u32, 1],
         shared_bytes: shared_bytes as u32,
     }
 }
 
 pub fn begin(dim: usize) -> Geometry {
-    geometry(dim.div_ceil(256), 256, 0)
+    geometry(dim.div_ceil(1024), 256, 0)
 }
 
-pub fn norm_linear(_linears: [&Linear; 3]) -> Geometry {
-    todo!()
+/// The first matrix, if it is rows of bf16 or f32, is gone through in a loop by a few blocks.
+pub fn norm_linear(linears: [&Linear; 3], multiprocessors: usize) -> Geometry {
+    let blocks = |i: usize| match linears[i] {
+        Linear { weights: 0, .. } => 0,
+        m if m.format == Format::Nf4Tiles as i32 => (m.rows as usize).div_ceil(32),
+        m if i == 0 => (m.rows as usize).div_ceil(8).min(4 * multiprocessors),
+        m => (m.rows as usize).div_ceil(8),
+    };
+    geometry(blocks(0) + blocks(1) + blocks(2), 256, 40_960)
 }
 
-pub fn linear_add(_linear: &Linear) -> Geometry {
-    todo!()
+pub fn linear_add(linear: &Linear) -> Geometry {
+    geometry((linear.rows as usize).div_ceil(16), 512, 49_152)
 }
 
-pub fn delta_net(_shape: &DeltaNetShape) -> Geometry {
-    todo!()
+pub fn delta_net(s: &DeltaNetShape) -> Geometry {
+    Geometry {
+        block: [288, 1],
+        ..tiles(s.value_head_dim.div_ceil(4096 / s.key_head_dim), s.num_value_heads, 0)
+    }
 }
 
-/// Parts that the context is divided into: two waves of blocks.
-pub fn attention_splits(shape: &ModelShape, multiprocessors: usize) -> usize {
-    (2 * multiprocessors / shape.attention.num_key_value_heads.max(1)).clamp(1, 256)
+/// Grid and buffers of decode attention.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionParts {
+    /// Parts that the context is divided into
+    pub splits: usize,
+    /// KV heads times passes over at most 8 query heads each
+    pub head_blocks: usize,
+    /// Floats
+    pub partial: usize,
+    pub counters: usize,
 }
 
-pub fn attention(_shape: &AttentionShape, _splits: usize) -> Geometry {
-    todo!()
+pub fn attention_parts(s: &AttentionShape, multiprocessors: usize) -> AttentionParts {
+    let group = s.num_attention_heads / s.num_key_value_heads.max(1);
+    let head_blocks = s.num_key_value_heads * group.div_ceil(8);
+    let splits = (multiprocessors / head_blocks.max(1)).clamp(1, 1024);
+    AttentionParts {
+        splits,
+        head_blocks,
+        partial: head_blocks * splits * group.min(8) * (s.head_dim + 2),
+        counters: 64 * head_blocks,
+    }
 }
 
-pub fn router(_shape: &ModelShape) -> Geometry {
-    todo!()
+pub fn attention(s: &AttentionShape, parts: &AttentionParts, int8: bool) -> Geometry {
+    let hd = s.head_dim;
+    let shared = match int8 {
+        false => 192 * hd * 2 + 4 * hd + 336,
+        true => 320 * hd * 17 / 16 + 4 * hd + 336,
+    };
+    Geometry {
+        block: [128, 1],
+        ..tiles(parts.splits, parts.head_blocks, shared)
+    }
 }
 
-pub fn experts_up(_shape: &ModelShape, _layouts: [&ExpertLayout; 2]) -> Geometry {
-    todo!()
+/// One block more writes the normed input for the CPU.
+pub fn router(router: &Linear, shared_gate: &Linear) -> Geometry {
+    let blocks = |m: &Linear| match m.format == Format::Nf4Tiles as i32 {
+        true => (m.rows as usize).div_ceil(16),
+        false => (m.rows as usize).div_ceil(4),
+    };
+    geometry(blocks(router) + blocks(shared_gate) + 1, 512, 49_152)
 }
 
-pub fn experts_down(_shape: &ModelShape, _layouts: [&ExpertLayout; 2]) -> Geometry {
-    todo!()
+pub fn experts_up(shape: &ModelShape, layouts: [&ExpertLayout; 2]) -> Geometry {
+    let rows = layouts.map(|l| l.intermediate as usize);
+    let rows = rows[0].max(rows[1]).div_ceil(16);
+    tiles(rows, shape.moe.num_experts_per_tok + 1, 40_960)
+}
+
+pub fn experts_down(dim: usize) -> Geometry {
+    geometry(dim.div_ceil(16), 512, 49_152)
+}
+
+/// Dynamic shared memory of the matrix products of prefill.
+pub const MATMUL_SHARED_BYTES: usize = 99_328;
+
+/// One dimension.
+pub fn rows(blocks: usize, block: usize) -> Geometry {
+    geometry(blocks, block, 0)
+}
+
+/// Row tiles times token tiles.
+pub fn tiles(rows: usize, tokens: usize, shared_bytes: usize) -> Geometry {
+    Geometry {
+        grid: [rows as u32, tokens as u32, 1],
+        block: [256, 1],
+        shared_bytes: shared_bytes as u32,
+    }
+}
+
+pub fn matmul(rows: usize, tokens: usize) -> Geometry {
+    tiles(rows.div_ceil(256), tokens.div_ceil(128), MATMUL_SHARED_BYTES)
+}
+
+pub fn prefill_conv(s: &DeltaNetShape, tokens: usize) -> Geometry {
+    tiles(tokens.div_ceil(16), (2 * s.num_key_heads + s.num_value_heads).div_ceil(8), 0)
+}
+
+pub fn prefill_delta_rule(s: &DeltaNetShape) -> Geometry {
+    Geometry {
+        block: [128, 1],
+        ..tiles(s.value_head_dim.div_ceil(4096 / s.key_head_dim), s.num_value_heads, 0)
+    }
+}
+
+pub fn prefill_ring(s: &DeltaNetShape, tokens: usize) -> Geometry {
+    tiles(s.qkvz_rows().div_ceil(256), tokens.min(s.conv_kernel_dim), 0)
+}
+
+pub fn prefill_router(experts: usize, tokens: usize) -> Geometry {
+    tiles(tokens.div_ceil(128), experts.div_ceil(64) + 1, 0)
+}
+
+/// Counting and scattering of the sort by expert.
+pub fn prefill_group(experts: usize, tokens: usize) -> Geometry {
+    geometry(tokens.div_ceil(64), 256, 8 * experts)
+}
+
+pub fn prefill_combine(tokens: usize) -> Geometry {
+    Geometry {
+        block: [64, 4],
+        ..geometry(tokens.div_ceil(4), 256, 0)
+    }
 }
 
 pub fn combine(dim: usize) -> Geometry {
-    geometry(dim.div_ceil(256), 256, 0)
+    geometry(dim.div_ceil(1024), 256, 0)
+}
+
+pub fn prefill_qkv(s: &AttentionShape, tokens: usize) -> Geometry {
+    let heads = s.num_attention_heads + 2 * s.num_key_value_heads;
+    geometry((tokens * heads).div_ceil(8), 256, 0)
+}
+
+pub fn prefill_attention(s: &AttentionShape, tokens: usize) -> Geometry {
+    let group = s.num_attention_heads / s.num_key_value_heads.max(1);
+    let rows = (tokens * group).div_ceil(64);
+    Geometry {
+        block: [128, 1],
+        ..tiles(rows, s.num_key_value_heads, 384 * s.head_dim)
+    }
 }

@@ -168,7 +168,8 @@ impl Cuda {
             decode.set_split(&all.collect::<Vec<_>>(), &stream)?;
         }
         let state = SequenceState::new(&device, &shape, options.kv_format, max_tokens, &stream)?;
-        let prefill = Prefill::new(&device, &shape, layouts, &options, &stream)?;
+        let prefill =
+            Prefill::new(&device, &shape, &store, &shared_layout, &dense, &options, &stream)?;
         let mut cuda = Cuda {
             prefill,
             decode,
@@ -197,7 +198,17 @@ impl Cuda {
         let (layers, experts) = (self.shape.num_layers(), self.shape.moe.num_experts);
         self.decode.forget_graphs();
         self.store.set_slots(&self.device, 0, &self.stream)?;
-        let room = self.usage.room(self.options.vram_bytes)?;
+        self.prefill.drop_workspace();
+        let budget = self.options.vram_bytes;
+        let mut room = self.usage.room(budget)?;
+        // Where few slots fit, prefill cannot borrow from them.
+        let workspace = self.prefill.workspace_bytes() as u64;
+        let all = (layers * experts) as u64 * self.store.slot_bytes();
+        let nothing = matches!(self.options.residency, Residency::Nothing | Residency::Exactly(_));
+        if nothing || room.min(all) < 2 * workspace {
+            self.prefill.own_workspace(&self.device, &self.stream)?;
+            room = self.usage.room(budget)?;
+        }
         let fitting = ((room / self.store.slot_bytes()) as usize).min(layers * experts);
         let wanted: Vec<(usize, usize)> = match &self.options.residency {
             Residency::Nothing => Vec::new(),

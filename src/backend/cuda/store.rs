@@ -281,6 +281,27 @@ impl ExpertStore {
         }
     }
 
+    /// Bytes of all slots.
+    pub fn slots_bytes(&self) -> usize {
+        self.slots.as_ref().map_or(0, Buffer::bytes)
+    }
+
+    /// Empties the last slots, `bytes` of them, for other use: their address, and what was in them.
+    /// Kernels see that after the next [`publish`](ExpertStore::publish).
+    pub fn borrow(&mut self, bytes: usize) -> (u64, Vec<(usize, (usize, usize))>) {
+        let count = bytes.div_ceil(self.slot_bytes as usize);
+        assert!(count <= self.holds.len(), "there are slots to borrow");
+        let first = self.holds.len() - count;
+        let mut held = Vec::new();
+        for slot in first..self.holds.len() {
+            if let Some(expert) = self.holds(slot) {
+                held.push((slot, expert));
+                self.evict(slot);
+            }
+        }
+        (self.slot_address(first), held)
+    }
+
     /// What `slot` holds.
     pub fn holds(&self, slot: usize) -> Option<(usize, usize)> {
         self.holds[slot].map(|(layer, expert)| (layer as usize, expert as usize))

@@ -1,0 +1,272 @@
+/*
+decode_router: chooses a token's experts, for the GPU (Decision) and for the CPU (Handoff).
+
+  launch: grid (blocks(router) + blocks(shared_gate) + (handoff_x ? 1 : 0)), block (512),
+    shared memory ROUTER_SMEM = 49,152 bytes; blocks(m) = ceil(rows / 16) for NF4_TILES, else ceil(rows / 4).
+
+All blocks compute logits [E + 1], the shared expert's gate last: half a tile row, or four rows of bf16 or f32
+with four warps each; all products are exact to f32. One more block writes the normed x for the CPU. The last
+block to finish decides: its first warp takes the softmax and picks in k rounds of a warp-wide arg-max, while
+the others fetch the slots. E <= 1024, k <= min(E, 32).
+*/
+#include "matvec.cuh"
+
+constexpr int ROUTER_WARPS = 16;
+constexpr int ROUTER_THREADS = 32 * ROUTER_WARPS;
+constexpr int ROUTER_SMEM = shared_bytes(ROUTER_WARPS);
+static_assert(ROUTER_SMEM == 49152, "as the header says");
+
+constexpr int TILE_BLOCK_ROWS = 16;
+constexpr int ROW_BLOCK_ROWS = 4;
+constexpr int WARPS_PER_ROW = ROUTER_WARPS / ROW_BLOCK_ROWS;
+
+constexpr int AREA_SQUARES = 32; /* float of a warp's area, behind its sums */
+
+/* What the deciding block keeps in shared memory, in the table's place. */
+constexpr int MAX_EXPERTS = 1024;
+struct Lookups {
+  uint64_t slots[MAX_EXPERTS];
+  int32_t split[MAX_TOP_K + 1];
+};
+
+/* Half tile row `block` of an NF4 matrix. */
+__device__ __forceinline__ void tile_logits(const Linear &m, int block, const Normed &n, float eps,
+                                            uint8_t *shared, float *logits) {
+  float *areas = (float *)(shared + TABLE_BYTES);
+  float *area = areas + warp_index() * AREA_FLOATS;
+  const uint8_t *tiles = m.weights + (int64_t)(block >> 1) * m.kblocks * TILE_BYTES;
+  const int begin = share(m.kblocks, warp_index(), ROUTER_WARPS);
+  const int end = share(m.kblocks, warp_index() + 1, ROUTER_WARPS);
+  TileStream<TILE_BLOCK_ROWS, 2> stream[1];
+  start_stream(stream[0], tiles, block & 1, begin, end);
+  prefetch_tiles(tiles, begin + 2, end);
+  fill_table_wide<ROUTER_THREADS>(shared);
+  __syncthreads();
+  wait_for_previous_kernels();
+
+  float sums[1][TILE_BLOCK_ROWS / 8], squares = 0.0f;
+  multiply_streams(stream, sums, shared, (uint4 *)area,
+                   [&](int column, float(&v)[8]) { normed_values(n, column, v, squares); });
+  squares = warp_sum(squares);
+  store_sums<TILE_BLOCK_ROWS>(sums[0], area, 0);
+  if (lane_index() == 0) area[AREA_SQUARES] = squares;
+  __syncthreads();
+  const int row = block * TILE_BLOCK_ROWS + (int)threadIdx.x;
+  if (threadIdx.x < TILE_BLOCK_ROWS && row < m.rows) {
+    const float factor = inverse_rms(sum_areas<ROUTER_WARPS>(areas, AREA_SQUARES), n.cols, eps);
+    logits[row] = sum_areas<ROUTER_WARPS>(areas, (int)threadIdx.x) * m.units[block >> 1] * factor;
+  }
+}
+
+/* Four rows, four warps each. */
+template <int FORMAT>
+__device__ __forceinline__ void row_logits(const Linear &m, int block, const Normed &n, float eps,
+                                           uint8_t *shared, float *logits) {
+  float *areas = (float *)(shared + TABLE_BYTES);
+  float *area = areas + warp_index() * AREA_FLOATS;
+  const int row = block * ROW_BLOCK_ROWS + warp_index() / WARPS_PER_ROW;
+  RowStream<FORMAT, RowFormat<FORMAT>::BYTES> stream = {row_of<FORMAT>(m.weights, row, m.rows, m.kblocks), m.kblocks * TILE_COLS,
+                                 warp_index() % WARPS_PER_ROW, WARPS_PER_ROW};
+  start_row(stream);
+  wait_for_previous_kernels();
+  float squares = 0.0f;
+  float sum = multiply_row(stream, [&](int column) { return normed_four(n, column, squares); });
+  sum = warp_sum(sum);
+  squares = warp_sum(squares);
+  if (lane_index() == 0) area[0] = sum, area[AREA_SQUARES] = squares;
+  __syncthreads();
+  const int i = (int)threadIdx.x;
+  if (i < ROW_BLOCK_ROWS && block * ROW_BLOCK_ROWS + i < m.rows) {
+    const float *of_row = areas + i * WARPS_PER_ROW * AREA_FLOATS;
+    const float factor = inverse_rms(sum_areas<WARPS_PER_ROW>(of_row, AREA_SQUARES), n.cols, eps);
+    logits[block * ROW_BLOCK_ROWS + i] = sum_areas<WARPS_PER_ROW>(of_row, 0) * factor;
+  }
+}
+
+/* The normed x, for the CPU. */
+__device__ __forceinline__ void hand_over_x(const Normed &n, float eps, uint8_t *shared, float *to) {
+  constexpr int KEPT = 4; /* 8192 values over 512 threads */
+  float *areas = (float *)shared;
+  wait_for_previous_kernels();
+  float4 kept[KEPT];
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) kept[i] = normed_four(n, 4 * ((int)threadIdx.x + i * ROUTER_THREADS), squares);
+  squares = warp_sum(squares);
+  if (lane_index() == 0) areas[warp_index() * AREA_FLOATS] = squares;
+  __syncthreads();
+  const float factor = inverse_rms(sum_areas<ROUTER_WARPS>(areas, 0), n.cols, eps);
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) {
+    const int column = 4 * ((int)threadIdx.x + i * ROUTER_THREADS);
+    const float4 x = kept[i];
+    if (column < n.cols)
+      *(float4 *)(to + column) = make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor);
+  }
+  __threadfence_system();
+  __syncthreads();
+}
+
+/* The k most probable experts: lane r gets the r-th and its weight; lower ids first among equals. One warp;
+   lane i holds experts i, i + 32, .. */
+template <int PER_LANE>
+__device__ __forceinline__ void softmax_top_k(const float *logits, int num_experts, int k, int norm_topk_prob,
+                                              int &id, float &weight) {
+  float p[PER_LANE];
+  float largest = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) {
+    const int expert = 32 * j + lane_index();
+    p[j] = expert < num_experts ? __ldcg(logits + expert) : -INFINITY;
+    largest = fmaxf(largest, p[j]);
+  }
+  largest = warp_max(largest);
+  float total = 0.0f;
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++) {
+    p[j] = expf(p[j] - largest);
+    if (32 * j + lane_index() < num_experts) total += p[j];
+  }
+  total = warp_sum(total);
+
+  /* Keys in the order of the values, which are positive or NaN; 0: none, or taken. */
+  uint32_t keys[PER_LANE];
+#pragma unroll
+  for (int j = 0; j < PER_LANE; j++)
+    keys[j] = 32 * j + lane_index() < num_experts ? __float_as_uint(p[j]) + 1 : 0;
+  float sum = 0.0f;
+  int taken = -1;
+#pragma unroll 1
+  for (int rank = 0; rank < k; rank++) {
+    uint32_t best = 0;
+    int best_j = 0;
+#pragma unroll
+    for (int j = 0; j < PER_LANE; j++) {
+      if (j == taken) keys[j] = 0;
+      if (keys[j] > best) best = keys[j], best_j = j;
+    }
+    const uint32_t winner = __reduce_max_sync(ALL_LANES, best);
+    const uint32_t expert =
+        __reduce_min_sync(ALL_LANES, best == winner ? 32u * (uint32_t)best_j + (uint32_t)lane_index() : ALL_LANES);
+    taken = (int)(expert & 31) == lane_index() ? (int)(expert >> 5) : -1;
+    const float of_winner = __uint_as_float(winner - 1);
+    sum += of_winner;
+    if (lane_index() == rank) id = (int)expert, weight = of_winner;
+  }
+  weight /= norm_topk_prob ? sum : total;
+}
+
+struct Choice {
+  int num_experts;
+  int k;
+  const uint8_t *host_blobs;
+  int64_t blob_bytes;
+  const float *units;
+  int num_units;
+  const uint8_t *shared_blob;
+  const float *shared_units;
+};
+
+/* One warp writes Decision and Handoff. */
+__device__ __forceinline__ void decide(const Choice &c, const float *logits, const Lookups &lookups,
+                                       int id, float weight, Decision *decision, Handoff *handoff) {
+  const int rank = lane_index();
+  const uint32_t before = (1u << rank) - 1;
+  const bool chosen = rank < c.k;
+  const uint64_t slot = chosen ? lookups.slots[id] : 0;
+  const uint32_t misses = __ballot_sync(ALL_LANES, chosen && slot == 0);
+  const int num_misses = __popc(misses);
+  const int num_read = c.host_blobs == nullptr ? 0 : min(lookups.split[num_misses], num_misses);
+  const bool is_read = (misses >> rank & 1) && __popc(misses & before) >= num_misses - num_read;
+  const uint32_t on_gpu = __ballot_sync(ALL_LANES, chosen && (slot != 0 || is_read));
+  const uint32_t on_cpu = misses & ~on_gpu;
+  const int num_gpu = __popc(on_gpu);
+  if (on_gpu >> rank & 1) {
+    const int i = __popc(on_gpu & before);
+    decision->blob[i] = slot != 0 ? (const uint8_t *)(uintptr_t)slot : c.host_blobs + id * c.blob_bytes + IN_HOST;
+    decision->units[i] = c.units + (int64_t)id * c.num_units;
+    decision->weight[i] = weight;
+  }
+  if (rank == 0) {
+    decision->count = num_gpu + 1;
+    decision->shared = num_gpu;
+    decision->blob[num_gpu] = c.shared_blob;
+    decision->units[num_gpu] = c.shared_units;
+    decision->weight[num_gpu] = sigmoid(__ldcg(logits + c.num_experts));
+  }
+  if (handoff == nullptr) return;
+  if (chosen) handoff->topk_ids[rank] = id, handoff->topk_weights[rank] = weight;
+  if (on_cpu >> rank & 1) {
+    const int i = __popc(on_cpu & before);
+    handoff->cpu_ids[i] = id;
+    handoff->cpu_weights[i] = weight;
+  }
+  if (rank == 0) handoff->num_cpu = __popc(on_cpu);
+  __threadfence_system();
+}
+
+__device__ __forceinline__ int router_blocks(const Linear &m) {
+  const int rows = m.format == NF4_TILES ? TILE_BLOCK_ROWS : ROW_BLOCK_ROWS;
+  return (m.rows + rows - 1) / rows;
+}
+
+KERNEL __launch_bounds__(ROUTER_THREADS, 2)
+    decode_router(const Step *step, const float *hidden, const float *norm_scale, float eps, int dim,
+                  Linear router, Linear shared_gate, int k, int norm_topk_prob, float *logits, uint32_t *counter,
+                  const uint64_t *slots, const uint8_t *host_blobs, int64_t blob_bytes, const float *units,
+                  int num_units, const uint8_t *shared_blob, const float *shared_units, const int32_t *split,
+                  Decision *decision, Handoff *handoff, float *handoff_x, int signal) {
+  DYNAMIC_SMEM(shared);
+  /* A float behind all sums in the last warp's area: static shared memory would not fit beside 48 KB. */
+  volatile bool &is_last = *(volatile bool *)(shared + ROUTER_SMEM - 4);
+  launch_next_kernel();
+  const Normed n = {hidden, norm_scale, dim};
+  const int num_experts = router.rows;
+  int block = (int)blockIdx.x;
+  Linear m = router;
+  float *to = logits;
+  if (block >= router_blocks(router)) block -= router_blocks(router), m = shared_gate, to += num_experts;
+  if (block >= router_blocks(m))
+    hand_over_x(n, eps, shared, handoff_x);
+  else if (m.format == NF4_TILES)
+    tile_logits(m, block, n, eps, shared, to);
+  else if (m.format == BF16_ROWS)
+    row_logits<BF16_ROWS>(m, block, n, eps, shared, to);
+  else
+    row_logits<F32_ROWS>(m, block, n, eps, shared, to);
+
+  /* The first warp alone wrote logits; hand_over_x ends with a barrier. */
+  if (warp_index() == 0) {
+    __threadfence();
+    __syncwarp();
+    if (threadIdx.x == 0) is_last = atomicAdd(counter, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+
+  Lookups &lookups = *(Lookups *)shared;
+  int id = 0;
+  float weight = 0.0f;
+  uint32_t number = 0;
+  if (warp_index() == 0) {
+    number = __ldcg(&step->number); /* now: it is needed when the last store must not wait */
+    if (num_experts <= 512)
+      softmax_top_k<16>(logits, num_experts, k, norm_topk_prob, id, weight);
+    else
+      softmax_top_k<32>(logits, num_experts, k, norm_topk_prob, id, weight);
+  } else {
+    const int first = (int)threadIdx.x - 32;
+    if (first <= k) lookups.split[first] = split[first];
+    for (int i = first; i < num_experts; i += ROUTER_THREADS - 32) lookups.slots[i] = __ldcg(slots + i);
+  }
+  __syncthreads();
+  if (warp_index() != 0) return;
+  const Choice choice = {num_experts, k, host_blobs, blob_bytes, units, num_units, shared_blob, shared_units};
+  decide(choice, logits, lookups, id, weight, decision, handoff);
+  if (threadIdx.x == 0) *counter = 0;
+  __syncwarp();
+  if (threadIdx.x == 0 && handoff != nullptr && signal) store_release_system(&handoff->ready, number);
+}
+
+EXPORT(decode_router)
