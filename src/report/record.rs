@@ -96,10 +96,33 @@ pub struct Repetition {
     pub decode_tok_s: f64,
     pub e2e_ms: f64,
     pub experts: ExpertCounts,
+    /// Where the decode steps spent their time, if a GPU took part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decode_split: Option<DecodeSplit>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_energy_j: Option<f64>,
     /// SHA-256 over the generated ids as little-endian u32.
     pub output_sha256: String,
+}
+
+/// Means over decode steps, seen from the CPU that drives the GPU; the four parts follow each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DecodeSplit {
+    pub steps: u64,
+    /// Handing the step to the driver
+    pub launch_ms: f64,
+    /// Waiting until the GPU's routers have chosen: the GPU works, the CPU waits
+    pub wait_gpu_ms: f64,
+    /// Computing experts in RAM: the GPU computes its own meanwhile, then waits
+    pub cpu_experts_ms: f64,
+    /// From the last layer's experts to the logits on the host
+    pub tail_ms: f64,
+    /// Chosen experts per step that the CPU computed
+    pub experts_cpu: f64,
+    /// That were in VRAM
+    pub experts_vram: f64,
+    /// That the GPU read from RAM
+    pub experts_pcie: f64,
 }
 
 /// Expert accesses of one repetition, one per token, layer and chosen expert.

@@ -4,14 +4,14 @@ use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 
-use crate::backend::Routing;
+use crate::backend::{DecodeTimes, Routing};
 use crate::commands::console::{Console, Unit};
 use crate::commands::{Failure, interrupt};
 use crate::engine::Engine;
 use crate::engine::generate::{FinishReason, GenerateOptions, Observer};
 use crate::engine::sampler::SamplingParams;
 use crate::formats::corpus::Corpus;
-use crate::report::record::{ContextRun, ExpertCounts, Repetition};
+use crate::report::record::{ContextRun, DecodeSplit, ExpertCounts, Repetition};
 
 pub struct MeasurePlan {
     /// Ascending; prompt and generated tokens together
@@ -82,6 +82,7 @@ fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Res
         logprobs: 0,
     };
     let mut experts = ExpertCounts::default();
+    engine.take_times();
     let start = Instant::now();
     let generation = engine.generate(
         prompt,
@@ -99,6 +100,14 @@ fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Res
     if generation.finish_reason == FinishReason::Interrupted {
         return Err(Failure::Interrupted.into());
     }
+    let times = engine.take_times();
+    if let Some(times) = &times {
+        // Prefill passes every expert by; hits are of decode steps.
+        experts.hits = times.experts_vram;
+        experts.misses = times.experts_cpu + times.experts_pcie;
+        experts.h2d_bytes = times.h2d_bytes;
+        experts.moved_bytes = times.h2d_bytes;
+    }
     let timings = &generation.timings;
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     let mut hash = Sha256::new();
@@ -115,7 +124,22 @@ fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Res
         decode_tok_s: timings.decode_tok_s(),
         e2e_ms: ms(e2e),
         experts,
+        decode_split: times.filter(|t| t.steps > 0).map(split_of),
         gpu_energy_j: None,
         output_sha256: format!("{:x}", hash.finalize()),
     })
+}
+
+fn split_of(times: DecodeTimes) -> DecodeSplit {
+    let per_step = |sum: f64| sum / times.steps as f64;
+    DecodeSplit {
+        steps: times.steps,
+        launch_ms: per_step(1e3 * times.launch_s),
+        wait_gpu_ms: per_step(1e3 * times.wait_gpu_s),
+        cpu_experts_ms: per_step(1e3 * times.cpu_experts_s),
+        tail_ms: per_step(1e3 * times.tail_s),
+        experts_cpu: per_step(times.experts_cpu as f64),
+        experts_vram: per_step(times.experts_vram as f64),
+        experts_pcie: per_step(times.experts_pcie as f64),
+    }
 }

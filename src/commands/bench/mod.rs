@@ -126,12 +126,11 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
 
     let mut engine = load::engine(&source, &args.compute, room, console)?;
     let mut hardware = HardwareBody::detect();
-    let executed_on = "cpu";
-    console.note(format!(
-        "{} on {}: no GPU backend in this build, everything executes on the CPU",
-        source.id(),
-        hardware.summary()
-    ));
+    let executed_on = match engine.backend().name {
+        name if name.starts_with("cuda") => format!("{name} + cpu"),
+        name => name,
+    };
+    console.note(format!("{} on {}, by {executed_on}", source.id(), hardware.summary()));
 
     let (placement, profile) = match given {
         Some(placement) => (placement, None),
@@ -141,7 +140,9 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         }
     };
 
-    let monitor = Monitor::start(Duration::from_millis(200), None);
+    let gpu = engine.backend().name;
+    let gpu = gpu.strip_prefix("cuda:").and_then(|index| index.parse().ok());
+    let monitor = Monitor::start(Duration::from_millis(200), gpu);
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
     // Not before: its buffer would count as the model's memory.
@@ -170,7 +171,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let body = RunBody {
         labels: Labels {
             synthetic: config.synthetic,
-            executed_on: executed_on.into(),
+            executed_on: executed_on.clone(),
             notes: notes(&engine),
         },
         hardware,
@@ -339,6 +340,9 @@ fn memory(placement: &Placement, monitor: &crate::hardware::MonitorRecord) -> Me
 
 fn notes(engine: &Engine) -> Vec<String> {
     let mut notes = engine.notes().to_vec();
+    if engine.backend().name.starts_with("cuda") {
+        return notes;
+    }
     notes.push(
         "executed on the CPU: the placement's VRAM part is planned, not used, and predictions are \
          for this CPU"

@@ -37,6 +37,7 @@ pub fn render(run: &RunBody) -> String {
     );
     for context in &run.contexts {
         out += &roofline(run, context).unwrap_or_default();
+        out += &decode_split(context).unwrap_or_default();
     }
     if let Some(quality) = &run.quality {
         out += &format!(
@@ -79,5 +80,24 @@ fn roofline(run: &RunBody, context: &ContextRun) -> Option<String> {
         show_tokens(context.context_tokens as u64),
         show_bytes(bytes),
         100.0 * gb_s / dram
+    ))
+}
+
+/// Where a decode step's time goes, in the repetition of median speed.
+fn decode_split(context: &ContextRun) -> Option<String> {
+    let mut repetitions: Vec<_> = context.repetitions.iter().collect();
+    repetitions.sort_by(|a, b| a.decode_tok_s.total_cmp(&b.decode_tok_s));
+    let split = repetitions.get(repetitions.len() / 2)?.decode_split?;
+    Some(format!(
+        "\ncontext {}: a step is {:.2} ms launch, {:.2} ms GPU, {:.2} ms experts in RAM, {:.2} ms \
+         tail; experts: {:.0} VRAM, {:.0} CPU, {:.0} PCIe",
+        show_tokens(context.context_tokens as u64),
+        split.launch_ms,
+        split.wait_gpu_ms,
+        split.cpu_experts_ms,
+        split.tail_ms,
+        split.experts_vram,
+        split.experts_cpu,
+        split.experts_pcie
     ))
 }
