@@ -26,29 +26,44 @@ __device__ __forceinline__ uint16_t cache_f16(float x) {
   return x == x ? f32_to_f16(x) : (uint16_t)0x7e00;
 }
 
-/* One warp stores x [HD] f32 (shared memory) as a row of the cache: at `row`, and its scales at
+/* One warp turns x [HD] f32 (shared memory) into a row of the cache: at `row`, and its scales at
    `scales` if INT8. */
 template <int HD, bool INT8>
 __device__ __forceinline__ void store_row(const float *x, void *row, uint16_t *scales) {
   int lane = threadIdx.x & 31;
   if constexpr (!INT8) {
-    for (int i = lane; i < HD / 2; i += 32)
-      ((uint32_t *)row)[i] =
-          (uint32_t)cache_f16(x[2 * i]) | (uint32_t)cache_f16(x[2 * i + 1]) << 16;
-  } else {
-#pragma unroll 1
-    for (int b = 0; b < HD / SCALE_BLOCK; b++) {
-      float value = x[b * SCALE_BLOCK + lane];
-      float largest = warp_max(fabsf(value));
-      bool broken = __any_sync(0xffffffffu, !(fabsf(value) < INFINITY));
-      /* Rounded up if need be, so that the largest value fits in 127. */
-      uint16_t scale = f32_to_f16(largest / 127.0f);
-      if (f16_to_f32(scale) * 127.0f < largest && scale < 0x7bff) scale++;
-      float units = f16_to_f32(scale) > 0.0f ? value / f16_to_f32(scale) : 0.0f;
-      units = fminf(fmaxf(rintf(units), -127.0f), 127.0f);
-      ((int8_t *)row)[b * SCALE_BLOCK + lane] = (int8_t)(int)units;
-      if (lane == 0) scales[b] = broken ? (uint16_t)0x7e00 : scale;
+#pragma unroll
+    for (int i = 0; i < (HD / 2 + 31) / 32; i++) {
+      int at = lane + 32 * i;
+      if (at < HD / 2)
+        ((uint32_t *)row)[at] =
+            (uint32_t)cache_f16(x[2 * at]) | (uint32_t)cache_f16(x[2 * at + 1]) << 16;
     }
+  } else {
+    constexpr int VALUES = HD / 32; /* of a lane, neighbours; 32 / VALUES lanes share a scale */
+    float largest = 0.0f;
+    bool broken = false;
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) {
+      float size = fabsf(x[lane * VALUES + i]);
+      largest = fmaxf(largest, size);
+      broken |= !(size < INFINITY);
+    }
+    if (broken) largest = INFINITY;
+#pragma unroll
+    for (int offset = 16 / VALUES; offset > 0; offset /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    /* Rounded up if need be, so that the largest value fits in 127. */
+    uint16_t scale = f32_to_f16(largest / 127.0f);
+    if (f16_to_f32(scale) * 127.0f < largest && scale < 0x7bff) scale++;
+    float inverse = f16_to_f32(scale) > 0.0f ? 1.0f / f16_to_f32(scale) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) {
+      float units = rintf(x[lane * VALUES + i] * inverse);
+      ((int8_t *)row)[lane * VALUES + i] = (int8_t)(int)fminf(fmaxf(units, -127.0f), 127.0f);
+    }
+    if (lane % (32 / VALUES) == 0)
+      scales[lane / (32 / VALUES)] = largest < INFINITY ? scale : (uint16_t)0x7e00;
   }
 }
 

@@ -139,6 +139,7 @@ constexpr int KEYS = 32;         /* of a step */
 /* Probabilities are at most this before they are rounded to f16: keeps small ones from f16's
    subnormal numbers. */
 constexpr float P_SCALE = 16384.0f;
+constexpr uint32_t F16_ONES = 0x3c003c00u;
 
 template <int HD, bool INT8, bool FAST>
 struct Prefill {
@@ -205,17 +206,14 @@ struct Prefill {
       for (int i = 0; i < PARTS; i++) {
         int at = threadIdx.x + i * THREADS, key = at / (HD / 16), part = at % (HD / 16);
         if (at >= KEYS * HD / 16) continue;
-        float scale = f16_to_f32(parts.scales[i]);
+        uint32_t scales = parts.scales[i] * 0x10001u;
         const uint32_t words[4] = {parts.values[i].x, parts.values[i].y, parts.values[i].z,
                                    parts.values[i].w};
         uint32_t y[8];
 #pragma unroll
         for (int w = 0; w < 4; w++) {
-          float x[4];
-#pragma unroll
-          for (int b = 0; b < 4; b++) x[b] = (float)(int8_t)(words[w] >> (8 * b)) * scale;
-          y[2 * w] = pack_f16(x[0], x[1]);
-          y[2 * w + 1] = pack_f16(x[2], x[3]);
+          y[2 * w] = mul_f16x2(int8_pair_to_f16<0>(words[w]), scales);
+          y[2 * w + 1] = mul_f16x2(int8_pair_to_f16<1>(words[w]), scales);
         }
         *(uint4 *)chunk_at(tile, key, 2 * part) = make_uint4(y[0], y[1], y[2], y[3]);
         *(uint4 *)chunk_at(tile, key, 2 * part + 1) = make_uint4(y[4], y[5], y[6], y[7]);
@@ -280,7 +278,10 @@ struct Prefill {
     }
 
     float o[HD / 8][4] = {};
-    float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0.0f, 0.0f};
+    float largest[2] = {-INFINITY, -INFINITY};
+    /* Sums of probabilities, in 0 and 2: a product with ones. The MMA's accumulators round towards zero,
+       which over 30,000 keys takes 5e-5 off the outputs; this way it takes the same off both. */
+    float totals[4] = {};
     /* Lane's row and chunk in ldmatrix: of A and of V^T (matrices rows 0-7, rows 8-15, then the next
        chunk), and of K (both chunks of keys 0-7, then of keys 8-15). */
     Place q_place = place(high, warp * 16 + (lane & 15), lane >> 4);
@@ -329,7 +330,7 @@ struct Prefill {
         top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 1));
         top[i] = fmaxf(top[i], __shfl_xor_sync(0xffffffffu, top[i], 2));
         correction[i] = exp2f(largest[i] - top[i]);
-        total[i] *= correction[i];
+        totals[2 * i] *= correction[i];
       }
       /* Maxima settle after the first keys. */
       if (__any_sync(0xffffffffu, top[0] != largest[0] || top[1] != largest[1])) {
@@ -341,13 +342,9 @@ struct Prefill {
       }
       largest[0] = top[0], largest[1] = top[1];
 #pragma unroll
-      for (int n = 0; n < KEYS / 8; n++) {
+      for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          s[n][e] = exp2f(s[n][e] - top[e / 2]) * P_SCALE;
-          total[e / 2] += s[n][e];
-        }
-      }
+        for (int e = 0; e < 4; e++) s[n][e] = exp2f(s[n][e] - top[e / 2]) * P_SCALE;
       /* The accumulators of two tiles of 8 keys are the A operand of 16 keys. */
       uint32_t p_high[KEYS / 16][4], p_low[KEYS / 16][4];
 #pragma unroll
@@ -368,6 +365,8 @@ struct Prefill {
       if (key + KEYS < num_keys) ask(k_tile, parts, k, k_scales, key + KEYS, num_keys);
 #pragma unroll
       for (int n = 0; n < KEYS / 16; n++) {
+        mma_f16(totals, p_high[n], F16_ONES, F16_ONES);
+        if (!FAST) mma_f16(totals, p_low[n], F16_ONES, F16_ONES);
 #pragma unroll
         for (int i = 0; i < HD / 8; i += 2) {
           uint32_t b[4];
@@ -383,8 +382,7 @@ struct Prefill {
 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      total[r] += __shfl_xor_sync(0xffffffffu, total[r], 1);
-      total[r] += __shfl_xor_sync(0xffffffffu, total[r], 2);
+      float total = totals[2 * r];
       int row = first_row + warp * 16 + g + 8 * r;
       if (row >= num_rows) continue;
       int64_t head =
@@ -394,8 +392,8 @@ struct Prefill {
       for (int i = 0; i < HD / 8; i++) {
         int d = 8 * i + 2 * t;
         float2 z = *(const float2 *)(gate + d);
-        *(float2 *)(out + head * HD + d) = make_float2(o[i][2 * r] / total[r] * sigmoid(z.x),
-                                                       o[i][2 * r + 1] / total[r] * sigmoid(z.y));
+        *(float2 *)(out + head * HD + d) = make_float2(o[i][2 * r] / total * sigmoid(z.x),
+                                                       o[i][2 * r + 1] / total * sigmoid(z.y));
       }
     }
   }

@@ -272,3 +272,25 @@ __device__ __forceinline__ uint32_t sub_f16x2(uint32_t x, uint32_t y) {
   return z;
 #endif
 }
+
+/* Two f16 in each: x y. */
+__device__ __forceinline__ uint32_t mul_f16x2(uint32_t x, uint32_t y) {
+#ifdef MOECTL_EMULATE
+  return pack_f16(f16_to_f32((uint16_t)x) * f16_to_f32((uint16_t)y),
+                  f16_to_f32((uint16_t)(x >> 16)) * f16_to_f32((uint16_t)(y >> 16)));
+#else
+  uint32_t z;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+#endif
+}
+
+/* Asks for the 128 bytes at p to be brought into L2; harmless before wait_for_previous_kernels, because
+   that is where other kernels' writes go, too. */
+__device__ __forceinline__ void prefetch_to_l2(const void *p) {
+#ifdef MOECTL_EMULATE
+  (void)p;
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}

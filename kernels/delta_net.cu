@@ -82,6 +82,13 @@ __device__ __forceinline__ void delta_step(DeltaShared &shared, const Step *step
   if (has_channel)
     for (int j = 0; j < taps; j++) shared.taps[j][tid] = conv[(int64_t)channel * taps + j];
   float rate = negative_a[head], bias = dt_bias[head];
+  int l = lane % LANES;
+  int column0 = first_column + warp * ABREAST + lane / LANES;
+  float4 *rows = (float4 *)state + ((int64_t)head * dv + column0) * LANES + l;
+#pragma unroll
+  for (int r = 0; r < ROWS_PER_LANE; r++)
+    if (warp < DELTA_WARPS && column0 + r * DELTA_WARPS * ABREAST < dv && lane % 8 == 0)
+      prefetch_to_l2(rows + r * DELTA_WARPS * ABREAST * LANES);
 
   wait_for_previous_kernels();
 
@@ -93,9 +100,6 @@ __device__ __forceinline__ void delta_step(DeltaShared &shared, const Step *step
     inputs[s] = s < taps && has_channel ? ring[(int64_t)s * qkvz_rows + row] : 0.0f;
   float b = ba[key_head * 2 * share + within], a = ba[key_head * 2 * share + share + within];
 
-  int l = lane % LANES;
-  int column0 = first_column + warp * ABREAST + lane / LANES;
-  float4 *rows = (float4 *)state + ((int64_t)head * dv + column0) * LANES + l;
   float4 s[ROWS_PER_LANE];
 #pragma unroll
   for (int r = 0; r < ROWS_PER_LANE; r++) {

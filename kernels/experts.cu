@@ -48,24 +48,47 @@ __device__ __forceinline__ T *load_pointer(T *const *p) {
 
 /* ---- decode_experts_up ---- */
 
-/* Rows `row` .. + ROWS of gate and up. */
-template <int ROWS, int DEPTH>
-__device__ __forceinline__ void up_tiles(const ExpertLayout &e, const uint8_t *gate, const float *units, int row,
+/* What `up` needs of an ExpertLayout. */
+struct UpLayout {
+  int intermediate;
+  int format;
+  int up_unit;
+  int64_t up_offset;
+};
+
+/* Rows `row` .. + ROWS of gate and up; both at once, or, if TOGETHER is false, one after the other. */
+template <int ROWS, bool TOGETHER>
+__device__ __forceinline__ void up_tiles(const UpLayout &e, const uint8_t *gate, const float *units, int row,
                                          const Normed &n, float eps, uint8_t *shared, float *h) {
   float *areas = (float *)(shared + TABLE_BYTES);
   float *area = areas + warp_index() * AREA_FLOATS;
-  const int kblocks = blocks_of_64(n.cols), tile_row = row / TILE_ROWS;
+  uint4 *fragments = (uint4 *)area;
+  const int kblocks = blocks_of_64(n.cols), tile_row = row / TILE_ROWS, half = row / 16 & 1;
   const int begin = share(kblocks, warp_index(), UP_WARPS), end = share(kblocks, warp_index() + 1, UP_WARPS);
   const uint8_t *tiles = gate + (int64_t)tile_row * kblocks * TILE_BYTES;
-  TileStream<ROWS, DEPTH> streams[2];
-  start_stream(streams[0], tiles, row / 16 & 1, begin, end);
-  start_stream(streams[1], tiles + e.up_offset, row / 16 & 1, begin, end);
-  float sums[2][ROWS / 8], squares = 0.0f;
-  multiply_streams(streams, sums, shared, (uint4 *)area,
-                   [&](int column, float(&v)[8]) { normed_values(n, column, v, squares); });
+  float squares = 0.0f;
+  const auto values = [&](int column, float(&v)[8]) { normed_values(n, column, v, squares); };
+  if constexpr (TOGETHER) {
+    TileStream<ROWS, 2> streams[2];
+    start_stream(streams[0], tiles, half, begin, end);
+    start_stream(streams[1], tiles + e.up_offset, half, begin, end);
+    float sums[2][ROWS / 8];
+    multiply_streams(streams, sums, shared, fragments, values);
+    store_sums<ROWS>(sums[0], area, 0);
+    store_sums<ROWS>(sums[1], area, AREA_UP);
+  } else {
+    float sums[2][1][ROWS / 8];
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+      TileStream<ROWS, 2> stream[1];
+      start_stream(stream[0], tiles + m * e.up_offset, half, begin, end);
+      squares = 0.0f;
+      multiply_streams(stream, sums[m], shared, fragments, values);
+    }
+    store_sums<ROWS>(sums[0][0], area, 0);
+    store_sums<ROWS>(sums[1][0], area, AREA_UP);
+  }
   squares = warp_sum(squares);
-  store_sums<ROWS>(sums[0], area, 0);
-  store_sums<ROWS>(sums[1], area, AREA_UP);
   if (lane_index() == 0) area[AREA_SQUARES] = squares;
   __syncthreads();
   const int i = (int)threadIdx.x;
@@ -78,22 +101,23 @@ __device__ __forceinline__ void up_tiles(const ExpertLayout &e, const uint8_t *g
 }
 
 template <int FORMAT>
-__device__ __forceinline__ void up_rows(const ExpertLayout &e, const uint8_t *gate, int row, const Normed &n,
+__device__ __forceinline__ void up_rows(const UpLayout &e, const uint8_t *gate, int row, const Normed &n,
                                         float eps, float *h) {
   const int kblocks = blocks_of_64(n.cols);
   for (int i = row + warp_index(); i < min(row + BLOCK_ROWS, e.intermediate); i += UP_WARPS) {
-    float sums[2], squares = 0.0f;
+    float gate_x = 0.0f, up_x = 0.0f, squares = 0.0f;
 #pragma unroll 1
     for (int m = 0; m < 2; m++) {
       const uint8_t *weights = row_of<FORMAT>(gate + m * e.up_offset, i, e.intermediate, kblocks);
-      RowStream<FORMAT, 4> stream = {weights, kblocks * TILE_COLS, 0, 1};
+      RowStream<FORMAT, 2> stream = {weights, kblocks * TILE_COLS, 0, 1};
       start_row(stream);
       squares = 0.0f;
-      sums[m] = warp_sum(multiply_row(stream, [&](int column) { return normed_four(n, column, squares); }));
+      gate_x = up_x;
+      up_x = warp_sum(multiply_row(stream, [&](int column) { return normed_four(n, column, squares); }));
     }
     squares = warp_sum(squares);
     const float factor = inverse_rms(squares, n.cols, eps);
-    if (lane_index() == 0) h[i] = quick_silu(sums[0] * factor) * (sums[1] * factor);
+    if (lane_index() == 0) h[i] = quick_silu(gate_x * factor) * (up_x * factor);
   }
 }
 
@@ -111,8 +135,11 @@ KERNEL __launch_bounds__(UP_WARPS * 32, 3)
   const uint8_t *blob = load_pointer(&decision->blob[entry]);
   const float *units = load_pointer(&decision->units[entry]);
   if (entry >= __ldcg(&decision->count)) return;
-  ExpertLayout e = experts;
-  if (entry == __ldcg(&decision->shared)) e = shared_expert;
+  const bool is_shared = entry == __ldcg(&decision->shared);
+  const UpLayout e = {is_shared ? shared_expert.intermediate : experts.intermediate,
+                      is_shared ? shared_expert.format : experts.format,
+                      is_shared ? shared_expert.up_unit : experts.up_unit,
+                      is_shared ? shared_expert.up_offset : experts.up_offset};
   if (row >= e.intermediate) return;
   const Normed n = {hidden, norm_scale, dim};
   h += (int64_t)entry * h_stride;
@@ -121,9 +148,9 @@ KERNEL __launch_bounds__(UP_WARPS * 32, 3)
   } else if (e.format == F32_ROWS) {
     up_rows<F32_ROWS>(e, address_of(blob), row, n, eps, h);
   } else if (!in_host(blob)) {
-    up_tiles<BLOCK_ROWS, 2>(e, blob, units, row, n, eps, shared, h);
+    up_tiles<BLOCK_ROWS, true>(e, blob, units, row, n, eps, shared, h);
   } else if (row % TILE_ROWS == 0) {
-    up_tiles<TILE_ROWS, 1>(e, address_of(blob), units, row, n, eps, shared, h);
+    up_tiles<TILE_ROWS, false>(e, address_of(blob), units, row, n, eps, shared, h);
   }
 }
 
@@ -338,7 +365,7 @@ KERNEL __launch_bounds__(DOWN_WARPS * 32, 2)
     down_block<BLOCK_ROWS, 4>(decision, entries, experts, shared_expert, h, h_stride, dim, row, hidden_add,
                               add_to, shared);
   else if (row % TILE_ROWS == 0)
-    down_block<TILE_ROWS, 2>(decision, entries, experts, shared_expert, h, h_stride, dim, row, hidden_add,
+    down_block<TILE_ROWS, 1>(decision, entries, experts, shared_expert, h, h_stride, dim, row, hidden_add,
                              add_to, shared);
 }
 

@@ -7,8 +7,8 @@ decode_begin: copies the token's embedding row and the step.
 decode_norm_linear: out_m = m x for m = a, b, c, x = rms_norm(hidden) * norm_scale.
   launch: grid (blocks(a) + blocks(b) + blocks(c)), block (256), shared memory NORM_SMEM = 40,960 bytes.
     blocks(m) = 0 if it has no weights, ceil(rows / 32) for NF4_TILES, else ceil(rows / 8), but
-    blocks(a) = min(ceil(rows / 8), 4 * multiprocessors) for rows of bf16 or f32: fewer blocks than
-    ceil(rows / 8) go through `a` in a loop. hidden <= 8192.
+    blocks(a) = min(ceil(rows / 8), 3 * multiprocessors) for rows of bf16 or f32: fewer blocks than
+    ceil(rows / 8) go through `a` in a loop (three fit on a multiprocessor). hidden <= 8192.
   v1  NF4: one block per tile row, columns over 8 warps (TileStream)
   v2  bf16, f32: one warp per row, weights under way before the wait; for matrices of few rows
   v3  bf16, f32, a: persistent blocks with x in shared memory, four rows a warp at once; lm_head
@@ -303,7 +303,7 @@ __device__ __forceinline__ void add_gated_rows(const Gated &n, const Linear &w, 
   float sum = 0.0f;
   for (int phase = 0; phase < cols; phase += TABLE_FLOATS) {
     const int end = min(cols, phase + TABLE_FLOATS);
-    RowStream<FORMAT, 4> stream = {
+    RowStream<FORMAT, 2> stream = {
         weights == nullptr ? nullptr : weights + (int64_t)phase * RowFormat<FORMAT>::BYTES, end - phase, 0, 1};
     start_row(stream);
     __syncthreads();

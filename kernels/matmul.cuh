@@ -1,23 +1,24 @@
 /*
-The core of prefill's matrix products: per block, 8 warps with 32 weight rows each, times up to 128
-tokens, on tensor cores.
+The core of prefill's matrix products: per block, 8 warps with 32 weight rows each, times up to 96 or
+128 tokens, on tensor cores.
 
   A  weights, NF4 tiles: global memory -> registers, one tile ahead, dequantised through a table in
      shared memory. No weight is dequantised twice in a block, and none passes through shared memory.
   B  x as two f16 terms (prefill_split): cp.async into two stages that all warps share. The column
      order inside a tile (layout.rs) is that of m16n8k16, so B lies as it is in global memory.
-  C  f32. Every 32 (exact) or 64 (fast) columns start from zero and are then multiplied by absmax.
+  C  f32. Every 64 columns start from zero and are then multiplied by absmax.
 
 EXACT takes three products, w_high x_high + w_high x_low + w_low x_high: as exact as f32. Not EXACT
 takes the first only: 2^-11 relative per product, and half the bytes of x.
 
 A token tile has the tokens that are there, in steps of 16: experts have 80 tokens on average in a
-chunk of 4096, and whole tiles of 64 or 128 would waste a third. A group of n tokens is cut into
-ceil(n / 128) tiles of equal size.
+chunk of 4096, and whole tiles of 64 or 128 would waste a third. n tokens are cut into tiles of equal
+size. A block takes several blocks of 256 rows, one after another without a gap, if the grid is small.
 
-128 x 32 per warp balances tensor cores and shared memory: per 64 columns and SM, 620 cycles of MMA
-(three products) against 64 of table and 256 of B. Two warps share a tensor core, so that one
-dequantises while the other multiplies; 255 registers each is all there are.
+Measured on an H100, where mma.sync alone reaches 620 TFLOP/s: 140 to 146 TFLOP/s exact, which is 70% of
+a third of that, and 285 fast. What is missing goes in equal parts to dequantising, to the barrier of a
+stage and to the sums by absmax, which two warps per tensor core cannot hide. Twelve warps with 64
+tokens each were slower: they dequantise twice as often.
 */
 #pragma once
 
@@ -25,24 +26,31 @@ dequantises while the other multiplies; 255 registers each is all there are.
 
 constexpr int MATMUL_WARPS = 8;
 constexpr int MATMUL_THREADS = MATMUL_WARPS * 32;
-constexpr int TILE_TOKENS = 128;
-constexpr int TOKEN_PAIRS = TILE_TOKENS / 16; /* n-tiles are of 8 tokens and come in pairs */
+constexpr int MATMUL_ROWS = MATMUL_WARPS * TILE_ROWS;
 
-/* One term of x in a stage: [128 tokens][8 chunks of 16 bytes]; chunk c of token i lies at
-   c ^ (i & 7), so that neither cp.async nor ldmatrix meets in a bank. */
-constexpr int X_TERM_BYTES = TILE_TOKENS * TILE_COLS * 2;
+/* One term of x in a stage: [TOKENS][8 chunks of 16 bytes]; chunk c of token i lies at c ^ (i & 7), so
+   that neither cp.async nor ldmatrix meets in a bank. */
+constexpr int X_ROW_BYTES = TILE_COLS * 2;
 
-/* Shared memory: table, two stages of x, row_scale [128], source row [128]. */
-template <bool EXACT>
+/* Shared memory: table, two stages of x, row_scale [TOKENS], source row [TOKENS]. */
+template <bool EXACT, int TOKENS>
 struct MatmulSmem {
-  static constexpr int STAGE_BYTES = (EXACT ? 2 : 1) * X_TERM_BYTES;
+  static constexpr int TERM_BYTES = TOKENS * X_ROW_BYTES;
+  static constexpr int STAGE_BYTES = (EXACT ? 2 : 1) * TERM_BYTES;
   static constexpr int X = TABLE_BYTES;
   static constexpr int SCALES = X + 2 * STAGE_BYTES;
-  static constexpr int SOURCES = SCALES + TILE_TOKENS * 4;
-  static constexpr int BYTES = SOURCES + TILE_TOKENS * 4; /* exact 99,328; fast 66,560 */
+  static constexpr int SOURCES = SCALES + TOKENS * 4;
+  static constexpr int BYTES = SOURCES + TOKENS * 4;
 };
 
-/* The x of up to 128 tokens. */
+/* The accumulators of a lane, [pair of n-tiles][n-tile][fragment][element]: tokens 16p + 8n ..; of lane
+   4g + t, elements 0, 1 are tokens 2t, 2t + 1 of the fragment's row g, elements 2, 3 of row g + 8. */
+template <int TOKENS>
+struct Accumulators {
+  float c[TOKENS / 16][2][2][4];
+};
+
+/* The x of a token tile. */
 struct TokenTile {
   const uint16_t *high; /* [.., stride * 64] f16 */
   const uint16_t *low;  /* the same; not read by the fast kernels, may be null there */
@@ -51,7 +59,7 @@ struct TokenTile {
   int32_t stride;       /* kblocks of a row of high and low */
 };
 
-/* Tokens per tile when n of them are cut into `tiles` tiles of at most 128. */
+/* Tokens per tile when n of them are cut into `tiles` tiles. */
 __device__ __forceinline__ int tokens_per_tile(int n, int tiles) {
   return ((n + tiles - 1) / tiles + 15) / 16 * 16;
 }
@@ -77,56 +85,38 @@ __device__ __forceinline__ void fill_matmul_table(uint8_t *table) {
 
 /* ---- B ---- */
 
-/* What a thread copies of every stage: chunk threadIdx % 8 of tokens threadIdx / 8 + 32 i. */
-struct XCopies {
-  int32_t block[4]; /* source row * stride */
-};
-
-/* `sources` in shared memory: [count] rows of high and low. */
-__device__ __forceinline__ XCopies x_copies(const TokenTile &x, const int32_t *sources) {
-  XCopies copies;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    int token = threadIdx.x / 8 + 32 * i;
-    copies.block[i] = token < x.count ? sources[token] * x.stride : -1;
-  }
-  return copies;
-}
-
-/* Starts the copies of column block kb; tokens beyond the tile's count become zeros. */
-template <bool EXACT>
-__device__ __forceinline__ void copy_stage(uint8_t *stage, const TokenTile &x, const XCopies &copies,
+/* Starts the copies of column block kb: a thread has chunk threadIdx % 8 of tokens threadIdx / 8 + 32 i.
+   Tokens beyond the tile's count become zeros. sources: [TOKENS] rows of high and low. */
+template <bool EXACT, int TOKENS>
+__device__ __forceinline__ void copy_stage(uint8_t *stage, const TokenTile &x, const int32_t *sources,
                                            int kb) {
-  int chunk = threadIdx.x % 8;
-  int first = threadIdx.x / 8;
-  uint8_t *to = stage + first * 128 + (chunk ^ (first & 7)) * 16;
+  constexpr int STEP = MATMUL_THREADS / 8;
+  static_assert(TOKENS % STEP == 0, "every thread has as many tokens");
+  const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
+  uint8_t *to = stage + first * X_ROW_BYTES + (chunk ^ (first & 7)) * 16;
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    if (32 * i >= x.count) break;
-    bool valid = copies.block[i] >= 0;
-    int64_t from = (int64_t)(valid ? copies.block[i] + kb : 0) * TILE_COLS + chunk * 8;
-    cp_async16(to + i * 4096, x.high + from, valid);
-    if (EXACT) cp_async16(to + i * 4096 + X_TERM_BYTES, x.low + from, valid);
+  for (int i = 0; i < TOKENS / STEP; i++) {
+    if (STEP * i >= x.count) break;
+    const bool valid = first + STEP * i < x.count;
+    const int block = valid ? sources[first + STEP * i] * x.stride + kb : 0;
+    const int64_t from = (int64_t)block * TILE_COLS + chunk * 8;
+    cp_async16(to + i * STEP * X_ROW_BYTES, x.high + from, valid);
+    if (EXACT)
+      cp_async16(to + i * STEP * X_ROW_BYTES + MatmulSmem<EXACT, TOKENS>::TERM_BYTES, x.low + from,
+                 valid);
   }
 }
 
-/* B of two n-tiles: chunks of 8 columns, the lane's two of each. EXACT: [n][term][4 chunks of half a
-   tile]; fast: [n][half][its 4 chunks]. */
+/* B of a k-step and a pair of n-tiles, one term: [n-tile 0: b0, b1; n-tile 1: b0, b1]. */
 struct XFragments {
-  uint32_t r[2][2][4];
+  uint32_t r[4];
 };
 
-/* row_offset: lane i names token i % 8 of an n-tile and chunk i / 8, chunk + 4 with bit 6 turned. */
-template <bool EXACT>
-__device__ __forceinline__ void load_x(XFragments &b, const uint8_t *stage, int row_offset, int half,
+/* `term` is where the term's part of the stage starts. row_offset: lane i names token i % 8 of n-tile
+   i / 16, and chunk i / 8 % 2 of the k-step. */
+__device__ __forceinline__ void load_x(XFragments &b, const uint8_t *term, int row_offset, int k,
                                        int pair) {
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-    const uint8_t *row = stage + (row_offset ^ (64 * half)) + (2 * pair + n) * 1024;
-    ldmatrix_x4(b.r[n][0], row);
-    ldmatrix_x4(b.r[n][1], EXACT ? row + X_TERM_BYTES
-                                 : stage + (row_offset ^ 64) + (2 * pair + n) * 1024);
-  }
+  ldmatrix_x4(b.r, term + (row_offset ^ (32 * k)) + pair * 16 * X_ROW_BYTES);
 }
 
 /* ---- A ---- */
@@ -141,161 +131,169 @@ two neighbouring rows of a tile.
   of up, with h the warp's half of both tile rows: gate and up of a value meet in one lane.
 */
 struct WeightTiles {
-  const uint8_t *tiles[2]; /* tile rows; the same one twice for halves of one */
-  int32_t half;            /* of two matrices: h */
+  const uint8_t *first;  /* the tile row, or gate's */
+  const uint8_t *second; /* up's; for halves of one tile row not used */
+  int32_t half;          /* h */
+  int32_t active;        /* 0: no rows for this warp */
 };
 
-/* A lane's codes of the tile: [d][row of fragment 0: 0, 1; of fragment 1: 2, 3]. */
-struct Codes {
-  uint32_t word[2][4];
+/* What a lane needs of a tile. */
+struct LaneTile {
+  uint32_t word[2][4];   /* [d][row of fragment 0: 0, 1; of fragment 1: 2, 3] */
+  uint32_t absmax[2];    /* u16, two rows per word */
 };
 
 template <bool TWO_MATRICES>
-__device__ __forceinline__ void load_codes(uint32_t (&word)[4], const WeightTiles &w, int kb, int d) {
-  int lane = threadIdx.x % 32;
-  int64_t offset = (int64_t)kb * TILE_BYTES + (4 * d + lane % 4) * 128 + lane / 4 * 16;
+__device__ __forceinline__ void load_tile(LaneTile &tile, const WeightTiles &w, int kb) {
+  const int lane = threadIdx.x % 32;
+  const int codes = lane % 4 * 128 + lane / 4 * 16, absmax = 1024 + lane / 4 * 8;
+  const uint8_t *first = w.first + (int64_t)kb * TILE_BYTES;
   if (TWO_MATRICES) {
-    uint2 gate = *(const uint2 *)(w.tiles[0] + offset + 8 * w.half);
-    uint2 up = *(const uint2 *)(w.tiles[1] + offset + 8 * w.half);
-    word[0] = gate.x, word[1] = gate.y, word[2] = up.x, word[3] = up.y;
+    const uint8_t *second = w.second + (int64_t)kb * TILE_BYTES;
+#pragma unroll
+    for (int d = 0; d < 2; d++) {
+      uint2 gate = *(const uint2 *)(first + codes + 512 * d + 8 * w.half);
+      uint2 up = *(const uint2 *)(second + codes + 512 * d + 8 * w.half);
+      tile.word[d][0] = gate.x, tile.word[d][1] = gate.y;
+      tile.word[d][2] = up.x, tile.word[d][3] = up.y;
+    }
+    tile.absmax[0] = *(const uint32_t *)(first + absmax + 4 * w.half);
+    tile.absmax[1] = *(const uint32_t *)(second + absmax + 4 * w.half);
   } else {
-    uint4 v = load_stream16(w.tiles[0] + offset);
-    word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+#pragma unroll
+    for (int d = 0; d < 2; d++) {
+      uint4 v = load_stream16(first + codes + 512 * d);
+      tile.word[d][0] = v.x, tile.word[d][1] = v.y, tile.word[d][2] = v.z, tile.word[d][3] = v.w;
+    }
+    uint2 v = load_stream8(first + absmax);
+    tile.absmax[0] = v.x, tile.absmax[1] = v.y;
   }
 }
 
-/* The u16 absmax of the same four rows, two per word. */
-template <bool TWO_MATRICES>
-__device__ __forceinline__ uint2 load_absmax(const WeightTiles &w, int kb) {
-  int64_t offset = (int64_t)kb * TILE_BYTES + 1024 + threadIdx.x % 32 / 4 * 8;
-  if (TWO_MATRICES)
-    return make_uint2(*(const uint32_t *)(w.tiles[0] + offset + 4 * w.half),
-                      *(const uint32_t *)(w.tiles[1] + offset + 4 * w.half));
-  return load_stream8(w.tiles[0] + offset);
-}
+/* A of a tile: [k-step][fragment][register]; `low` of EXACT only. */
+struct WeightFragments {
+  uint32_t high[4][2][4];
+  uint32_t low[4][2][4];
+};
 
-/* Byte i of a word, as an offset into the table. */
-__device__ __forceinline__ uint32_t table_offset(uint32_t word, int i) {
-  return (i == 0 ? word << 7 : word >> (8 * i - 7)) & 0x7f80;
-}
-
-/* acc += part * absmax, for two n-tiles: part of rows g (0, 1) and g + 8 (2, 3) of two fragments. */
-__device__ __forceinline__ void scale_and_add(float (&acc)[2][2][4], const float (&part)[2][2][4],
-                                              const float (&absmax)[4]) {
+template <bool EXACT>
+__device__ __forceinline__ void dequantise(WeightFragments &a, const LaneTile &tile,
+                                           const uint8_t *table) {
+  table += EXACT ? threadIdx.x % 16 * 8 : threadIdx.x % 32 * 4;
 #pragma unroll
-  for (int n = 0; n < 2; n++)
+  for (int k = 0; k < 4; k++)
 #pragma unroll
     for (int m = 0; m < 2; m++)
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        acc[n][m][i] = fmaf(absmax[2 * m + i / 2], part[n][m][i], acc[n][m][i]);
+      for (int i = 0; i < 4; i++) {
+        const uint32_t word = tile.word[k / 2][2 * m + i % 2];
+        const int byte = k % 2 * 2 + i / 2;
+        const uint8_t *entry = table + ((byte == 0 ? word << 7 : word >> (8 * byte - 7)) & 0x7f80);
+        if (EXACT) {
+          uint2 weights = *(const uint2 *)entry;
+          a.high[k][m][i] = __byte_perm(weights.x, weights.y, 0x5410);
+          a.low[k][m][i] = __byte_perm(weights.x, weights.y, 0x7632);
+        } else {
+          a.high[k][m][i] = *(const uint32_t *)entry;
+        }
+      }
+}
+
+/* ---- C ---- */
+
+/* One product of terms in a k-step: four accumulators in turn, because a product waits for the one
+   before it on its own. */
+__device__ __forceinline__ void multiply_terms(float (&part)[2][2][4], const uint32_t (&a)[2][4],
+                                               const XFragments &b) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    mma_f16(part[i / 2][i % 2], a[i % 2], b.r[i / 2 * 2], b.r[i / 2 * 2 + 1]);
 }
 
 /*
-acc[p][n][m][..] = the warp's 32 rows (without units and row_scale) times tokens 16p + 8n ..: of lane
-4g + t, elements 0, 1 are tokens 2t, 2t + 1 of the fragment's row g, elements 2, 3 of row g + 8.
+For row blocks `first`, first + step, .. below `end`: weights(row_block) says which tiles the calling warp
+multiplies, and store(row_block, accumulators) gets the products, without units and row_scale.
 
-All threads of the block call it; those of a warp that has no rows with active = false. On entry the
-table and `sources` are written and a __syncthreads lies behind.
+All threads of the block call it. On entry the table and the sources are in shared memory, behind a
+__syncthreads.
 */
-template <bool EXACT, bool TWO_MATRICES>
-__device__ __forceinline__ void multiply(float (&acc)[TOKEN_PAIRS][2][2][4], uint8_t *smem,
-                                         const TokenTile &x, const WeightTiles &w, bool active) {
-  typedef MatmulSmem<EXACT> Smem;
-  constexpr int PASSES = EXACT ? 2 : 1;      /* per tile: a[][][] of both terms, or of all columns */
-  constexpr int K_STEPS = EXACT ? 2 : 4;     /* per pass */
+template <bool EXACT, int TOKENS, bool TWO_MATRICES, typename Weights, typename Store>
+__device__ __forceinline__ void multiply(uint8_t *smem, const TokenTile &x, int first, int end, int step,
+                                         Weights weights, Store store) {
+  typedef MatmulSmem<EXACT, TOKENS> Smem;
+  constexpr int PAIRS = TOKENS / 16;
   const int lane = threadIdx.x % 32;
   const int pairs = (x.count + 15) / 16;
-  const XCopies copies = x_copies(x, (const int32_t *)(smem + Smem::SOURCES));
-  const uint8_t *table = smem + (EXACT ? lane % 16 * 8 : lane * 4);
-  const int row_offset = lane % 8 * 128 + ((lane / 8) ^ (lane % 8)) * 16;
+  const int32_t *sources = (const int32_t *)(smem + Smem::SOURCES);
+  const int row_offset =
+      (lane / 16 * 8 + lane % 8) * X_ROW_BYTES + ((lane / 8 % 2) ^ (lane % 8)) * 16;
+  /* Half of the warps, one of the two at each tensor core, dequantises before the barrier and the other
+     half after it: so one of them always multiplies. Fast kernels gain nothing by it. */
+  const bool early = EXACT && threadIdx.x >= MATMUL_THREADS / 2;
 
-#pragma unroll
-  for (int p = 0; p < TOKEN_PAIRS; p++)
-#pragma unroll
-    for (int i = 0; i < 16; i++) acc[p][i / 8][i / 4 % 2][i % 4] = 0.0f;
-
-  copy_stage<EXACT>(smem + Smem::X, x, copies, 0);
+  if (first >= end) return;
+  int stage = 0;
+  copy_stage<EXACT, TOKENS>(smem + Smem::X, x, sources, 0);
   cp_async_commit();
-  Codes codes = {};
-  uint2 packed_absmax = {};
-  if (active) {
-    load_codes<TWO_MATRICES>(codes.word[0], w, 0, 0);
-    load_codes<TWO_MATRICES>(codes.word[1], w, 0, 1);
-    packed_absmax = load_absmax<TWO_MATRICES>(w, 0);
-  }
+  WeightTiles w = weights(first);
+  LaneTile tile = {};
+  WeightFragments a = {};
+  if (w.active) load_tile<TWO_MATRICES>(tile, w, 0);
 
-  for (int kb = 0; kb < x.kblocks; kb++) {
-    const uint8_t *stage = smem + Smem::X + kb % 2 * Smem::STAGE_BYTES;
-    cp_async_wait<0>();
-    /* The stage is there, and nobody reads the other one any more. */
-    __syncthreads();
-    if (kb + 1 < x.kblocks)
-      copy_stage<EXACT>(smem + Smem::X + (kb + 1) % 2 * Smem::STAGE_BYTES, x, copies, kb + 1);
-    cp_async_commit();
-    if (!active) continue;
+  for (int row_block = first; row_block < end; row_block += step) {
+    Accumulators<TOKENS> acc = {};
+    for (int kb = 0; kb < x.kblocks; kb++) {
+      const int active = w.active;
+      const bool last = kb + 1 == x.kblocks;
+      const bool more = !last || row_block + step < end;
+      const int next = last ? 0 : kb + 1;
+      float absmax[4];
+#pragma unroll
+      for (int i = 0; i < 4; i++) absmax[i] = (float)(tile.absmax[i / 2] >> (16 * (i % 2)) & 0xffff);
+      if (early && active) dequantise<EXACT>(a, tile, smem);
+      cp_async_wait<0>();
+      /* The stage is there, and nobody reads the other one any more. */
+      __syncthreads();
+      if (more)
+        copy_stage<EXACT, TOKENS>(smem + Smem::X + (stage ^ 1) * Smem::STAGE_BYTES, x, sources, next);
+      cp_async_commit();
+      if (!early && active) dequantise<EXACT>(a, tile, smem);
+      /* The codes have been used: the next tile's take their registers. */
+      if (last && more) w = weights(row_block + step);
+      if (more && w.active) load_tile<TWO_MATRICES>(tile, w, next);
 
-    const int next = min(kb + 1, x.kblocks - 1);
-    const float absmax[4] = {
-        (float)(packed_absmax.x & 0xffff), (float)(packed_absmax.x >> 16),
-        (float)(packed_absmax.y & 0xffff), (float)(packed_absmax.y >> 16)};
-    packed_absmax = load_absmax<TWO_MATRICES>(w, next);
-
+      const uint8_t *x_high = smem + Smem::X + stage * Smem::STAGE_BYTES;
+      const uint8_t *x_low = x_high + Smem::TERM_BYTES;
+      stage ^= 1;
+      if (!active) continue;
+      /* x is loaded a k-step ahead; its low term, which comes last, into the same registers. Rows
+         beyond the pairs are not used. */
+      XFragments high[2], low;
+      load_x(high[0], x_high, row_offset, 0, 0);
+      if (EXACT) load_x(low, x_low, row_offset, 0, 0);
 #pragma unroll
-    for (int pass = 0; pass < PASSES; pass++) {
-      uint32_t a_high[K_STEPS][2][4], a_low[K_STEPS][2][4];
-#pragma unroll
-      for (int k = 0; k < K_STEPS; k++) {
-        const uint32_t(&word)[4] = codes.word[EXACT ? pass : k / 2];
-#pragma unroll
-        for (int m = 0; m < 2; m++)
-#pragma unroll
-          for (int i = 0; i < 4; i++) {
-            const uint8_t *entry = table + table_offset(word[2 * m + i % 2], k % 2 * 2 + i / 2);
-            if (EXACT) {
-              uint2 weights = *(const uint2 *)entry;
-              a_high[k][m][i] = __byte_perm(weights.x, weights.y, 0x5410);
-              a_low[k][m][i] = __byte_perm(weights.x, weights.y, 0x7632);
-            } else {
-              a_high[k][m][i] = *(const uint32_t *)entry;
-            }
-          }
-      }
-      /* The words have been used: the next tile's take their registers. */
-      if (EXACT) {
-        load_codes<TWO_MATRICES>(codes.word[pass], w, next, pass);
-      } else {
-        load_codes<TWO_MATRICES>(codes.word[0], w, next, 0);
-        load_codes<TWO_MATRICES>(codes.word[1], w, next, 1);
-      }
-
-      XFragments b;
-      load_x<EXACT>(b, stage, row_offset, pass, 0);
-#pragma unroll
-      for (int p = 0; p < TOKEN_PAIRS; p++) {
+      for (int p = 0; p < PAIRS; p++) {
         if (p >= pairs) break;
         float part[2][2][4] = {};
-        /* Four accumulators in turn: a product waits for the one four before it. */
 #pragma unroll
-        for (int k = 0; k < K_STEPS; k++) {
-          const int half = EXACT ? 0 : k / 2, r = k % 2 * 2;
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            mma_f16(part[i / 2][i % 2], a_high[k][i % 2], b.r[i / 2][half][r], b.r[i / 2][half][r + 1]);
+        for (int k = 0; k < 4; k++) {
+          const int next_k = (k + 1) % 4, next_p = p + (k + 1) / 4;
+          if (next_p < PAIRS) load_x(high[(k + 1) % 2], x_high, row_offset, next_k, next_p);
+          multiply_terms(part, a.high[k], high[k % 2]);
           if (EXACT) {
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              mma_f16(part[i / 2][i % 2], a_high[k][i % 2], b.r[i / 2][1][r], b.r[i / 2][1][r + 1]);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              mma_f16(part[i / 2][i % 2], a_low[k][i % 2], b.r[i / 2][0][r], b.r[i / 2][0][r + 1]);
+            multiply_terms(part, a.low[k], high[k % 2]);
+            multiply_terms(part, a.high[k], low);
+            if (next_p < PAIRS) load_x(low, x_low, row_offset, next_k, next_p);
           }
         }
-        /* Before the sums, which wait for the last product. Rows beyond the pairs are not used. */
-        if (p + 1 < TOKEN_PAIRS) load_x<EXACT>(b, stage, row_offset, pass, p + 1);
-        scale_and_add(acc[p], part, absmax);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+          float &c = acc.c[p][i / 8][i / 4 % 2][i % 4];
+          c = fmaf(absmax[i / 4 % 2 * 2 + i / 2 % 2], part[i / 8][i / 4 % 2][i % 4], c);
+        }
       }
     }
+    store(row_block, acc);
   }
 }
 
@@ -317,18 +315,19 @@ __device__ __forceinline__ void store_rows(float *out, float4 v, int count, bool
 
 /* What a warp with one tile row has: `out` is the place of the lane's first row, tile row 4g, for token
    0; row_count rows from there on exist; `stride` floats lie from token to token. */
-__device__ __forceinline__ void store_accumulators(const float (&acc)[TOKEN_PAIRS][2][2][4], float *out,
+template <int TOKENS>
+__device__ __forceinline__ void store_accumulators(const Accumulators<TOKENS> &acc, float *out,
                                                    int stride, int row_count, int tokens, float unit,
                                                    const float *scales, int add) {
   const bool aligned = stride % 4 == 0 && row_count >= 4;
 #pragma unroll
-  for (int n = 0; n < 2 * TOKEN_PAIRS; n++)
+  for (int n = 0; n < TOKENS / 8; n++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       int token = 8 * n + threadIdx.x % 4 * 2 + i;
       if (token >= tokens) continue;
       float scale = unit * scales[token];
-      const float(&c)[2][4] = acc[n / 2][n % 2];
+      const float(&c)[2][4] = acc.c[n / 2][n % 2];
       store_rows(
           out + (int64_t)token * stride,
           make_float4(c[0][i] * scale, c[0][2 + i] * scale, c[1][i] * scale, c[1][2 + i] * scale),

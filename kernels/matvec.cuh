@@ -50,34 +50,29 @@ constexpr uintptr_t IN_HOST = 1;
 __device__ __forceinline__ int lane_index() { return (int)(threadIdx.x & 31); }
 __device__ __forceinline__ int warp_index() { return (int)(threadIdx.x >> 5); }
 
-/* Small loads of weights; hints. */
+/* Four bytes of weights, as load_stream16. */
 #ifdef MOECTL_EMULATE
 inline uint32_t load_stream4(const void *p) { return *(const uint32_t *)p; }
-inline void prefetch_l2(const void *) {}
 #else
 __device__ __forceinline__ uint32_t load_stream4(const void *p) {
   uint32_t v;
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
-__device__ __forceinline__ void prefetch_l2(const void *p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-}
 #endif
 
 /* ---- the table ---- */
 
-/* NF4_VALUES[code] from immediates: a kernel that starts has no memory to wait for. */
+/* NF4_VALUES[FIRST + code % 2^BITS] from immediates: a kernel that starts has no memory to wait for. */
+template <int BITS, int FIRST>
 __device__ __forceinline__ float nf4_value(int code) {
-  float v[16];
-#pragma unroll
-  for (int i = 0; i < 16; i++) v[i] = NF4_VALUES[i];
-#pragma unroll
-  for (int bit = 0; bit < 4; bit++) {
-#pragma unroll
-    for (int i = 0; i < 8 >> bit; i++) v[i] = (code >> bit & 1) ? v[2 * i + 1] : v[2 * i];
+  if constexpr (BITS == 0) {
+    return NF4_VALUES[FIRST];
+  } else {
+    const float low = nf4_value<BITS - 1, FIRST>(code);
+    const float high = nf4_value<BITS - 1, FIRST + (1 << (BITS - 1))>(code);
+    return code >> (BITS - 1) & 1 ? high : low;
   }
-  return v[0];
 }
 
 /* fill_table of common.cuh with 16-byte stores that meet in no bank; then __syncthreads. */
@@ -86,7 +81,7 @@ __device__ __forceinline__ void fill_table_wide(uint8_t *table) {
   static_assert(THREADS % 256 == 0, "a thread fills pieces of one byte's entry");
   const int byte = (int)(threadIdx.x & 255);
   uint16_t value_high, value_low;
-  split_f16(nf4_value(byte & 15), value_high, value_low); /* lane i holds code i % 16 */
+  split_f16(nf4_value<4, 0>(byte), value_high, value_low); /* lane i holds code i % 16 */
   const uint32_t first = (uint32_t)value_high | (uint32_t)value_low << 16;
   const uint32_t second = __shfl_sync(ALL_LANES, first, byte >> 4);
   const uint32_t high = (first & 0xffff) | second << 16;
@@ -302,7 +297,7 @@ __device__ __forceinline__ void start_stream(TileStream<ROWS, DEPTH> &s, const u
 __device__ __forceinline__ void prefetch_tiles(const uint8_t *tiles, int begin, int end) {
   const int bytes = (end - begin) * TILE_BYTES;
   for (int at = lane_index() * 128; at < bytes; at += 32 * 128)
-    prefetch_l2(tiles + (int64_t)begin * TILE_BYTES + at);
+    prefetch_to_l2(tiles + (int64_t)begin * TILE_BYTES + at);
 }
 
 /* The lane's first column in the chunk that starts with tile `first`. */

@@ -74,8 +74,8 @@ __device__ __forceinline__ int sum_before(int value, int *warp_sums) {
 }
 
 /* One thread per expert, E <= 1024; thread 0 adds the shared expert. */
-KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, int32_t *offsets,
-                          int4 *tiles, int32_t *tile_offsets) {
+KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, int tile_tokens,
+                          int32_t *offsets, int4 *tiles, int32_t *tile_offsets) {
   __shared__ int warp_sums[32];
   launch_next_kernel();
   wait_for_previous_kernels();
@@ -85,7 +85,7 @@ KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, i
   if (e < num_experts)
 #pragma unroll 16
     for (int c = 0; c < chunks; c++) count += counts[(int64_t)c * num_experts + e];
-  const int num_tiles = (count + TILE_TOKENS - 1) / TILE_TOKENS;
+  const int num_tiles = (count + tile_tokens - 1) / tile_tokens;
   const int offset = sum_before(count, warp_sums);
   const int first_tile = sum_before(num_tiles, warp_sums);
 
@@ -106,10 +106,10 @@ KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, i
   if (e == blockDim.x - 1) {
     int end = first_tile + num_tiles;
     tile_offsets[num_experts] = end;
-    tile_offsets[num_experts + 1] = end + (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    tile_offsets[num_experts + 1] = end + (tokens + tile_tokens - 1) / tile_tokens;
     offsets[num_experts] = picks;
     offsets[num_experts + 1] = picks + tokens;
-    const int shared_tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
+    const int shared_tiles = (tokens + tile_tokens - 1) / tile_tokens;
     const int size = tokens_per_tile(tokens, shared_tiles);
     for (int i = 0; i < shared_tiles; i++)
       tiles[end + i] =
@@ -148,6 +148,11 @@ KERNEL prefill_group_scatter(const int32_t *topk_ids, int tokens, int k, int num
 
 /* ---- products ---- */
 
+/* Tokens per tile at most: prefill_group_scan's tile_tokens. The exact kernels have no registers for
+   more, and experts seldom have more tokens. */
+constexpr int EXPERT_TOKENS = 96;
+constexpr int EXPERT_TOKENS_FAST = 128;
+
 /* What experts_up and experts_down have in common: the block's tile and its expert. */
 struct ExpertTile {
   int32_t expert;
@@ -171,7 +176,8 @@ __device__ __forceinline__ void experts_up_block(uint8_t *smem, const uint16_t *
     const int4 *tiles, const int32_t *tile_offsets, const uint8_t *const *blobs,
     const float *const *units, const ExpertLayout &experts, const ExpertLayout &shared,
     int num_experts, int dim, int first_expert, int num_groups, float *h, int h_stride) {
-  typedef MatmulSmem<EXACT> Smem;
+  constexpr int TOKENS = EXACT ? EXPERT_TOKENS : EXPERT_TOKENS_FAST;
+  typedef MatmulSmem<EXACT, TOKENS> Smem;
   launch_next_kernel();
   fill_matmul_table<EXACT>(smem);
   wait_for_previous_kernels();
@@ -180,7 +186,7 @@ __device__ __forceinline__ void experts_up_block(uint8_t *smem, const uint16_t *
   const bool is_shared = tile.expert == num_experts;
   const int intermediate = is_shared ? shared.intermediate : experts.intermediate;
   const int format = is_shared ? shared.format : experts.format;
-  const int up_unit = is_shared ? shared.up_unit : experts.up_unit;
+  const int up_units = is_shared ? shared.up_unit : experts.up_unit;
   const uint8_t *gate = blobs[tile.expert];
   const uint8_t *up = gate + (is_shared ? shared.up_offset : experts.up_offset);
   const int kblocks = (dim + TILE_COLS - 1) / TILE_COLS;
@@ -196,59 +202,65 @@ __device__ __forceinline__ void experts_up_block(uint8_t *smem, const uint16_t *
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   h += (int64_t)tile.first_row * h_stride;
 
+  /* A row block is 128 values of h: of 128 rows of gate and as many of up. */
+  const int row_blocks = (h_stride + MATMUL_ROWS / 2 - 1) / (MATMUL_ROWS / 2);
+
   if (format != NF4_TILES) {
-    /* Lanes 0 .. 15 have rows of gate, lanes 16 .. 31 the same rows of up. */
-    const int row = (blockIdx.x * MATMUL_WARPS + warp) * 16 + lane % 16;
-    const uint8_t *weights =
-        row < intermediate ? row_of(lane < 16 ? gate : up, format, row, x.kblocks) : nullptr;
-    for (int first = 0; first < x.count; first += ROW_TOKENS) {
-      float sum[ROW_TOKENS];
-      multiply_row(sum, weights, format, x, sources, first);
+    for (int row_block = blockIdx.x; row_block < row_blocks; row_block += gridDim.x) {
+      /* Lanes 0 .. 15 have rows of gate, lanes 16 .. 31 the same rows of up. */
+      const int row = (row_block * MATMUL_WARPS + warp) * 16 + lane % 16;
+      const uint8_t *weights =
+          row < intermediate ? row_of(lane < 16 ? gate : up, format, row, kblocks) : nullptr;
+      for (int first = 0; first < x.count; first += ROW_TOKENS) {
+        float sum[ROW_TOKENS];
+        multiply_row(sum, weights, format, x, sources, first);
 #pragma unroll
-      for (int j = 0; j < ROW_TOKENS; j++) {
-        float value = first + j < x.count ? sum[j] * scales[first + j] : 0.0f;
-        float other = __shfl_xor_sync(0xffffffffu, value, 16);
-        if (lane < 16 && row < h_stride && first + j < x.count)
-          h[(int64_t)(first + j) * h_stride + row] = weights ? silu(value) * other : 0.0f;
+        for (int j = 0; j < ROW_TOKENS; j++) {
+          float value = first + j < x.count ? sum[j] * scales[first + j] : 0.0f;
+          float other = __shfl_xor_sync(0xffffffffu, value, 16);
+          if (lane < 16 && row < h_stride && first + j < x.count)
+            h[(int64_t)(first + j) * h_stride + row] = weights ? silu(value) * other : 0.0f;
+        }
       }
     }
     return;
   }
 
-  /* Two warps share a tile row of gate and one of up. */
-  const int tile_row = blockIdx.x * (MATMUL_WARPS / 2) + warp / 2;
-  const bool active = tile_row * TILE_ROWS < intermediate;
-  const int64_t offset = (int64_t)(active ? tile_row : 0) * x.kblocks * TILE_BYTES;
-  const WeightTiles weights = {{gate + offset, up + offset}, warp % 2};
-  float acc[TOKEN_PAIRS][2][2][4];
-  multiply<EXACT, true>(acc, smem, x, weights, active);
-
   const float *unit = units[tile.expert];
-  const float gate_scale = active ? unit[tile_row] : 0.0f;
-  const float up_scale = active ? unit[up_unit + tile_row] : 0.0f;
-  const int row = tile_row * TILE_ROWS + lane / 4 * 4 + warp % 2 * 2;
-  if (row >= h_stride) return;
-  const bool first_is_row = row < intermediate, second_is_row = row + 1 < intermediate;
+  /* Two warps share a tile row of gate and one of up. */
+  auto weights = [&](int row_block) {
+    const int tile_row = row_block * (MATMUL_WARPS / 2) + warp / 2;
+    const int64_t offset = (int64_t)tile_row * kblocks * TILE_BYTES;
+    return WeightTiles{gate + offset, up + offset, warp % 2, tile_row * TILE_ROWS < intermediate};
+  };
+  auto store = [&](int row_block, const Accumulators<TOKENS> &acc) {
+    const int tile_row = row_block * (MATMUL_WARPS / 2) + warp / 2;
+    const int row = tile_row * TILE_ROWS + lane / 4 * 4 + warp % 2 * 2;
+    if (row >= h_stride) return;
+    const bool first_is_row = row < intermediate, second_is_row = row + 1 < intermediate;
+    const float gate_unit = first_is_row ? unit[tile_row] : 0.0f;
+    const float up_unit = first_is_row ? unit[up_units + tile_row] : 0.0f;
 #pragma unroll
-  for (int n = 0; n < 2 * TOKEN_PAIRS; n++)
+    for (int n = 0; n < TOKENS / 8; n++)
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      int token = 8 * n + lane % 4 * 2 + i;
-      if (token >= x.count) continue;
-      const float scale = scales[token];
-      const float(&c)[2][4] = acc[n / 2][n % 2];
-      float2 v = make_float2(
-          first_is_row ? silu(c[0][i] * (gate_scale * scale)) * (c[1][i] * (up_scale * scale)) : 0.0f,
-          second_is_row ? silu(c[0][2 + i] * (gate_scale * scale)) * (c[1][2 + i] * (up_scale * scale))
-                        : 0.0f);
-      float *to = h + (int64_t)token * h_stride + row;
-      if (h_stride % 2 == 0) {
-        *(float2 *)to = v;
-      } else {
-        to[0] = v.x;
-        if (row + 1 < h_stride) to[1] = v.y;
+      for (int i = 0; i < 2; i++) {
+        int token = 8 * n + lane % 4 * 2 + i;
+        if (token >= x.count) continue;
+        const float gate_scale = gate_unit * scales[token], up_scale = up_unit * scales[token];
+        const float(&c)[2][4] = acc.c[n / 2][n % 2];
+        float2 v = make_float2(
+            first_is_row ? silu(c[0][i] * gate_scale) * (c[1][i] * up_scale) : 0.0f,
+            second_is_row ? silu(c[0][2 + i] * gate_scale) * (c[1][2 + i] * up_scale) : 0.0f);
+        float *to = h + (int64_t)token * h_stride + row;
+        if (h_stride % 2 == 0) {
+          *(float2 *)to = v;
+        } else {
+          to[0] = v.x;
+          if (row + 1 < h_stride) to[1] = v.y;
+        }
       }
-    }
+  };
+  multiply<EXACT, TOKENS, true>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
 }
 
 template <bool EXACT>
@@ -256,7 +268,8 @@ __device__ __forceinline__ void experts_down_block(uint8_t *smem, const uint16_t
     const int32_t *tile_offsets, const uint8_t *const *blobs, const float *const *units,
     const ExpertLayout &experts, const ExpertLayout &shared, int num_experts, int dim, int h_stride,
     int first_expert, int num_groups, int first_row, int row_count, float *y) {
-  typedef MatmulSmem<EXACT> Smem;
+  constexpr int TOKENS = EXACT ? EXPERT_TOKENS : EXPERT_TOKENS_FAST;
+  typedef MatmulSmem<EXACT, TOKENS> Smem;
   launch_next_kernel();
   fill_matmul_table<EXACT>(smem);
   wait_for_previous_kernels();
@@ -264,7 +277,7 @@ __device__ __forceinline__ void experts_down_block(uint8_t *smem, const uint16_t
   if (!find_tile(tile, tiles, tile_offsets, first_expert, num_groups)) return;
   const bool is_shared = tile.expert == num_experts;
   const int format = is_shared ? shared.format : experts.format;
-  const int down_unit = is_shared ? shared.down_unit : experts.down_unit;
+  const int down_units = is_shared ? shared.down_unit : experts.down_unit;
   const int intermediate = is_shared ? shared.intermediate : experts.intermediate;
   const uint8_t *down =
       blobs[tile.expert] + (is_shared ? shared.down_offset : experts.down_offset);
@@ -278,34 +291,41 @@ __device__ __forceinline__ void experts_down_block(uint8_t *smem, const uint16_t
     sources[threadIdx.x] = tile.first_row + threadIdx.x;
   }
   __syncthreads();
-  const int lane = threadIdx.x % 32;
-  const int tile_row = first_row / TILE_ROWS + blockIdx.x * MATMUL_WARPS + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int row_blocks = (row_count + MATMUL_ROWS - 1) / MATMUL_ROWS;
   const int end_row = min(dim, first_row + row_count);
-  const bool active = tile_row * TILE_ROWS < end_row;
   y += (int64_t)tile.first_row * row_count;
 
   if (format != NF4_TILES) {
-    const int row = tile_row * TILE_ROWS + lane;
-    const uint8_t *weights = row < end_row ? row_of(down, format, row, kblocks) : nullptr;
-    for (int first = 0; first < x.count; first += ROW_TOKENS) {
-      float sum[ROW_TOKENS];
-      multiply_row(sum, weights, format, x, sources, first);
+    for (int row_block = blockIdx.x; row_block < row_blocks; row_block += gridDim.x) {
+      const int row = first_row + row_block * MATMUL_ROWS + threadIdx.x;
+      const uint8_t *weights = row < end_row ? row_of(down, format, row, kblocks) : nullptr;
+      for (int first = 0; first < x.count; first += ROW_TOKENS) {
+        float sum[ROW_TOKENS];
+        multiply_row(sum, weights, format, x, sources, first);
 #pragma unroll
-      for (int j = 0; j < ROW_TOKENS; j++)
-        if (first + j < x.count && weights)
-          y[(int64_t)(first + j) * row_count + row - first_row] = sum[j] * scales[first + j];
+        for (int j = 0; j < ROW_TOKENS; j++)
+          if (first + j < x.count && weights)
+            y[(int64_t)(first + j) * row_count + row - first_row] = sum[j] * scales[first + j];
+      }
     }
     return;
   }
 
-  const uint8_t *tile_start = down + (int64_t)(active ? tile_row : 0) * kblocks * TILE_BYTES;
-  const WeightTiles weights = {{tile_start, tile_start}, 0};
-  float acc[TOKEN_PAIRS][2][2][4];
-  multiply<EXACT, false>(acc, smem, x, weights, active);
-  if (!active) return;
-  const int row = tile_row * TILE_ROWS + lane / 4 * 4;
-  store_accumulators(acc, y + row - first_row, row_count, end_row - row, x.count,
-                     units[tile.expert][down_unit + tile_row], scales, 0);
+  const float *unit = units[tile.expert] + down_units;
+  auto weights = [&](int row_block) {
+    const int tile_row = first_row / TILE_ROWS + row_block * MATMUL_WARPS + warp;
+    const uint8_t *tiles = down + (int64_t)tile_row * kblocks * TILE_BYTES;
+    return WeightTiles{tiles, tiles, 0, tile_row * TILE_ROWS < end_row};
+  };
+  auto store = [&](int row_block, const Accumulators<TOKENS> &acc) {
+    const int tile_row = first_row / TILE_ROWS + row_block * MATMUL_WARPS + warp;
+    const int row = tile_row * TILE_ROWS + lane / 4 * 4;
+    if (row < end_row)
+      store_accumulators(acc, y + row - first_row, row_count, end_row - row, x.count, unit[tile_row],
+                         scales, 0);
+  };
+  multiply<EXACT, TOKENS, false>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
 }
 
 KERNEL __launch_bounds__(MATMUL_THREADS, 1)

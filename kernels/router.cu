@@ -6,8 +6,7 @@ decode_router: chooses a token's experts, for the GPU (Decision) and for the CPU
 
 All blocks compute logits [E + 1], the shared expert's gate last: half a tile row, or four rows of bf16 or f32
 with four warps each; all products are exact to f32. One more block writes the normed x for the CPU. The last
-block to finish decides: its first warp takes the softmax and picks in k rounds of a warp-wide arg-max, while
-the others fetch the slots. E <= 1024, k <= min(E, 32).
+block to finish decides: its first warp takes the softmax and picks, while the others fetch the slots. E <= 1024, k <= min(E, 32).
 */
 #include "matvec.cuh"
 
@@ -24,10 +23,21 @@ constexpr int AREA_SQUARES = 32; /* float of a warp's area, behind its sums */
 
 /* What the deciding block keeps in shared memory, in the table's place. */
 constexpr int MAX_EXPERTS = 1024;
+struct Candidates {
+  uint32_t keys[MAX_EXPERTS];
+  int32_t ids[MAX_EXPERTS];
+  int32_t best_ids[MAX_TOP_K];
+  uint32_t best_keys[MAX_TOP_K];
+};
 struct Lookups {
   uint64_t slots[MAX_EXPERTS];
   int32_t split[MAX_TOP_K + 1];
+  Candidates candidates;
 };
+static_assert(sizeof(Lookups) <= TABLE_BYTES, "they fit");
+
+/* Stands for every NaN in the order of probabilities: above infinity. */
+constexpr uint32_t NAN_BITS = 0x7f800001u;
 
 /* Half tile row `block` of an NF4 matrix. */
 __device__ __forceinline__ void tile_logits(const Linear &m, int block, const Normed &n, float eps,
@@ -108,51 +118,69 @@ __device__ __forceinline__ void hand_over_x(const Normed &n, float eps, uint8_t 
 }
 
 /* The k most probable experts: lane r gets the r-th and its weight; lower ids first among equals. One warp;
-   lane i holds experts i, i + 32, .. */
+   lane i holds experts i, i + 32, ..
+
+   The k-th largest of the lanes' best is a lower bound of the k-th of all, and only some 1.5 k experts reach it:
+   each of these counts how many are before it. Ten rounds of a warp-wide arg-max take twice as long. */
 template <int PER_LANE>
 __device__ __forceinline__ void softmax_top_k(const float *logits, int num_experts, int k, int norm_topk_prob,
-                                              int &id, float &weight) {
+                                              Candidates &candidates, int &id, float &weight) {
+  const int lane = lane_index();
   float p[PER_LANE];
   float largest = -INFINITY;
 #pragma unroll
   for (int j = 0; j < PER_LANE; j++) {
-    const int expert = 32 * j + lane_index();
-    p[j] = expert < num_experts ? __ldcg(logits + expert) : -INFINITY;
+    p[j] = 32 * j + lane < num_experts ? __ldcg(logits + 32 * j + lane) : -INFINITY;
     largest = fmaxf(largest, p[j]);
   }
   largest = warp_max(largest);
+  /* Keys in the order of the probabilities, which are positive or NaN, all NaNs alike; 0: none. */
+  uint32_t keys[PER_LANE], best = 0;
   float total = 0.0f;
 #pragma unroll
   for (int j = 0; j < PER_LANE; j++) {
+    const bool there = 32 * j + lane < num_experts;
     p[j] = expf(p[j] - largest);
-    if (32 * j + lane_index() < num_experts) total += p[j];
+    total += there ? p[j] : 0.0f;
+    keys[j] = there ? min(__float_as_uint(p[j]) & 0x7fffffffu, NAN_BITS) + 1 : 0;
+    best = max(best, keys[j]);
   }
   total = warp_sum(total);
 
-  /* Keys in the order of the values, which are positive or NaN; 0: none, or taken. */
-  uint32_t keys[PER_LANE];
+  int above = 0;
 #pragma unroll
-  for (int j = 0; j < PER_LANE; j++)
-    keys[j] = 32 * j + lane_index() < num_experts ? __float_as_uint(p[j]) + 1 : 0;
-  float sum = 0.0f;
-  int taken = -1;
-#pragma unroll 1
-  for (int rank = 0; rank < k; rank++) {
-    uint32_t best = 0;
-    int best_j = 0;
+  for (int i = 0; i < 32; i++) above += __shfl_sync(ALL_LANES, best, i) > best;
+  const uint32_t bound = __reduce_min_sync(ALL_LANES, above < k ? best : ALL_LANES);
+
+  int count = 0;
 #pragma unroll
-    for (int j = 0; j < PER_LANE; j++) {
-      if (j == taken) keys[j] = 0;
-      if (keys[j] > best) best = keys[j], best_j = j;
+  for (int j = 0; j < PER_LANE; j++) { /* in the order of ids */
+    const bool is_candidate = keys[j] >= bound;
+    const uint32_t those = __ballot_sync(ALL_LANES, is_candidate);
+    if (is_candidate) {
+      const int at = count + __popc(those & ((1u << lane) - 1));
+      candidates.keys[at] = keys[j];
+      candidates.ids[at] = 32 * j + lane;
     }
-    const uint32_t winner = __reduce_max_sync(ALL_LANES, best);
-    const uint32_t expert =
-        __reduce_min_sync(ALL_LANES, best == winner ? 32u * (uint32_t)best_j + (uint32_t)lane_index() : ALL_LANES);
-    taken = (int)(expert & 31) == lane_index() ? (int)(expert >> 5) : -1;
-    const float of_winner = __uint_as_float(winner - 1);
-    sum += of_winner;
-    if (lane_index() == rank) id = (int)expert, weight = of_winner;
+    count += __popc(those);
   }
+  __syncwarp();
+  for (int mine = lane; mine < count; mine += 32) {
+    const uint32_t key = candidates.keys[mine];
+    int rank = 0;
+#pragma unroll 4
+    for (int i = 0; i < count; i++) {
+      const uint32_t other = candidates.keys[i];
+      rank += other > key || (other == key && i < mine);
+    }
+    if (rank < k) {
+      candidates.best_ids[rank] = candidates.ids[mine];
+      candidates.best_keys[rank] = key;
+    }
+  }
+  __syncwarp();
+  if (lane < k) id = candidates.best_ids[lane], weight = __uint_as_float(candidates.best_keys[lane] - 1);
+  const float sum = warp_sum(weight);
   weight /= norm_topk_prob ? sum : total;
 }
 
@@ -243,7 +271,6 @@ KERNEL __launch_bounds__(ROUTER_THREADS, 2)
   }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
 
   Lookups &lookups = *(Lookups *)shared;
   int id = 0;
@@ -252,9 +279,9 @@ KERNEL __launch_bounds__(ROUTER_THREADS, 2)
   if (warp_index() == 0) {
     number = __ldcg(&step->number); /* now: it is needed when the last store must not wait */
     if (num_experts <= 512)
-      softmax_top_k<16>(logits, num_experts, k, norm_topk_prob, id, weight);
+      softmax_top_k<16>(logits, num_experts, k, norm_topk_prob, lookups.candidates, id, weight);
     else
-      softmax_top_k<32>(logits, num_experts, k, norm_topk_prob, id, weight);
+      softmax_top_k<32>(logits, num_experts, k, norm_topk_prob, lookups.candidates, id, weight);
   } else {
     const int first = (int)threadIdx.x - 32;
     if (first <= k) lookups.split[first] = split[first];

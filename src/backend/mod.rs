@@ -29,6 +29,11 @@ pub enum BackendError {
     Candle(#[from] candle_core::Error),
     #[error("context is full: {needed} tokens needed, room for {capacity}; raise --ctx")]
     ContextFull { needed: usize, capacity: usize },
+    #[error(
+        "the model without experts takes {needed} bytes on the GPU, the budget is {budget}; raise \
+         --vram, or lower --ctx"
+    )]
+    DoesNotFit { needed: u64, budget: u64 },
     #[error("{0}")]
     Other(String),
 }

@@ -272,6 +272,7 @@ impl Engine {
                 Box::new(Sequence::new(backend, options.max_tokens)?)
             }
         };
+        notes.extend(runner.notes());
         Ok(Engine {
             runner,
             tokens: Vec::new(),
@@ -319,6 +320,12 @@ impl Engine {
     /// Where decode steps spent their time since the last call, if a GPU took part.
     pub fn take_times(&mut self) -> Option<DecodeTimes> {
         self.runner.take_times()
+    }
+
+    /// Microseconds of each GPU kernel of a decode step; the sequence starts over.
+    pub fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        self.tokens.clear();
+        Ok(self.runner.kernel_times()?)
     }
 
     /// Bytes this process holds on the GPU, by the driver's figure.

@@ -53,6 +53,17 @@ pub trait Runner: Send {
     fn vram_bytes(&self) -> Option<u64> {
         None
     }
+
+    /// What the backend found out about this machine while loading.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Microseconds that each GPU kernel of a decode step takes, all its launches together; the
+    /// sequence starts over.
+    fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        Ok(Vec::new())
+    }
 }
 
 /// A backend and the state of the sequence it is working on.
@@ -171,5 +182,13 @@ impl Runner for crate::backend::cuda::Cuda {
 
     fn vram_bytes(&self) -> Option<u64> {
         self.used_bytes().ok()
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.notes().to_vec()
+    }
+
+    fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        self.kernel_times()
     }
 }

@@ -95,7 +95,7 @@ impl Source {
     pub fn resolve(spec: Option<&str>) -> Result<Self, SourceError> {
         let spec = spec.unwrap_or(BUILTIN);
         if spec == BUILTIN {
-            if !builtin::PRESENT {
+            if !builtin::present() {
                 return Err(SourceError::NoBuiltin);
             }
             return Ok(Source {
@@ -372,13 +372,31 @@ pub(super) fn builtin_file(file: &str) -> Option<&'static [u8]> {
 
 /// Files that are part of the program: the text files always, the weights by feature.
 mod builtin {
-    /// Whether the built-in model can run.
-    pub const PRESENT: bool = cfg!(feature = "tiny-moe");
-
     macro_rules! file {
         ($name:literal) => {
             Some(include_bytes!(concat!("../../workloads/tiny-moe/", $name)).as_slice())
         };
+    }
+
+    /// Whether the built-in model can run.
+    pub fn present() -> bool {
+        weights().is_some()
+    }
+
+    #[cfg(feature = "tiny-moe")]
+    fn weights() -> Option<&'static [u8]> {
+        file!("model.safetensors")
+    }
+
+    /// A build without it takes the weights from the folder that `MOECTL_TINY_MOE` names.
+    #[cfg(not(feature = "tiny-moe"))]
+    fn weights() -> Option<&'static [u8]> {
+        static WEIGHTS: std::sync::OnceLock<Option<Vec<u8>>> = std::sync::OnceLock::new();
+        let read = || {
+            let folder = std::path::PathBuf::from(std::env::var_os("MOECTL_TINY_MOE")?);
+            std::fs::read(folder.join("model.safetensors")).ok()
+        };
+        WEIGHTS.get_or_init(read).as_deref()
     }
 
     pub fn read(file: &str) -> Option<&'static [u8]> {
@@ -387,8 +405,7 @@ mod builtin {
             "generation_config.json" => file!("generation_config.json"),
             "tokenizer.json" => file!("tokenizer.json"),
             "tokenizer_config.json" => file!("tokenizer_config.json"),
-            #[cfg(feature = "tiny-moe")]
-            "model.safetensors" => file!("model.safetensors"),
+            "model.safetensors" => weights(),
             _ => None,
         }
     }

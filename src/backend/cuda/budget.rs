@@ -1,5 +1,10 @@
 //! What the process holds on the device, and what its budget leaves.
 
+use std::sync::Arc;
+
+use nvml_wrapper::Nvml;
+use nvml_wrapper::enums::device::UsedGpuMemory;
+
 use super::device::Device;
 use crate::backend::{BackendError, Result};
 
@@ -7,42 +12,41 @@ use crate::backend::{BackendError, Result};
 /// launches.
 const MARGIN_BYTES: u64 = 48 << 20;
 
-/// Memory others held on the device before this process made its context.
-#[derive(Clone, Copy, Debug)]
-pub struct Baseline {
-    others: Option<u64>,
-}
-
 /// Follows this process's memory on a device.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Usage {
     device: Device,
-    others: u64,
+    /// The driver's management library and the device's number there, where it tells of processes
+    driver: Option<(Arc<Nvml>, u32)>,
 }
 
 impl Usage {
-    /// Looks at the device before there is a context.
-    pub fn before_context(index: usize) -> Baseline {
-        let nvml = nvml_wrapper::Nvml::init().ok();
-        let memory = nvml.and_then(|nvml| {
-            let device = nvml.device_by_index(index as u32).ok()?;
-            device.memory_info().ok()
-        });
-        Baseline {
-            // The driver's own reserve counts as used there, and is not in what the context sees.
-            others: memory.map(|m| m.total - m.free),
+    pub fn of(device: &Device, index: usize) -> Usage {
+        let driver = Nvml::init().ok().map(|nvml| (Arc::new(nvml), index as u32));
+        let driver = driver.filter(|(nvml, index)| process_bytes(nvml, *index).is_some());
+        Usage {
+            device: device.clone(),
+            driver,
         }
     }
 
     /// A device that nobody else uses.
     pub fn alone(device: &Device) -> Usage {
-        Baseline { others: None }.with(device)
+        Usage {
+            device: device.clone(),
+            driver: None,
+        }
     }
 
-    /// Bytes held now, context included.
+    /// Bytes held now, context included: the driver's own figure for this process, or, where it has
+    /// none, all that is in use on the device.
     pub fn now(&self) -> Result<u64> {
+        let of_process = self.driver.as_ref();
+        if let Some(bytes) = of_process.and_then(|(nvml, index)| process_bytes(nvml, *index)) {
+            return Ok(bytes);
+        }
         let (free, total) = self.device.memory()?;
-        Ok((total - free).saturating_sub(self.others))
+        Ok(total - free)
     }
 
     /// Bytes that may still be taken under `budget`, or of all that is free.
@@ -58,20 +62,22 @@ impl Usage {
         let held = self.now()?;
         match budget.checked_sub(held) {
             Some(left) => Ok(left.saturating_sub(MARGIN_BYTES).min(free)),
-            None => Err(BackendError::Other(format!(
-                "the model without experts takes {held} B on the device, the budget is {budget} B; \
-                 raise --vram, or lower --ctx"
-            ))),
+            None => Err(BackendError::DoesNotFit {
+                needed: held,
+                budget,
+            }),
         }
     }
 }
 
-impl Baseline {
-    /// Usage on the device that was looked at.
-    pub fn with(self, device: &Device) -> Usage {
-        Usage {
-            device: device.clone(),
-            others: self.others.unwrap_or(0),
-        }
+/// Bytes that this process holds on the device, as the driver counts them.
+fn process_bytes(nvml: &Nvml, index: u32) -> Option<u64> {
+    let device = nvml.device_by_index(index).ok()?;
+    let own = std::process::id();
+    let processes = device.running_compute_processes().ok()?;
+    let found = processes.iter().find(|process| process.pid == own)?;
+    match found.used_gpu_memory {
+        UsedGpuMemory::Used(bytes) => Some(bytes),
+        UsedGpuMemory::Unavailable => None,
     }
 }

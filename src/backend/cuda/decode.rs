@@ -167,7 +167,7 @@ impl Decode {
         let index = match self.graphs.iter().position(|(k, _)| *k == kind) {
             Some(index) => index,
             None => {
-                let graph = model.stream.capture(|| self.record(model, state, kind))?;
+                let graph = model.stream.capture(|| self.record(model, state, kind, None))?;
                 self.graphs.push((kind, graph));
                 self.graphs.len() - 1
             }
@@ -321,8 +321,58 @@ impl Decode {
         Ok(())
     }
 
-    /// Adds all kernels of a step to the stream.
-    fn record(&self, model: &Model, state: &SequenceState, kind: Kind) -> Result<()> {
+    /// Microseconds that each kernel of a step takes on the GPU, all its launches in a row.
+    ///
+    /// Beside each other in a step they overlap a little; alone, small ones show what a launch
+    /// costs. The sequence is not the same afterwards.
+    pub fn kernel_times(
+        &mut self,
+        model: &Model,
+        state: &SequenceState,
+    ) -> Result<Vec<(&'static str, f64)>> {
+        const KERNELS: [&str; 9] = [
+            "decode_norm_linear",
+            "decode_delta_net",
+            "decode_delta_out",
+            "decode_attention",
+            "decode_linear_add",
+            "decode_router",
+            "decode_experts_up",
+            "decode_experts_down",
+            "decode_combine",
+        ];
+        const ROUNDS: u32 = 5;
+        let device = model.stream.device();
+        let (start, end) = (device.new_event()?, device.new_event()?);
+        let kind = Kind {
+            logits: false,
+            hybrid: true,
+        };
+        let mut times = Vec::new();
+        for name in KERNELS {
+            let graph = model.stream.capture(|| self.record(model, state, kind, Some(name)))?;
+            for round in 0..=ROUNDS {
+                if round == 1 {
+                    model.stream.record(&start)?;
+                }
+                // SAFETY: recorded for this sequence, which `state` holds.
+                unsafe { model.stream.launch_graph(&graph)? };
+            }
+            model.stream.record(&end)?;
+            model.stream.synchronize()?;
+            times.push((name, f64::from(end.ms_since(&start)?) * 1e3 / f64::from(ROUNDS)));
+        }
+        Ok(times)
+    }
+
+    /// Adds all kernels of a step to the stream, or those called `only`.
+    fn record(
+        &self,
+        model: &Model,
+        state: &SequenceState,
+        kind: Kind,
+        only: Option<&str>,
+    ) -> Result<()> {
         let Model {
             shape,
             dense,
@@ -338,8 +388,9 @@ impl Decode {
         // SAFETY, of all launches here: arguments are those of the kernels in `kernels/`, in order,
         // and addresses are of buffers that live as long as the graph: this struct's, the model's
         // and the sequence's.
-        let launch = |name, geometry, args, overlap| unsafe {
-            stream.launch(name, geometry, args, overlap)
+        let launch = |name, geometry, args, overlap| match only {
+            Some(only) if only != name => Ok(()),
+            _ => unsafe { stream.launch(name, geometry, args, overlap) },
         };
         launch(
             "decode_begin",
@@ -452,8 +503,10 @@ impl Decode {
                 true,
             )?;
             if kind.hybrid {
-                // SAFETY: the flag lives as long as this struct.
-                unsafe { stream.wait_flag(self.done.at(index), 1)? };
+                if only.is_none() {
+                    // SAFETY: the flag lives as long as this struct.
+                    unsafe { stream.wait_flag(self.done.at(index), 1)? };
+                }
                 launch(
                     "decode_combine",
                     geometry::combine(dim),

@@ -17,6 +17,7 @@
 pub mod abi;
 mod arena;
 pub mod budget;
+mod calibrate;
 pub mod decode;
 pub mod device;
 #[cfg(feature = "cuda")]
@@ -97,6 +98,8 @@ pub struct Cuda {
     usage: Usage,
     /// A failed step leaves the sequence in an unknown state.
     broken: bool,
+    /// What calibration found, for who asks
+    notes: Vec<String>,
     _arena: Arena,
     stream: Stream,
     copies: Stream,
@@ -117,9 +120,8 @@ impl Cuda {
         max_tokens: usize,
         progress: Progress,
     ) -> Result<Self> {
-        let baseline = Usage::before_context(index);
         let device = Device::open(index)?;
-        let usage = baseline.with(&device);
+        let usage = Usage::of(&device, index);
         Self::on(device, index, usage, shape, weights, options, max_tokens, progress)
     }
 
@@ -183,6 +185,7 @@ impl Cuda {
             options,
             usage,
             broken: false,
+            notes: Vec::new(),
             _arena: arena,
             stream,
             copies,
@@ -190,6 +193,7 @@ impl Cuda {
             index,
         };
         cuda.fill_slots()?;
+        cuda.calibrate()?;
         Ok(cuda)
     }
 
@@ -255,6 +259,26 @@ impl Cuda {
     /// Where the time of decode steps went since the last call.
     pub fn take_times(&mut self) -> DecodeTimes {
         std::mem::take(&mut self.decode.times)
+    }
+
+    /// What calibration found.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// See [`Decode::kernel_times`]; the sequence starts over.
+    pub fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        let model = Model {
+            shape: &self.shape,
+            dense: &self.dense,
+            store: &self.store,
+            shared_layout: self.shared_layout,
+            stream: &self.stream,
+        };
+        let times = self.decode.kernel_times(&model, &self.state)?;
+        self.decode.forget_graphs();
+        self.state.clear(&self.stream)?;
+        Ok(times)
     }
 
     /// Bytes that this process holds on the device, by the driver's figure.

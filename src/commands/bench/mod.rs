@@ -145,6 +145,11 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let monitor = Monitor::start(Duration::from_millis(200), gpu);
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
+    if console.verbose {
+        let times = engine.kernel_times()?;
+        let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
+        console.detail(format!("kernels of a step: {}", lines.collect::<Vec<_>>().join(", ")));
+    }
     // Not before: its buffer would count as the model's memory.
     let threads = engine.backend().threads;
     hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
