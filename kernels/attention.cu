@@ -246,10 +246,11 @@ struct Attention {
   /* True in all threads of the block that is the last of `count` to come here; what the others wrote
      before is then visible in L2. */
   static __device__ __forceinline__ bool is_last(uint32_t *counter, int count, int *flag) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+      fence_gpu();
       bool last = atomicAdd(counter, 1u) == (uint32_t)count - 1;
+      fence_gpu();
       if (last) *counter = 0;
       *flag = last;
     }

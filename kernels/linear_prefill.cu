@@ -110,13 +110,11 @@ KERNEL prefill_split(const float *x, const float *norm_scale, float eps, uint16_
 
 /* ---- prefill_linear ---- */
 
-constexpr int LINEAR_TOKENS = 128; /* per tile */
-
 template <bool EXACT>
 __device__ __forceinline__ void linear_block(uint8_t *smem, const uint16_t *high, const uint16_t *low,
                                              const float *row_scale, int tokens, const Linear &w,
                                              float *out, int add) {
-  typedef MatmulSmem<EXACT, LINEAR_TOKENS> Smem;
+  typedef MatmulSmem<EXACT> Smem;
   launch_next_kernel();
   if (w.format == NF4_TILES) fill_matmul_table<EXACT>(smem);
   const int per_tile = tokens_per_tile(tokens, gridDim.y);
@@ -134,7 +132,6 @@ __device__ __forceinline__ void linear_block(uint8_t *smem, const uint16_t *high
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row_blocks = (w.rows + MATMUL_ROWS - 1) / MATMUL_ROWS;
-  out += (int64_t)first_token * w.rows;
 
   if (w.format != NF4_TILES) {
     for (int row_block = blockIdx.x; row_block < row_blocks; row_block += gridDim.x) {
@@ -146,7 +143,7 @@ __device__ __forceinline__ void linear_block(uint8_t *smem, const uint16_t *high
 #pragma unroll
         for (int j = 0; j < ROW_TOKENS; j++) {
           if (first + j >= x.count || !weights) continue;
-          float *to = out + (int64_t)(first + j) * w.rows + row;
+          float *to = out + (int64_t)(first_token + first + j) * w.rows + row;
           float value = sum[j] * scales[first + j];
           *to = add ? *to + value : value;
         }
@@ -158,15 +155,16 @@ __device__ __forceinline__ void linear_block(uint8_t *smem, const uint16_t *high
   auto weights = [&](int row_block) {
     const int tile_row = row_block * MATMUL_WARPS + warp;
     const uint8_t *tiles = w.weights + (int64_t)tile_row * w.kblocks * TILE_BYTES;
-    return WeightTiles{tiles, tiles, 0, tile_row * TILE_ROWS < w.rows};
+    return WeightTiles{tiles + lane_codes(0), 0, tile_row * TILE_ROWS < w.rows};
   };
-  auto store = [&](int row_block, const Accumulators<LINEAR_TOKENS> &acc) {
+  auto store = [&](int row_block, const Accumulators &acc) {
     const int tile_row = row_block * MATMUL_WARPS + warp;
     const int row = tile_row * TILE_ROWS + lane / 4 * 4;
     if (row < w.rows)
-      store_accumulators(acc, out + row, w.rows, w.rows - row, x.count, w.units[tile_row], scales, add);
+      store_accumulators(acc, out + (int64_t)first_token * w.rows + row, w.rows, w.rows - row, x.count,
+                         w.units[tile_row], scales, add);
   };
-  multiply<EXACT, LINEAR_TOKENS, false>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
+  multiply<EXACT, false>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
 }
 
 KERNEL __launch_bounds__(MATMUL_THREADS, 1)

@@ -1,6 +1,6 @@
 /*
-The core of prefill's matrix products: per block, 8 warps with 32 weight rows each, times up to 96 or
-128 tokens, on tensor cores.
+The core of prefill's matrix products: per block, 8 warps with 32 weight rows each, times up to 128
+tokens, on tensor cores.
 
   A  weights, NF4 tiles: global memory -> registers, one tile ahead, dequantised through a table in
      shared memory. No weight is dequantised twice in a block, and none passes through shared memory.
@@ -27,27 +27,28 @@ tokens each were slower: they dequantise twice as often.
 constexpr int MATMUL_WARPS = 8;
 constexpr int MATMUL_THREADS = MATMUL_WARPS * 32;
 constexpr int MATMUL_ROWS = MATMUL_WARPS * TILE_ROWS;
+constexpr int TILE_TOKENS = 128; /* per token tile, at most */
+constexpr int TOKEN_PAIRS = TILE_TOKENS / 16; /* n-tiles have 8 tokens and come in pairs */
 
-/* One term of x in a stage: [TOKENS][8 chunks of 16 bytes]; chunk c of token i lies at c ^ (i & 7), so
+/* One term of x in a stage: [TILE_TOKENS][8 chunks of 16 bytes]; chunk c of token i lies at c ^ (i & 7), so
    that neither cp.async nor ldmatrix meets in a bank. */
 constexpr int X_ROW_BYTES = TILE_COLS * 2;
 
-/* Shared memory: table, two stages of x, row_scale [TOKENS], source row [TOKENS]. */
-template <bool EXACT, int TOKENS>
+/* Shared memory: table, two stages of x, row_scale [TILE_TOKENS], source row [TILE_TOKENS]. */
+template <bool EXACT>
 struct MatmulSmem {
-  static constexpr int TERM_BYTES = TOKENS * X_ROW_BYTES;
+  static constexpr int TERM_BYTES = TILE_TOKENS * X_ROW_BYTES;
   static constexpr int STAGE_BYTES = (EXACT ? 2 : 1) * TERM_BYTES;
   static constexpr int X = TABLE_BYTES;
   static constexpr int SCALES = X + 2 * STAGE_BYTES;
-  static constexpr int SOURCES = SCALES + TOKENS * 4;
-  static constexpr int BYTES = SOURCES + TOKENS * 4;
+  static constexpr int SOURCES = SCALES + TILE_TOKENS * 4;
+  static constexpr int BYTES = SOURCES + TILE_TOKENS * 4; /* exact 99,328; fast 66,560 */
 };
 
 /* The accumulators of a lane, [pair of n-tiles][n-tile][fragment][element]: tokens 16p + 8n ..; of lane
    4g + t, elements 0, 1 are tokens 2t, 2t + 1 of the fragment's row g, elements 2, 3 of row g + 8. */
-template <int TOKENS>
 struct Accumulators {
-  float c[TOKENS / 16][2][2][4];
+  float c[TOKEN_PAIRS][2][2][4];
 };
 
 /* The x of a token tile. */
@@ -86,23 +87,23 @@ __device__ __forceinline__ void fill_matmul_table(uint8_t *table) {
 /* ---- B ---- */
 
 /* Starts the copies of column block kb: a thread has chunk threadIdx % 8 of tokens threadIdx / 8 + 32 i.
-   Tokens beyond the tile's count become zeros. sources: [TOKENS] rows of high and low. */
-template <bool EXACT, int TOKENS>
+   Tokens beyond the tile's count become zeros. sources: [TILE_TOKENS] rows of high and low. */
+template <bool EXACT>
 __device__ __forceinline__ void copy_stage(uint8_t *stage, const TokenTile &x, const int32_t *sources,
                                            int kb) {
   constexpr int STEP = MATMUL_THREADS / 8;
-  static_assert(TOKENS % STEP == 0, "every thread has as many tokens");
+  static_assert(TILE_TOKENS % STEP == 0, "every thread has as many tokens");
   const int chunk = threadIdx.x % 8, first = threadIdx.x / 8;
   uint8_t *to = stage + first * X_ROW_BYTES + (chunk ^ (first & 7)) * 16;
 #pragma unroll
-  for (int i = 0; i < TOKENS / STEP; i++) {
+  for (int i = 0; i < TILE_TOKENS / STEP; i++) {
     if (STEP * i >= x.count) break;
     const bool valid = first + STEP * i < x.count;
     const int block = valid ? sources[first + STEP * i] * x.stride + kb : 0;
     const int64_t from = (int64_t)block * TILE_COLS + chunk * 8;
     cp_async16(to + i * STEP * X_ROW_BYTES, x.high + from, valid);
     if (EXACT)
-      cp_async16(to + i * STEP * X_ROW_BYTES + MatmulSmem<EXACT, TOKENS>::TERM_BYTES, x.low + from,
+      cp_async16(to + i * STEP * X_ROW_BYTES + MatmulSmem<EXACT>::TERM_BYTES, x.low + from,
                  valid);
   }
 }
@@ -128,46 +129,53 @@ two neighbouring rows of a tile.
 - halves of one tile row: fragment m has tile rows 4g + 2m and 4g + 2m + 1; one load of 16 bytes has
   both.
 - of two matrices (SwiGLU): fragment 0 has rows 4g + 2h, 4g + 2h + 1 of gate, fragment 1 the same rows
-  of up, with h the warp's half of both tile rows: gate and up of a value meet in one lane.
+  of up, with h = warp % 2 the half of both tile rows: gate and up of a value meet in one lane.
 */
 struct WeightTiles {
-  const uint8_t *first;  /* the tile row, or gate's */
-  const uint8_t *second; /* up's; for halves of one tile row not used */
-  int32_t half;          /* h */
-  int32_t active;        /* 0: no rows for this warp */
+  const uint8_t *codes; /* the lane's codes of the next tile to load, d = 0: of the tile row, or gate's */
+  int32_t up;           /* bytes from gate's tiles to up's, below 2 GB; for halves of one tile row unused */
+  int32_t active;       /* 0: no rows for this warp */
 };
+
+/* Where the lane's codes and absmax lie in a tile. half: of two matrices h, else 0. */
+__device__ __forceinline__ int lane_codes(int half) {
+  return threadIdx.x % 4 * 128 + threadIdx.x % 32 / 4 * 16 + 8 * half;
+}
+__device__ __forceinline__ int lane_absmax(int half) {
+  return 1024 + threadIdx.x % 32 / 4 * 8 + 4 * half;
+}
 
 /* What a lane needs of a tile. */
 struct LaneTile {
-  uint32_t word[2][4];   /* [d][row of fragment 0: 0, 1; of fragment 1: 2, 3] */
-  uint32_t absmax[2];    /* u16, two rows per word */
+  uint32_t word[2][4]; /* [d][row of fragment 0: 0, 1; of fragment 1: 2, 3] */
+  uint32_t absmax[2];  /* u16, two rows per word */
 };
 
+/* Loads the tile and goes on to the next one of its row. */
 template <bool TWO_MATRICES>
-__device__ __forceinline__ void load_tile(LaneTile &tile, const WeightTiles &w, int kb) {
-  const int lane = threadIdx.x % 32;
-  const int codes = lane % 4 * 128 + lane / 4 * 16, absmax = 1024 + lane / 4 * 8;
-  const uint8_t *first = w.first + (int64_t)kb * TILE_BYTES;
+__device__ __forceinline__ void load_tile(LaneTile &tile, WeightTiles &w) {
+  const int half = TWO_MATRICES ? threadIdx.x / 32 % 2 : 0;
+  const uint8_t *absmax = w.codes + (lane_absmax(half) - lane_codes(half));
+#pragma unroll
+  for (int d = 0; d < 2; d++) {
+    uint4 v;
+    if (TWO_MATRICES) {
+      uint2 gate = *(const uint2 *)(w.codes + 512 * d);
+      uint2 up = *(const uint2 *)(w.codes + w.up + 512 * d);
+      v = make_uint4(gate.x, gate.y, up.x, up.y);
+    } else {
+      v = load_stream16(w.codes + 512 * d);
+    }
+    tile.word[d][0] = v.x, tile.word[d][1] = v.y, tile.word[d][2] = v.z, tile.word[d][3] = v.w;
+  }
   if (TWO_MATRICES) {
-    const uint8_t *second = w.second + (int64_t)kb * TILE_BYTES;
-#pragma unroll
-    for (int d = 0; d < 2; d++) {
-      uint2 gate = *(const uint2 *)(first + codes + 512 * d + 8 * w.half);
-      uint2 up = *(const uint2 *)(second + codes + 512 * d + 8 * w.half);
-      tile.word[d][0] = gate.x, tile.word[d][1] = gate.y;
-      tile.word[d][2] = up.x, tile.word[d][3] = up.y;
-    }
-    tile.absmax[0] = *(const uint32_t *)(first + absmax + 4 * w.half);
-    tile.absmax[1] = *(const uint32_t *)(second + absmax + 4 * w.half);
+    tile.absmax[0] = *(const uint32_t *)absmax;
+    tile.absmax[1] = *(const uint32_t *)(absmax + w.up);
   } else {
-#pragma unroll
-    for (int d = 0; d < 2; d++) {
-      uint4 v = load_stream16(first + codes + 512 * d);
-      tile.word[d][0] = v.x, tile.word[d][1] = v.y, tile.word[d][2] = v.z, tile.word[d][3] = v.w;
-    }
-    uint2 v = load_stream8(first + absmax);
+    uint2 v = load_stream8(absmax);
     tile.absmax[0] = v.x, tile.absmax[1] = v.y;
   }
+  w.codes += TILE_BYTES;
 }
 
 /* A of a tile: [k-step][fragment][register]; `low` of EXACT only. */
@@ -217,11 +225,10 @@ multiplies, and store(row_block, accumulators) gets the products, without units 
 All threads of the block call it. On entry the table and the sources are in shared memory, behind a
 __syncthreads.
 */
-template <bool EXACT, int TOKENS, bool TWO_MATRICES, typename Weights, typename Store>
+template <bool EXACT, bool TWO_MATRICES, typename Weights, typename Store>
 __device__ __forceinline__ void multiply(uint8_t *smem, const TokenTile &x, int first, int end, int step,
                                          Weights weights, Store store) {
-  typedef MatmulSmem<EXACT, TOKENS> Smem;
-  constexpr int PAIRS = TOKENS / 16;
+  typedef MatmulSmem<EXACT> Smem;
   const int lane = threadIdx.x % 32;
   const int pairs = (x.count + 15) / 16;
   const int32_t *sources = (const int32_t *)(smem + Smem::SOURCES);
@@ -233,15 +240,15 @@ __device__ __forceinline__ void multiply(uint8_t *smem, const TokenTile &x, int 
 
   if (first >= end) return;
   int stage = 0;
-  copy_stage<EXACT, TOKENS>(smem + Smem::X, x, sources, 0);
+  copy_stage<EXACT>(smem + Smem::X, x, sources, 0);
   cp_async_commit();
   WeightTiles w = weights(first);
   LaneTile tile = {};
   WeightFragments a = {};
-  if (w.active) load_tile<TWO_MATRICES>(tile, w, 0);
+  if (w.active) load_tile<TWO_MATRICES>(tile, w);
 
   for (int row_block = first; row_block < end; row_block += step) {
-    Accumulators<TOKENS> acc = {};
+    Accumulators acc = {};
     for (int kb = 0; kb < x.kblocks; kb++) {
       const int active = w.active;
       const bool last = kb + 1 == x.kblocks;
@@ -255,12 +262,12 @@ __device__ __forceinline__ void multiply(uint8_t *smem, const TokenTile &x, int 
       /* The stage is there, and nobody reads the other one any more. */
       __syncthreads();
       if (more)
-        copy_stage<EXACT, TOKENS>(smem + Smem::X + (stage ^ 1) * Smem::STAGE_BYTES, x, sources, next);
+        copy_stage<EXACT>(smem + Smem::X + (stage ^ 1) * Smem::STAGE_BYTES, x, sources, next);
       cp_async_commit();
       if (!early && active) dequantise<EXACT>(a, tile, smem);
       /* The codes have been used: the next tile's take their registers. */
       if (last && more) w = weights(row_block + step);
-      if (more && w.active) load_tile<TWO_MATRICES>(tile, w, next);
+      if (more && w.active) load_tile<TWO_MATRICES>(tile, w);
 
       const uint8_t *x_high = smem + Smem::X + stage * Smem::STAGE_BYTES;
       const uint8_t *x_low = x_high + Smem::TERM_BYTES;
@@ -272,18 +279,18 @@ __device__ __forceinline__ void multiply(uint8_t *smem, const TokenTile &x, int 
       load_x(high[0], x_high, row_offset, 0, 0);
       if (EXACT) load_x(low, x_low, row_offset, 0, 0);
 #pragma unroll
-      for (int p = 0; p < PAIRS; p++) {
+      for (int p = 0; p < TOKEN_PAIRS; p++) {
         if (p >= pairs) break;
         float part[2][2][4] = {};
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           const int next_k = (k + 1) % 4, next_p = p + (k + 1) / 4;
-          if (next_p < PAIRS) load_x(high[(k + 1) % 2], x_high, row_offset, next_k, next_p);
+          if (next_p < TOKEN_PAIRS) load_x(high[(k + 1) % 2], x_high, row_offset, next_k, next_p);
           multiply_terms(part, a.high[k], high[k % 2]);
           if (EXACT) {
             multiply_terms(part, a.low[k], high[k % 2]);
             multiply_terms(part, a.high[k], low);
-            if (next_p < PAIRS) load_x(low, x_low, row_offset, next_k, next_p);
+            if (next_p < TOKEN_PAIRS) load_x(low, x_low, row_offset, next_k, next_p);
           }
         }
 #pragma unroll
@@ -315,24 +322,26 @@ __device__ __forceinline__ void store_rows(float *out, float4 v, int count, bool
 
 /* What a warp with one tile row has: `out` is the place of the lane's first row, tile row 4g, for token
    0; row_count rows from there on exist; `stride` floats lie from token to token. */
-template <int TOKENS>
-__device__ __forceinline__ void store_accumulators(const Accumulators<TOKENS> &acc, float *out,
+__device__ __forceinline__ void store_accumulators(const Accumulators &acc, float *out,
                                                    int stride, int row_count, int tokens, float unit,
                                                    const float *scales, int add) {
   const bool aligned = stride % 4 == 0 && row_count >= 4;
+  const int first = threadIdx.x % 4 * 2;
+  out += (int64_t)first * stride;
 #pragma unroll
-  for (int n = 0; n < TOKENS / 8; n++)
+  for (int n = 0; n < TILE_TOKENS / 8; n++) {
+    const float(&c)[2][4] = acc.c[n / 2][n % 2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      int token = 8 * n + threadIdx.x % 4 * 2 + i;
-      if (token >= tokens) continue;
-      float scale = unit * scales[token];
-      const float(&c)[2][4] = acc.c[n / 2][n % 2];
+      if (8 * n + i + first >= tokens) return;
+      const float scale = unit * scales[8 * n + i + first];
       store_rows(
-          out + (int64_t)token * stride,
+          out + (int64_t)i * stride,
           make_float4(c[0][i] * scale, c[0][2 + i] * scale, c[1][i] * scale, c[1][2 + i] * scale),
           row_count, aligned, add);
     }
+    out += (int64_t)8 * stride;
+  }
 }
 
 /* ---- BF16_ROWS and F32_ROWS: only small models have them ---- */

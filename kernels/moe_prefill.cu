@@ -74,8 +74,8 @@ __device__ __forceinline__ int sum_before(int value, int *warp_sums) {
 }
 
 /* One thread per expert, E <= 1024; thread 0 adds the shared expert. */
-KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, int tile_tokens,
-                          int32_t *offsets, int4 *tiles, int32_t *tile_offsets) {
+KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, int32_t *offsets,
+                          int4 *tiles, int32_t *tile_offsets) {
   __shared__ int warp_sums[32];
   launch_next_kernel();
   wait_for_previous_kernels();
@@ -85,7 +85,7 @@ KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, i
   if (e < num_experts)
 #pragma unroll 16
     for (int c = 0; c < chunks; c++) count += counts[(int64_t)c * num_experts + e];
-  const int num_tiles = (count + tile_tokens - 1) / tile_tokens;
+  const int num_tiles = (count + TILE_TOKENS - 1) / TILE_TOKENS;
   const int offset = sum_before(count, warp_sums);
   const int first_tile = sum_before(num_tiles, warp_sums);
 
@@ -106,10 +106,10 @@ KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, i
   if (e == blockDim.x - 1) {
     int end = first_tile + num_tiles;
     tile_offsets[num_experts] = end;
-    tile_offsets[num_experts + 1] = end + (tokens + tile_tokens - 1) / tile_tokens;
+    tile_offsets[num_experts + 1] = end + (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
     offsets[num_experts] = picks;
     offsets[num_experts + 1] = picks + tokens;
-    const int shared_tiles = (tokens + tile_tokens - 1) / tile_tokens;
+    const int shared_tiles = (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
     const int size = tokens_per_tile(tokens, shared_tiles);
     for (int i = 0; i < shared_tiles; i++)
       tiles[end + i] =
@@ -148,11 +148,6 @@ KERNEL prefill_group_scatter(const int32_t *topk_ids, int tokens, int k, int num
 
 /* ---- products ---- */
 
-/* Tokens per tile at most: prefill_group_scan's tile_tokens. The exact kernels have no registers for
-   more, and experts seldom have more tokens. */
-constexpr int EXPERT_TOKENS = 96;
-constexpr int EXPERT_TOKENS_FAST = 128;
-
 /* What experts_up and experts_down have in common: the block's tile and its expert. */
 struct ExpertTile {
   int32_t expert;
@@ -176,8 +171,7 @@ __device__ __forceinline__ void experts_up_block(uint8_t *smem, const uint16_t *
     const int4 *tiles, const int32_t *tile_offsets, const uint8_t *const *blobs,
     const float *const *units, const ExpertLayout &experts, const ExpertLayout &shared,
     int num_experts, int dim, int first_expert, int num_groups, float *h, int h_stride) {
-  constexpr int TOKENS = EXACT ? EXPERT_TOKENS : EXPERT_TOKENS_FAST;
-  typedef MatmulSmem<EXACT, TOKENS> Smem;
+  typedef MatmulSmem<EXACT> Smem;
   launch_next_kernel();
   fill_matmul_table<EXACT>(smem);
   wait_for_previous_kernels();
@@ -230,37 +224,42 @@ __device__ __forceinline__ void experts_up_block(uint8_t *smem, const uint16_t *
   /* Two warps share a tile row of gate and one of up. */
   auto weights = [&](int row_block) {
     const int tile_row = row_block * (MATMUL_WARPS / 2) + warp / 2;
-    const int64_t offset = (int64_t)tile_row * kblocks * TILE_BYTES;
-    return WeightTiles{gate + offset, up + offset, warp % 2, tile_row * TILE_ROWS < intermediate};
+    const uint8_t *tiles = gate + (int64_t)tile_row * kblocks * TILE_BYTES;
+    return WeightTiles{tiles + lane_codes(warp % 2), (int32_t)(up - gate),
+                       tile_row * TILE_ROWS < intermediate};
   };
-  auto store = [&](int row_block, const Accumulators<TOKENS> &acc) {
+  auto store = [&](int row_block, const Accumulators &acc) {
     const int tile_row = row_block * (MATMUL_WARPS / 2) + warp / 2;
     const int row = tile_row * TILE_ROWS + lane / 4 * 4 + warp % 2 * 2;
     if (row >= h_stride) return;
     const bool first_is_row = row < intermediate, second_is_row = row + 1 < intermediate;
     const float gate_unit = first_is_row ? unit[tile_row] : 0.0f;
     const float up_unit = first_is_row ? unit[up_units + tile_row] : 0.0f;
+    const int first_token = lane % 4 * 2;
+    float *to = h + (int64_t)first_token * h_stride + row;
 #pragma unroll
-    for (int n = 0; n < TOKENS / 8; n++)
+    for (int n = 0; n < TILE_TOKENS / 8; n++) {
+      const float(&c)[2][4] = acc.c[n / 2][n % 2];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        int token = 8 * n + lane % 4 * 2 + i;
-        if (token >= x.count) continue;
-        const float gate_scale = gate_unit * scales[token], up_scale = up_unit * scales[token];
-        const float(&c)[2][4] = acc.c[n / 2][n % 2];
+        if (8 * n + i + first_token >= x.count) return;
+        const float scale = scales[8 * n + i + first_token];
+        const float gate_scale = gate_unit * scale, up_scale = up_unit * scale;
         float2 v = make_float2(
             first_is_row ? silu(c[0][i] * gate_scale) * (c[1][i] * up_scale) : 0.0f,
             second_is_row ? silu(c[0][2 + i] * gate_scale) * (c[1][2 + i] * up_scale) : 0.0f);
-        float *to = h + (int64_t)token * h_stride + row;
+        float *at = to + (int64_t)i * h_stride;
         if (h_stride % 2 == 0) {
-          *(float2 *)to = v;
+          *(float2 *)at = v;
         } else {
-          to[0] = v.x;
-          if (row + 1 < h_stride) to[1] = v.y;
+          at[0] = v.x;
+          if (row + 1 < h_stride) at[1] = v.y;
         }
       }
+      to += (int64_t)8 * h_stride;
+    }
   };
-  multiply<EXACT, TOKENS, true>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
+  multiply<EXACT, true>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
 }
 
 template <bool EXACT>
@@ -268,8 +267,7 @@ __device__ __forceinline__ void experts_down_block(uint8_t *smem, const uint16_t
     const int32_t *tile_offsets, const uint8_t *const *blobs, const float *const *units,
     const ExpertLayout &experts, const ExpertLayout &shared, int num_experts, int dim, int h_stride,
     int first_expert, int num_groups, int first_row, int row_count, float *y) {
-  constexpr int TOKENS = EXACT ? EXPERT_TOKENS : EXPERT_TOKENS_FAST;
-  typedef MatmulSmem<EXACT, TOKENS> Smem;
+  typedef MatmulSmem<EXACT> Smem;
   launch_next_kernel();
   fill_matmul_table<EXACT>(smem);
   wait_for_previous_kernels();
@@ -316,16 +314,16 @@ __device__ __forceinline__ void experts_down_block(uint8_t *smem, const uint16_t
   auto weights = [&](int row_block) {
     const int tile_row = first_row / TILE_ROWS + row_block * MATMUL_WARPS + warp;
     const uint8_t *tiles = down + (int64_t)tile_row * kblocks * TILE_BYTES;
-    return WeightTiles{tiles, tiles, 0, tile_row * TILE_ROWS < end_row};
+    return WeightTiles{tiles + lane_codes(0), 0, tile_row * TILE_ROWS < end_row};
   };
-  auto store = [&](int row_block, const Accumulators<TOKENS> &acc) {
+  auto store = [&](int row_block, const Accumulators &acc) {
     const int tile_row = first_row / TILE_ROWS + row_block * MATMUL_WARPS + warp;
     const int row = tile_row * TILE_ROWS + lane / 4 * 4;
     if (row < end_row)
       store_accumulators(acc, y + row - first_row, row_count, end_row - row, x.count, unit[tile_row],
                          scales, 0);
   };
-  multiply<EXACT, TOKENS, false>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
+  multiply<EXACT, false>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
 }
 
 KERNEL __launch_bounds__(MATMUL_THREADS, 1)

@@ -3,8 +3,9 @@ The router of prefill: chunks of T tokens, k of E experts.
 
 prefill_router  normed [T, D] f32 -> logits [T, E + 1] f32: the router's, then the shared expert's gate
     f32 FMAs from column 0 on, so that the choice of experts is the f32 reference's up to rounding.
-    launch: grid (ceil(T / 128), ceil(E / 64) + 1), block (256), smem 0; the last row of blocks computes
-    the gate
+    launch: grid (ceil(T / 128), 1 + ceil(E / experts)), block (256), smem 0. experts per block: 128 if
+    those blocks fill the GPU's SMs, else 64; the kernel sees by grid.y which. The blocks of y = 0
+    compute the gate.
 prefill_topk    logits -> topk_ids, topk_weights [T, k]: best first, equal ones in order of id;
                 shared_gates [T] = sigmoid of the last logit
     launch: grid (ceil(T / 8)), block (256), smem 0. E <= 1024.
@@ -12,8 +13,7 @@ prefill_topk    logits -> topk_ids, topk_weights [T, k]: best first, equal ones 
 #include "common.cuh"
 
 constexpr int ROUTER_TOKENS = 128; /* per block; 8 per thread */
-constexpr int ROUTER_EXPERTS = 64; /* per block; 4 per thread */
-constexpr int ROUTER_COLS = 16;    /* per step */
+constexpr int ROUTER_COLS = 8;     /* per step: what 256 threads bring as one float4 each */
 
 /* Columns c .. c + 4 of a row; c is a multiple of 4, rows are padded with zeros. */
 __device__ __forceinline__ float4 load_weights(const Linear &w, int row, int c) {
@@ -52,60 +52,38 @@ __device__ __forceinline__ float4 load_columns(const float *row, int c, int cols
 /* A step of x and of the weights, columns first; padded so that float4 rows stay aligned. */
 struct RouterStep {
   float x[ROUTER_COLS][ROUTER_TOKENS + 4];
-  float w[ROUTER_COLS][ROUTER_EXPERTS + 4];
+  float w[ROUTER_COLS][128 + 4];
 };
 
-__device__ __forceinline__ void store_column(float *column, int stride, float4 v) {
-  column[0] = v.x, column[stride] = v.y, column[2 * stride] = v.z, column[3 * stride] = v.w;
+__device__ __forceinline__ void store_column(float *column, float4 v) {
+  constexpr int STRIDE = 128 + 4;
+  column[0] = v.x, column[STRIDE] = v.y, column[2 * STRIDE] = v.z, column[3 * STRIDE] = v.w;
 }
 
-KERNEL __launch_bounds__(256, 2)
-prefill_router(const float *normed, Linear router, Linear shared_gate, float *logits, int tokens) {
-  __shared__ RouterStep steps[2];
-  launch_next_kernel();
-  wait_for_previous_kernels();
-  const int tid = threadIdx.x, lane = tid % 32;
-  const int cols = router.cols, num_experts = router.rows, stride = num_experts + 1;
-  const int first_token = blockIdx.x * ROUTER_TOKENS;
-
-  if (blockIdx.y == gridDim.y - 1) {
-    for (int i = tid / 32; i < ROUTER_TOKENS && first_token + i < tokens; i += 8) {
-      const float *x = normed + (int64_t)(first_token + i) * cols;
-      float sum = 0.0f;
-      for (int c = 4 * lane; c < cols; c += 128) {
-        float4 a = load_columns(x, c, cols), w = load_weights(shared_gate, 0, c);
-        sum = fmaf(a.x, w.x, sum), sum = fmaf(a.y, w.y, sum);
-        sum = fmaf(a.z, w.z, sum), sum = fmaf(a.w, w.w, sum);
-      }
-      sum = warp_sum(sum);
-      if (lane == 0) logits[(int64_t)(first_token + i) * stride + num_experts] = sum;
-    }
-    return;
-  }
-
-  /* Thread tid brings columns 4 (tid % 4) .. of tokens tid / 4 and tid / 4 + 64, and of expert tid / 4. */
-  const int first_expert = blockIdx.y * ROUTER_EXPERTS;
-  const int c4 = tid % 4 * 4, r = tid / 4;
-  const float *x[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++)
-    x[i] = normed + (int64_t)min(first_token + r + 64 * i, tokens - 1) * cols;
+/* Logits of 128 tokens and 64 * HALVES experts: a thread has tokens 4 (tid / 16) .. and 64 + those, times
+   experts 4 (tid % 16) .. and 64 + those. */
+template <int HALVES>
+__device__ __forceinline__ void router_block(RouterStep (&steps)[2], const float *normed,
+                                             const Linear &router, float *logits, int tokens,
+                                             int first_token, int first_expert) {
+  const int cols = router.cols, num_experts = router.rows;
+  /* It brings columns 4 (tid % 2) .. of token and expert tid / 2. */
+  const int c4 = threadIdx.x % 2 * 4, r = threadIdx.x / 2;
+  const float *x = normed + (int64_t)min(first_token + r, tokens - 1) * cols;
   const int expert = min(first_expert + r, num_experts - 1);
-  float4 next_x[2], next_w;
+  const bool has_expert = r < 64 * HALVES;
+  float4 next_x, next_w = make_float4(0, 0, 0, 0);
   auto load = [&](int c) {
-    next_x[0] = load_columns(x[0], c + c4, cols);
-    next_x[1] = load_columns(x[1], c + c4, cols);
-    next_w = load_weights(router, expert, c + c4);
+    next_x = load_columns(x, c + c4, cols);
+    if (has_expert) next_w = load_weights(router, expert, c + c4);
   };
   auto store = [&](RouterStep &step) {
-    store_column(&step.x[c4][r], ROUTER_TOKENS + 4, next_x[0]);
-    store_column(&step.x[c4][r + 64], ROUTER_TOKENS + 4, next_x[1]);
-    store_column(&step.w[c4][r], ROUTER_EXPERTS + 4, next_w);
+    store_column(&step.x[c4][r], next_x);
+    if (has_expert) store_column(&step.w[c4][r], next_w);
   };
 
-  /* 8 tokens from 4 (tid / 16) and 64 + 4 (tid / 16) on, times experts 4 (tid % 16) .. */
-  const int token4 = tid / 16 * 4, expert4 = tid % 16 * 4;
-  float acc[8][4] = {};
+  const int token4 = threadIdx.x / 16 * 4, expert4 = threadIdx.x % 16 * 4;
+  float acc[8][4 * HALVES] = {};
   load(0);
   store(steps[0]);
   __syncthreads();
@@ -115,15 +93,23 @@ prefill_router(const float *normed, Linear router, Linear shared_gate, float *lo
     if (c + ROUTER_COLS < end) load(c + ROUTER_COLS);
 #pragma unroll
     for (int i = 0; i < ROUTER_COLS; i++) {
-      const float4 a = *(const float4 *)&step.x[i][token4];
-      const float4 b = *(const float4 *)&step.x[i][token4 + 64];
-      const float4 w = *(const float4 *)&step.w[i][expert4];
-      const float token[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-      const float weight[4] = {w.x, w.y, w.z, w.w};
+      float token[8], weight[4 * HALVES];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float4 v = *(const float4 *)&step.x[i][token4 + 64 * half];
+        token[4 * half] = v.x, token[4 * half + 1] = v.y;
+        token[4 * half + 2] = v.z, token[4 * half + 3] = v.w;
+      }
+#pragma unroll
+      for (int half = 0; half < HALVES; half++) {
+        const float4 v = *(const float4 *)&step.w[i][expert4 + 64 * half];
+        weight[4 * half] = v.x, weight[4 * half + 1] = v.y;
+        weight[4 * half + 2] = v.z, weight[4 * half + 3] = v.w;
+      }
 #pragma unroll
       for (int t = 0; t < 8; t++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) acc[t][e] = fmaf(token[t], weight[e], acc[t][e]);
+        for (int e = 0; e < 4 * HALVES; e++) acc[t][e] = fmaf(token[t], weight[e], acc[t][e]);
     }
     if (c + ROUTER_COLS < end) {
       store(steps[(c / ROUTER_COLS + 1) % 2]);
@@ -134,10 +120,43 @@ prefill_router(const float *normed, Linear router, Linear shared_gate, float *lo
   for (int t = 0; t < 8; t++) {
     const int token = first_token + token4 + t % 4 + t / 4 * 64;
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      if (token < tokens && first_expert + expert4 + e < num_experts)
-        logits[(int64_t)token * stride + first_expert + expert4 + e] = acc[t][e];
+    for (int e = 0; e < 4 * HALVES; e++) {
+      const int id = first_expert + expert4 + e % 4 + e / 4 * 64;
+      if (token < tokens && id < num_experts)
+        logits[(int64_t)token * (num_experts + 1) + id] = acc[t][e];
+    }
   }
+}
+
+KERNEL __launch_bounds__(256, 2)
+prefill_router(const float *normed, Linear router, Linear shared_gate, float *logits, int tokens) {
+  __shared__ RouterStep steps[2];
+  launch_next_kernel();
+  wait_for_previous_kernels();
+  const int cols = router.cols, num_experts = router.rows;
+  const int first_token = blockIdx.x * ROUTER_TOKENS;
+  const int expert_block = (int)blockIdx.y - 1;
+
+  if (expert_block < 0) {
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32; i < ROUTER_TOKENS && first_token + i < tokens; i += 8) {
+      const float *x = normed + (int64_t)(first_token + i) * cols;
+      float sum = 0.0f;
+#pragma unroll 8
+      for (int c = 4 * lane; c < cols; c += 128) {
+        float4 a = load_columns(x, c, cols), w = load_weights(shared_gate, 0, c);
+        sum = fmaf(a.x, w.x, sum), sum = fmaf(a.y, w.y, sum);
+        sum = fmaf(a.z, w.z, sum), sum = fmaf(a.w, w.w, sum);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) logits[(int64_t)(first_token + i) * (num_experts + 1) + num_experts] = sum;
+    }
+    return;
+  }
+  if ((int)gridDim.y - 1 == (num_experts + 127) / 128)
+    router_block<2>(steps, normed, router, logits, tokens, first_token, expert_block * 128);
+  else
+    router_block<1>(steps, normed, router, logits, tokens, first_token, expert_block * 64);
 }
 
 constexpr int MAX_EXPERTS_PER_LANE = 32;

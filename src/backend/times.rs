@@ -19,6 +19,9 @@ pub struct DecodeTimes {
     pub experts_vram: u64,
     /// That the GPU read from RAM
     pub experts_pcie: u64,
+    /// Experts for the CPU that were foreseen while the GPU computed the layer before them, of those
+    /// that it then had to compute
+    pub foreseen: u64,
     /// Bytes of weights that went to the GPU
     pub h2d_bytes: u64,
 }
@@ -34,6 +37,7 @@ impl DecodeTimes {
         self.experts_cpu += other.experts_cpu;
         self.experts_vram += other.experts_vram;
         self.experts_pcie += other.experts_pcie;
+        self.foreseen += other.foreseen;
         self.h2d_bytes += other.h2d_bytes;
     }
 }

@@ -82,6 +82,8 @@ pub struct GpuOptions {
     pub prefill_tokens: Option<usize>,
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
     pub split: Option<Vec<i32>>,
+    /// Whether the CPU fetches experts early; measured if not given
+    pub look_ahead: Option<bool>,
 }
 
 /// Which experts are in VRAM.
@@ -193,6 +195,7 @@ fn cuda(
         },
         prefill_tokens: gpu.prefill_tokens,
         split: gpu.split,
+        look_ahead: gpu.look_ahead,
     };
     let shape = config.shape.clone();
     let (room, progress) = (options.max_tokens, options.progress);

@@ -209,6 +209,7 @@ mod tests {
                 moved_bytes: 0,
                 h2d_bytes: 2100,
             },
+            decode_split: None,
             gpu_energy_j: Some(10.0),
             output_sha256: String::new(),
         }

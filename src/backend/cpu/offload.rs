@@ -7,6 +7,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use bytemuck::cast_slice;
+
 use super::activations::{Activations, Block, Int16Block, quantize_block};
 use super::experts::{Expert, add_weighted, swiglu};
 use super::isa::Isa;
@@ -130,10 +132,12 @@ impl Offload {
             let hidden = Parts::new(self.hidden.as_flattened_mut());
             let quantized = Parts::new(&mut self.hidden_int16);
             let halves = &self.halves;
-            self.pool.run(2 * ids.len() * blocks, &|item| {
-                let (block, half) = (item / 2, item % 2);
-                let expert = chosen[block / blocks];
-                let tile_row = 2 * (block % blocks) + half;
+            // All experts' first rows come first: so a worker has the same rows of every expert,
+            // whichever experts they are, and finds them where it prefetched them.
+            self.pool.run(2 * blocks * ids.len(), &|item| {
+                let (tile_row, i) = (item / chosen.len(), item % chosen.len());
+                let (block, half) = (i * blocks + tile_row / 2, tile_row % 2);
+                let expert = chosen[i];
                 let start = block * TILE_COLS + half * TILE_ROWS;
                 // SAFETY: every item has its own half of a block.
                 let out = unsafe { hidden.slice(start..start + TILE_ROWS) };
@@ -177,6 +181,39 @@ impl Offload {
         })
     }
 
+    /// Brings experts that will probably be asked for into the caches of the workers that will
+    /// compute them, until `enough` says so.
+    ///
+    /// # Errors
+    /// A panic in a worker.
+    pub fn prefetch(
+        &mut self,
+        experts: &[Expert],
+        ids: &[i32],
+        enough: &(dyn Fn() -> bool + Sync),
+    ) -> Result<()> {
+        let workers = self.pool.threads();
+        self.pool.run(workers, &|worker| {
+            for expert in ids.iter().filter_map(|&id| experts.get(id as usize)) {
+                for linear in [&expert.gate, &expert.up, &expert.down] {
+                    let Weights::Nf4Int16(tiles) = &linear.weights else {
+                        return;
+                    };
+                    let rows = linear.tile_rows();
+                    let kblocks = tiles.range.len() / rows.max(1);
+                    let share = worker * rows / workers..(worker + 1) * rows / workers;
+                    let tiles = &tiles.arena[tiles.range.clone()];
+                    for tiles in tiles[share.start * kblocks..share.end * kblocks].chunks(4) {
+                        if enough() {
+                            return;
+                        }
+                        touch(cast_slice(tiles));
+                    }
+                }
+            }
+        })
+    }
+
     /// Cuts `x` into blocks, and quantises them.
     fn set_x(&mut self, x: &[f32]) {
         self.x.resize(1, x.len(), true);
@@ -186,6 +223,21 @@ impl Offload {
         for (block, quantized) in self.x.blocks.iter().zip(&mut self.x.int16) {
             *quantized = quantize_block(self.isa, block);
         }
+    }
+}
+
+/// Asks for every line of `bytes`.
+fn touch(bytes: &[u8]) {
+    const LINE: usize = 64;
+    for line in bytes.chunks(LINE) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: SSE is part of x86-64, and a prefetch faults on no address.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        std::hint::black_box(line[0]);
     }
 }
 
@@ -206,7 +258,7 @@ mod tests {
     use crate::backend::cpu::tests::{random_nf4, random_vector};
     use crate::backend::Routing;
 
-    fn layer(count: usize, dim: usize, inner: usize) -> Vec<ExpertWeights> {
+    pub fn layer(count: usize, dim: usize, inner: usize) -> Vec<ExpertWeights> {
         (0..count as u64)
             .map(|e| ExpertWeights {
                 gate_proj: random_nf4(inner, dim, 3 * e),
@@ -272,5 +324,41 @@ mod tests {
         offload.compute(&layer.experts, &[], &[], &x, &mut out).unwrap();
         assert!(out.iter().all(|&v| v == 0.0));
         assert!(offload.compute(&layer.experts, &[2], &[1.0], &x, &mut out).is_err());
+    }
+}
+
+#[cfg(test)]
+mod timing {
+    use super::tests::layer;
+    use super::*;
+    use std::time::Instant;
+
+    #[test]
+    #[ignore = "prints times"]
+    fn fetching_ahead() {
+        let mut offload = Offload::new(None).unwrap();
+        let weights = layer(48, 2048, 512);
+        let layer = load_layer(offload.pool(), &weights).unwrap();
+        let x = vec![0.1; 2048];
+        let mut out = vec![0.0; 2048];
+        for round in 0..3 {
+            for ahead in [false, true] {
+                let (mut fetch, mut compute) = (Vec::new(), Vec::new());
+                for i in 0..480 {
+                    let ids = [(i * 5) % 48];
+                    let start = Instant::now();
+                    if ahead {
+                        offload.prefetch(&layer.experts, &ids, &|| false).unwrap();
+                    }
+                    let fetched = Instant::now();
+                    offload.compute(&layer.experts, &ids, &[1.0], &x, &mut out).unwrap();
+                    fetch.push((fetched - start).as_micros());
+                    compute.push(fetched.elapsed().as_micros());
+                }
+                fetch.sort();
+                compute.sort();
+                println!("round {round} ahead {ahead}: fetch {} us, compute {} us", fetch[240], compute[240]);
+            }
+        }
     }
 }

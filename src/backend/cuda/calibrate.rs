@@ -1,7 +1,8 @@
-//! How many missing experts the GPU reads over PCIe while the CPU computes the others.
+//! How many missing experts the GPU reads over PCIe while the CPU computes the others, and whether
+//! the CPU fetches experts ahead.
 //!
-//! Both read the same RAM, so what it gains depends on the machine: a few steps with each share
-//! tell. The share then stays as it is: results of a run do not depend on timing.
+//! Both read the same RAM, so what they gain depends on the machine: a few steps of each kind tell.
+//! The choice then stays as it is: results of a run do not depend on timing.
 
 use std::time::Instant;
 
@@ -27,39 +28,56 @@ impl Cuda {
         let layers = self.shape.num_layers() as u64;
         let experts = self.shape.moe.num_experts as u64;
         let bytes = layers * experts * self.store.slot_bytes();
-        let room = SHARES.len() * STEPS <= self.state.max_tokens;
-        let given = self.options.split.is_some();
+        let room = (SHARES.len() + 2) * STEPS <= self.state.max_tokens;
+        let given = self.options.split.is_some() || self.options.look_ahead.is_some();
         if given || bytes < MIN_EXPERT_BYTES || self.store.all_resident() || !room {
             return Ok(());
         }
-        let mut best = (f64::INFINITY, 0);
         let mut tried = Vec::new();
-        for (i, &share) in SHARES.iter().enumerate() {
-            self.set_pcie_share(share)?;
-            let mut times = Vec::new();
-            for step in 0..STEPS {
-                let id = (i * STEPS + step) * ID_STRIDE % self.shape.vocab_size;
-                let start = Instant::now();
-                self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
-                times.push(start.elapsed().as_secs_f64() * 1e3);
-            }
-            let mut times = times.split_off(WARMUPS);
-            times.sort_by(f64::total_cmp);
-            let median = times[times.len() / 2];
-            tried.push(format!("{share}% {median:.2} ms"));
-            if median < best.0 {
-                best = (median, share);
+        let mut best = self.time_steps(&mut tried, 0, "nothing over PCIe, nothing ahead")?;
+        let (mut share, mut ahead) = (0, true);
+        self.decode.look_ahead(true, &self.device)?;
+        for percent in SHARES {
+            self.set_pcie_share(percent)?;
+            let name = format!("{percent}% over PCIe, fetching ahead");
+            let ms = self.time_steps(&mut tried, percent + 1, &name)?;
+            if ms < best {
+                (best, share) = (ms, percent);
             }
         }
-        self.set_pcie_share(best.1)?;
+        self.set_pcie_share(share)?;
+        self.decode.look_ahead(false, &self.device)?;
+        if self.time_steps(&mut tried, 99, &format!("{share}% over PCIe, nothing ahead"))? < best {
+            ahead = false;
+        }
+        self.decode.look_ahead(ahead, &self.device)?;
         self.state.clear(&self.stream)?;
         self.take_times();
         self.notes = vec![format!(
-            "of missing experts the GPU reads {}% over PCIe (a step took {})",
-            best.1,
-            tried.join(", ")
+            "of missing experts the GPU reads {share}% over PCIe{} (median of steps: {})",
+            if ahead { ", the CPU fetches its own ahead" } else { "" },
+            tried.join("; ")
         )];
         Ok(())
+    }
+
+    /// Median time of a step as things are set, ms.
+    fn time_steps(&mut self, tried: &mut Vec<String>, seed: usize, name: &str) -> Result<f64> {
+        let mut times = Vec::new();
+        self.take_times();
+        for step in 0..STEPS {
+            let id = (seed * STEPS + step) * ID_STRIDE % self.shape.vocab_size;
+            let start = Instant::now();
+            self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
+        let mut times = times.split_off(WARMUPS);
+        times.sort_by(f64::total_cmp);
+        let median = times[times.len() / 2];
+        let split = self.take_times();
+        let foreseen = 100 * split.foreseen / split.experts_cpu.max(1);
+        tried.push(format!("{name} {median:.2} ms, {foreseen}% foreseen"));
+        Ok(median)
     }
 
     fn set_pcie_share(&mut self, percent: usize) -> Result<()> {

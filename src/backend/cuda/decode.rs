@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::abi::{DECISION_BYTES, ExpertLayout, Handoff, Linear, Step};
 use super::arena::Arena;
-use super::device::{Device, Graph, Pinned, Stream, args};
+use super::device::{Device, Event, Graph, Pinned, Stream, args};
 use super::geometry::{self, AttentionParts};
 use super::state::{LayerState, SequenceState};
 use super::store::ExpertStore;
@@ -21,12 +21,27 @@ use crate::backend::{BackendError, DecodeTimes, ModelShape, Result, Routing};
 /// The GPU must reach the next layer within this time.
 const WATCHDOG: Duration = Duration::from_secs(30);
 
+/// A second branch of the graph.
+struct Side {
+    stream: Stream,
+    fork: Event,
+    join: Event,
+}
+
 /// Which graph a step needs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Kind {
     logits: bool,
     /// Whether the CPU may have experts to compute
     hybrid: bool,
+}
+
+/// What a router writes on the device.
+#[derive(Clone, Copy)]
+struct RouterScratch {
+    logits: u64,
+    counter: u64,
+    decision: u64,
 }
 
 /// Buffers of a decode step; addresses are the device's.
@@ -36,9 +51,9 @@ pub struct Decode {
     /// Outputs of projections: q, k, v or ba
     projected: [u64; 3],
     mixed: u64,
-    router_logits: u64,
-    router_counter: u64,
-    decision: u64,
+    router: RouterScratch,
+    /// Of the router that looks ahead
+    ahead: RouterScratch,
     expert_hidden: u64,
     expert_hidden_stride: usize,
     moe: u64,
@@ -54,11 +69,16 @@ pub struct Decode {
     embedding: Pinned<f32>,
     host_step: Pinned<Step>,
     handoffs: Pinned<Handoff>,
+    /// What each layer but the first will probably ask of the CPU: its router on what the experts
+    /// of the layer before got
+    foreseen: Pinned<Handoff>,
     handoff_x: Pinned<f32>,
     cpu_out: Pinned<f32>,
     done: Pinned<u32>,
     host_logits: Pinned<f32>,
 
+    /// Runs routers ahead, beside the mixers; absent where that is not asked for
+    side: Option<Side>,
     graphs: Vec<(Kind, Graph)>,
     number: u32,
     pub times: DecodeTimes,
@@ -98,9 +118,16 @@ impl Decode {
                 floats(attention.kv_rows())?,
             ],
             mixed: floats(net.value_dim().max(attention.o_proj_cols()))?,
-            router_logits: floats(shape.moe.num_experts + 1)?,
-            router_counter: floats(1)?,
-            decision: floats(DECISION_BYTES / 4)?,
+            router: RouterScratch {
+                logits: floats(shape.moe.num_experts + 1)?,
+                counter: floats(1)?,
+                decision: floats(DECISION_BYTES / 4)?,
+            },
+            ahead: RouterScratch {
+                logits: floats(shape.moe.num_experts + 1)?,
+                counter: floats(1)?,
+                decision: floats(DECISION_BYTES / 4)?,
+            },
             expert_hidden: floats((k + 1) * stride)?,
             expert_hidden_stride: stride,
             moe: floats(dim)?,
@@ -114,10 +141,12 @@ impl Decode {
             embedding: device.alloc_host(dim)?,
             host_step: device.alloc_host(1)?,
             handoffs: device.alloc_host(layers)?,
+            foreseen: device.alloc_host(layers)?,
             handoff_x: device.alloc_host(layers * dim)?,
             cpu_out: device.alloc_host(layers * dim)?,
             done: device.alloc_host(layers)?,
             host_logits: device.alloc_host(shape.vocab_size)?,
+            side: None,
             graphs: Vec::new(),
             number: 0,
             times: DecodeTimes::default(),
@@ -133,6 +162,21 @@ impl Decode {
         // SAFETY: the table has this size, and the copy is awaited.
         unsafe { stream.copy_to_device(self.split, bytes.as_ptr(), bytes.len())? };
         stream.synchronize()
+    }
+
+    /// Has routers look a layer ahead, so that the CPU can fetch what it will probably have to
+    /// compute while the GPU runs the mixer in between.
+    pub fn look_ahead(&mut self, on: bool, device: &Device) -> Result<()> {
+        self.forget_graphs();
+        self.side = match on {
+            true => Some(Side {
+                stream: device.new_stream()?,
+                fork: device.new_event()?,
+                join: device.new_event()?,
+            }),
+            false => None,
+        };
+        Ok(())
     }
 
     /// Graphs hold addresses of the sequence: they are made anew after it moved.
@@ -209,6 +253,12 @@ impl Decode {
             routing.topk_weights.clear();
             routing.topk_weights.extend(&handoff.topk_weights[..k]);
             let cpu = handoff.num_cpu as u64;
+            if kind.hybrid && self.side.is_some() && layer > 0 {
+                let foreseen = &self.foreseen.as_slice()[layer];
+                let known = &foreseen.cpu_ids[..(foreseen.num_cpu.max(0) as usize).min(k)];
+                let asked = &handoff.cpu_ids[..(handoff.num_cpu.max(0) as usize).min(k)];
+                times.foreseen += asked.iter().filter(|id| known.contains(id)).count() as u64;
+            }
             let missing = (routing.topk_ids.iter())
                 .filter(|&&id| model.store.resident(layer, usize::from(id)) == 0)
                 .count() as u64;
@@ -259,6 +309,9 @@ impl Decode {
         let dim = model.shape.hidden_size;
         let mut now = Instant::now();
         for layer in 0..model.shape.num_layers() {
+            if self.side.is_some() && layer > 0 {
+                self.prefetch(layer, model, offload)?;
+            }
             self.wait_ready(layer, model)?;
             let ready = Instant::now();
             times.wait_gpu_s += (ready - now).as_secs_f64();
@@ -289,6 +342,36 @@ impl Decode {
         Ok(())
     }
 
+    /// Fetches what `layer` will probably ask for, until it asks.
+    fn prefetch(&self, layer: usize, model: &Model, offload: &mut Offload) -> Result<()> {
+        let (asked, foreseen) = (self.ready(layer), self.foreseen.pointer(layer));
+        // SAFETY: `ready` is the first field, a u32 that the GPU stores.
+        let known = unsafe { AtomicU32::from_ptr(foreseen.cast()) };
+        let mut spins = 0u32;
+        while known.load(Ordering::Acquire) != self.number {
+            // A GPU that stands still is noticed by `wait_ready`.
+            spins += 1;
+            if asked.load(Ordering::Acquire) == self.number || spins > 1 << 20 {
+                return Ok(());
+            }
+            std::hint::spin_loop();
+        }
+        // SAFETY: the GPU released it with `ready`, and writes it again in the next step.
+        let foreseen = unsafe { foreseen.read_volatile() };
+        let count = (foreseen.num_cpu.max(0) as usize).min(foreseen.cpu_ids.len());
+        let experts = &model.store.layers[layer].experts;
+        let number = self.number;
+        let enough = move || asked.load(Ordering::Relaxed) == number;
+        offload.prefetch(experts, &foreseen.cpu_ids[..count], &enough)
+    }
+
+    /// The number of the last step whose router of `layer` has chosen.
+    fn ready(&self, layer: usize) -> &AtomicU32 {
+        let ready = self.handoffs.pointer(layer).cast::<u32>();
+        // SAFETY: `ready` is the first field, a u32 that only the GPU stores.
+        unsafe { AtomicU32::from_ptr(ready) }
+    }
+
     fn set_done(&self, layer: usize) {
         // SAFETY: a u32 that only atomics and the GPU touch.
         unsafe { AtomicU32::from_ptr(self.done.pointer(layer)) }.store(1, Ordering::Release);
@@ -296,9 +379,7 @@ impl Decode {
 
     /// Spins until the router of `layer` has chosen.
     fn wait_ready(&self, layer: usize, model: &Model) -> Result<()> {
-        let ready = self.handoffs.pointer(layer).cast::<u32>();
-        // SAFETY: `ready` is the first field, a u32 that the GPU stores.
-        let ready = unsafe { AtomicU32::from_ptr(ready) };
+        let ready = self.ready(layer);
         let mut spins = 0u32;
         let mut since = None;
         while ready.load(Ordering::Acquire) != self.number {
@@ -398,6 +479,16 @@ impl Decode {
             args![self.embedding.at(0), self.host_step.at(0), self.hidden, self.step, dim as i32],
             false,
         )?;
+        let router_args = |index: usize, scratch: RouterScratch, handoff: u64, x: u64| {
+            let (layer, layer_store) = (&dense.layers[index], &store.layers[index]);
+            args![
+                self.step, self.hidden, layer.expert_norm, eps, dim as i32, layer.router,
+                layer.shared_gate, k as i32, shape.moe.norm_topk_prob as i32, scratch.logits,
+                scratch.counter, store.device_table(index), layer_store.mapped, layout.blob_bytes,
+                layer_store.units, layout.num_units, layer.shared_blob, layer.shared_units,
+                self.split, scratch.decision, handoff, x, kind.hybrid as i32
+            ]
+        };
         for (index, layer) in dense.layers.iter().enumerate() {
             match (&layer.mixer, &state.layers[index]) {
                 (Mixer::DeltaNet(net), &LayerState::DeltaNet { ring, memory }) => {
@@ -468,25 +559,33 @@ impl Decode {
                 }
                 _ => unreachable!("states are made for this model"),
             }
-            let layer_store = &store.layers[index];
             launch(
                 "decode_router",
-                geometry::router(&layer.router, &layer.shared_gate),
-                args![
-                    self.step, self.hidden, layer.expert_norm, eps, dim as i32, layer.router,
-                    layer.shared_gate, k as i32, shape.moe.norm_topk_prob as i32,
-                    self.router_logits, self.router_counter, store.device_table(index),
-                    layer_store.mapped, layout.blob_bytes, layer_store.units, layout.num_units,
-                    layer.shared_blob, layer.shared_units, self.split, self.decision,
-                    self.handoffs.at(index), self.handoff_x.at(index * dim), kind.hybrid as i32
-                ],
+                geometry::router(&layer.router, &layer.shared_gate, true),
+                router_args(
+                    index,
+                    self.router,
+                    self.handoffs.at(index),
+                    self.handoff_x.at(index * dim),
+                ),
                 true,
             )?;
+            if let (Some(side), true, None) = (&self.side, kind.hybrid, only)
+                && let Some(next) = dense.layers.get(index + 1)
+            {
+                // The GPU has time: it will wait for the CPU.
+                stream.record(&side.fork)?;
+                side.stream.wait(&side.fork)?;
+                let args = router_args(index + 1, self.ahead, self.foreseen.at(index + 1), 0);
+                let geometry = geometry::router(&next.router, &next.shared_gate, false);
+                // SAFETY: as for `launch`.
+                unsafe { side.stream.launch("decode_router", geometry, args, false)? };
+            }
             launch(
                 "decode_experts_up",
                 geometry::experts_up(shape, [&layout, &shared_layout]),
                 args![
-                    self.hidden, layer.expert_norm, eps, dim as i32, self.decision, layout,
+                    self.hidden, layer.expert_norm, eps, dim as i32, self.router.decision, layout,
                     shared_layout, self.expert_hidden, self.expert_hidden_stride as i32
                 ],
                 true,
@@ -497,7 +596,7 @@ impl Decode {
                 "decode_experts_down",
                 geometry::experts_down(dim),
                 args![
-                    self.expert_hidden, self.expert_hidden_stride as i32, self.decision, layout,
+                    self.expert_hidden, self.expert_hidden_stride as i32, self.router.decision, layout,
                     shared_layout, dim as i32, out, add
                 ],
                 true,
@@ -517,6 +616,10 @@ impl Decode {
                     false,
                 )?;
             }
+        }
+        if let (Some(side), true, None) = (&self.side, kind.hybrid, only) {
+            side.stream.record(&side.join)?;
+            stream.wait(&side.join)?;
         }
         if kind.logits {
             self.record_head(model, self.hidden)?;

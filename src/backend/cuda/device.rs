@@ -31,6 +31,7 @@ pub struct Args {
     /// 16-byte units, so that every argument is aligned
     data: Vec<u128>,
     offsets: Vec<usize>,
+    sizes: Vec<usize>,
 }
 
 impl Args {
@@ -38,9 +39,15 @@ impl Args {
         let units = size_of::<T>().div_ceil(16);
         let start = self.data.len();
         self.offsets.push(start);
+        self.sizes.push(size_of::<T>());
         self.data.resize(start + units, 0);
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.data[start..]);
         bytes[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(&value));
+    }
+
+    /// Bytes of each argument.
+    pub fn sizes(&self) -> &[usize] {
+        &self.sizes
     }
 
     /// Pointers to the arguments, as drivers want them; valid while `self` is not changed.

@@ -23,7 +23,7 @@ pub struct Gpu {
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
     /// Kernels met so far, and the dynamic shared memory they may use
-    functions: Mutex<HashMap<&'static str, (Function, u32)>>,
+    functions: Mutex<HashMap<&'static str, (Function, u32, Vec<usize>)>>,
     facts: DeviceFacts,
 }
 
@@ -119,10 +119,16 @@ impl Gpu {
         check(unsafe { sys::cuCtxSetCurrent(self.context) }, "use the context")
     }
 
-    fn function(&self, name: &'static str, shared_bytes: u32) -> Result<sys::CUfunction> {
+    /// A kernel that takes `args`.
+    fn function(
+        &self,
+        name: &'static str,
+        shared_bytes: u32,
+        args: &Args,
+    ) -> Result<sys::CUfunction> {
         let mut functions = self.functions.lock().unwrap();
-        let (function, allowed) = match functions.get(name) {
-            Some(&found) => found,
+        let (function, allowed, sizes) = match functions.remove(name) {
+            Some(found) => found,
             None => {
                 let symbol = CString::new(name).expect("kernel names have no NUL");
                 let mut function = ptr::null_mut();
@@ -135,9 +141,11 @@ impl Gpu {
                 if !found {
                     return Err(BackendError::Other(format!("CUDA: no kernel `{name}`")));
                 }
-                (Function(function), DEFAULT_SHARED_BYTES)
+                (Function(function), DEFAULT_SHARED_BYTES, parameter_sizes(function))
             }
         };
+        // The driver reads as many arguments as the kernel has, wherever they lie.
+        assert_eq!(args.sizes(), sizes, "arguments of {name}");
         let allowed = if shared_bytes > allowed {
             let attribute =
                 sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -149,8 +157,23 @@ impl Gpu {
         } else {
             allowed
         };
-        functions.insert(name, (function, allowed));
+        functions.insert(name, (function, allowed, sizes));
         Ok(function.0)
+    }
+}
+
+/// Bytes of each parameter of a kernel.
+fn parameter_sizes(function: sys::CUfunction) -> Vec<usize> {
+    let mut sizes = Vec::new();
+    loop {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: the function is loaded, outputs are ours; beyond the last it is an error.
+        let found =
+            unsafe { sys::cuFuncGetParamInfo(function, sizes.len(), &mut offset, &mut size) };
+        if found != CUresult::CUDA_SUCCESS {
+            return sizes;
+        }
+        sizes.push(size);
     }
 }
 
@@ -435,7 +458,7 @@ impl Driver for Gpu {
         on: Handle,
     ) -> Result<()> {
         self.bind()?;
-        let function = self.function(kernel, geometry.shared_bytes)?;
+        let function = self.function(kernel, geometry.shared_bytes, &args)?;
         let mut attribute = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],

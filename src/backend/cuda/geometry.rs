@@ -74,13 +74,13 @@ pub fn attention(s: &AttentionShape, parts: &AttentionParts, int8: bool) -> Geom
     }
 }
 
-/// One block more writes the normed input for the CPU.
-pub fn router(router: &Linear, shared_gate: &Linear) -> Geometry {
+/// One block more writes the normed input for the CPU, if `with_x`.
+pub fn router(router: &Linear, shared_gate: &Linear, with_x: bool) -> Geometry {
     let blocks = |m: &Linear| match m.format == Format::Nf4Tiles as i32 {
         true => (m.rows as usize).div_ceil(16),
         false => (m.rows as usize).div_ceil(4),
     };
-    geometry(blocks(router) + blocks(shared_gate) + 1, 512, 49_152)
+    geometry(blocks(router) + blocks(shared_gate) + usize::from(with_x), 512, 49_152)
 }
 
 pub fn experts_up(shape: &ModelShape, layouts: [&ExpertLayout; 2]) -> Geometry {

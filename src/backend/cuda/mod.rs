@@ -76,6 +76,8 @@ pub struct CudaOptions {
     pub prefill_tokens: Option<usize>,
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
     pub split: Option<Vec<i32>>,
+    /// Whether routers look ahead, so that the CPU fetches experts early; measured if not given
+    pub look_ahead: Option<bool>,
 }
 
 /// Chunks up to this many tokens are decoded one by one: streaming all experts of a model over PCIe
@@ -168,6 +170,9 @@ impl Cuda {
             let k = shape.moe.num_experts_per_tok;
             let all = (0..=k).map(|m| split.get(m).copied().unwrap_or(last).clamp(0, m as i32));
             decode.set_split(&all.collect::<Vec<_>>(), &stream)?;
+        }
+        if options.look_ahead == Some(true) {
+            decode.look_ahead(true, &device)?;
         }
         let state = SequenceState::new(&device, &shape, options.kv_format, max_tokens, &stream)?;
         let prefill =
