@@ -5,6 +5,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::CpuPrecision;
+use super::activations::Integers;
 use super::layout::{Absmax, TILE_COLS, TILE_ROWS, Tile, pack_tile_row, tile_count};
 use super::linear::{Linear, Tiles, Weights};
 use super::memory::Huge;
@@ -42,7 +43,7 @@ pub fn load(pool: &mut Pool, requests: &[Request]) -> Result<Vec<Linear>> {
     requests
         .iter()
         .zip(&forms)
-        .map(|((matrix, _), form)| {
+        .map(|((matrix, precision), form)| {
             let weights = match form {
                 Form::Int16(..) => Weights::Nf4Int16(int16.next().expect(packed)),
                 Form::F32(..) => Weights::Nf4F32(f32.next().expect(packed)),
@@ -53,6 +54,10 @@ pub fn load(pool: &mut Pool, requests: &[Request]) -> Result<Vec<Linear>> {
                 rows: matrix.rows(),
                 cols: matrix.cols(),
                 weights,
+                integers: match precision {
+                    CpuPrecision::Int8 => Integers::Int8,
+                    CpuPrecision::Int16 | CpuPrecision::F32 => Integers::Int16,
+                },
             })
         })
         .collect()
@@ -73,7 +78,7 @@ impl<'a> Form<'a> {
             Matrix::Dense(_) => Form::DenseF32,
             Matrix::Nf4(m) => match tile_count(m) {
                 Some(tiles) if m.rows >= MIN_NF4_ROWS => match precision {
-                    CpuPrecision::Int16 => Form::Int16(m, tiles),
+                    CpuPrecision::Int8 | CpuPrecision::Int16 => Form::Int16(m, tiles),
                     CpuPrecision::F32 => Form::F32(m, tiles),
                 },
                 _ => Form::DenseF32,
