@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
+use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::{bench, doctor, plan, profile, quantize, report, run, synth};
 use crate::engine::BackendChoice;
@@ -84,6 +85,11 @@ pub struct ComputeArgs {
     /// Arithmetic of NF4 weights on the CPU
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Precision::Int16)]
     pub cpu_precision: Precision,
+    /// Type of the cache of keys and values: f32, f16 or int8
+    ///
+    /// int8 keeps one f16 scale per 32 values. The reference backend has f32 only.
+    #[arg(long, value_name = "TYPE", default_value_t)]
+    pub kv_dtype: KvDtype,
 }
 
 fn parse_threads(text: &str) -> Result<usize, String> {

@@ -5,7 +5,7 @@ mod support;
 use moectl::backend::cpu::isa::Isa;
 use moectl::backend::cpu::{Cpu, CpuOptions, CpuPrecision};
 use moectl::backend::reference::Reference;
-use moectl::backend::{ModelShape, ModelWeights};
+use moectl::backend::{KvDtype, ModelShape, ModelWeights};
 use moectl::model::{LogitRows, Runner, Sequence};
 use support::*;
 
@@ -29,7 +29,16 @@ fn cpu(
     threads: Option<usize>,
     (shape, weights): &(ModelShape, ModelWeights),
 ) -> Sequence<Cpu> {
-    let options = CpuOptions { threads, precision };
+    // What the reference has where the arithmetic is to be exact, else the default.
+    let kv_dtype = match precision {
+        CpuPrecision::F32 => KvDtype::F32,
+        CpuPrecision::Int16 | CpuPrecision::Int8 => KvDtype::default(),
+    };
+    let options = CpuOptions {
+        threads,
+        precision,
+        kv_dtype,
+    };
     let backend = Cpu::with_isa(isa, shape.clone(), weights, options, &|_, _| {}).unwrap();
     Sequence::new(backend, 4096).unwrap()
 }
@@ -64,6 +73,7 @@ fn logits_routing_and_greedy_tokens_equal_transformers() {
                     false => UNDECIDED_TOLERANCE,
                 };
                 let diff = max_diff(&logits, &expected);
+                println!("{what}: {diff:.4} of {bound}");
                 assert!(diff <= bound, "{what}: logits differ by {diff}");
                 for (layer, routing) in routing.iter().enumerate() {
                     let ids = golden.i32s(&format!("router.{}.{layer}.idx", prompt.name));

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
-use crate::backend::{BackendError, BackendFacts, ModelShape, ModelWeights};
+use crate::backend::{BackendError, BackendFacts, KvDtype, LoadRates, ModelShape, ModelWeights};
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::model::weights;
 use crate::model::{
@@ -26,10 +26,6 @@ pub use sampler::{
 };
 pub use stream::TextStream;
 pub use text::TextModel;
-
-/// Tokens fed to the model at once in prefill. Large enough that an expert's weights are read for
-/// several tokens, small enough that Ctrl-C and progress bars answer at once.
-pub const PREFILL_CHUNK: usize = 512;
 
 /// Which backend computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,6 +69,8 @@ pub struct LoadOptions<'a> {
     /// Worker threads; all usable cores if `None`
     pub threads: Option<usize>,
     pub cpu_precision: CpuPrecision,
+    /// Of backends that have a choice
+    pub kv_dtype: KvDtype,
     /// Told the stored bytes packed so far and in all
     pub progress: Progress<'a>,
     /// Room for this many tokens, prompt and answer together
@@ -172,6 +170,7 @@ impl Engine {
                 let cpu = CpuOptions {
                     threads: options.threads,
                     precision: options.cpu_precision,
+                    kv_dtype: options.kv_dtype,
                 };
                 let backend = Cpu::new(config.shape.clone(), &weights, cpu, options.progress)?;
                 Box::new(Sequence::new(backend, options.max_tokens)?)
@@ -218,6 +217,11 @@ impl Engine {
 
     pub fn backend(&self) -> BackendFacts {
         self.runner.facts()
+    }
+
+    /// How fast loading was, if the backend measures it.
+    pub fn load_rates(&self) -> Option<LoadRates> {
+        self.runner.load_rates()
     }
 
     /// Bytes that decoding one token reads with `context` tokens seen, if the backend knows.
@@ -275,9 +279,10 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
         proceed: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Option<Vec<f32>>> {
-        let chunks = ids.len().div_ceil(PREFILL_CHUNK);
-        for (i, chunk) in ids.chunks(PREFILL_CHUNK).enumerate() {
-            if !proceed(i * PREFILL_CHUNK) {
+        let chunk_len = self.runner.prefill_chunk();
+        let chunks = ids.len().div_ceil(chunk_len);
+        for (i, chunk) in ids.chunks(chunk_len).enumerate() {
+            if !proceed(i * chunk_len) {
                 return Ok(None);
             }
             let last = i + 1 == chunks;

@@ -1,6 +1,6 @@
 //! The loop over blocks, the same for every backend. Routing events leave here.
 
-use crate::backend::{Backend, BackendError, BackendFacts, Result, Routing};
+use crate::backend::{Backend, BackendError, BackendFacts, LoadRates, Result, Routing};
 
 /// Which positions of a chunk want logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +34,12 @@ pub trait Runner: Send {
     fn position(&self) -> usize;
 
     fn facts(&self) -> BackendFacts;
+
+    /// See [`Backend::prefill_chunk`].
+    fn prefill_chunk(&self) -> usize;
+
+    /// See [`Backend::load_rates`].
+    fn load_rates(&self) -> Option<LoadRates>;
 
     /// See [`Backend::decode_read_bytes`].
     fn decode_read_bytes(&self, context: usize) -> Option<u64>;
@@ -105,6 +111,14 @@ impl<B: Backend> Runner for Sequence<B> {
 
     fn facts(&self) -> BackendFacts {
         self.backend.facts()
+    }
+
+    fn prefill_chunk(&self) -> usize {
+        self.backend.prefill_chunk()
+    }
+
+    fn load_rates(&self) -> Option<LoadRates> {
+        self.backend.load_rates()
     }
 
     fn decode_read_bytes(&self, context: usize) -> Option<u64> {

@@ -11,11 +11,13 @@ use std::hint::black_box;
 use std::sync::OnceLock;
 use std::time::Instant;
 
+use half::f16;
 use moectl::backend::cpu::activations::{Activations, Integers};
-use moectl::backend::cpu::attention::{CHUNK, KvCache, Stats, attend_chunk};
+use moectl::backend::cpu::attention::{Attend, CHUNK, Stats};
 use moectl::backend::cpu::conv::conv_silu;
 use moectl::backend::cpu::delta_rule::{HeadInputs, delta_rule};
 use moectl::backend::cpu::isa::Isa;
+use moectl::backend::cpu::kv_cache::{KvCache, KvData};
 use moectl::backend::cpu::linear::{Linear, Panels};
 use moectl::backend::cpu::load::load;
 use moectl::backend::cpu::rms_norm::rms_norm;
@@ -246,31 +248,34 @@ fn other_kernels(bench: &Bench, isa: Isa) {
         );
     }
     let dim = 256;
-    let mut cache = KvCache::new(1, dim, CHUNK);
-    cache.k = random(CHUNK * dim);
-    cache.v = random(CHUNK * dim);
-    for n in [1, 8, 128] {
-        let queries = random(n * dim);
-        let (mut stats, mut values) = (vec![Stats::NOTHING; n], vec![0.0; n * dim]);
-        let (k, v) = cache.chunk(0, 0);
-        let flops = (4 * n * dim * CHUNK) as f64;
-        bench.time(
-            &format!("attention {name} queries={n}"),
-            flops,
-            "GFLOP/s",
-            own,
-            || {
-                attend_chunk(
-                    isa,
-                    &queries,
-                    &vec![CHUNK; n],
-                    k,
-                    v,
-                    &mut stats,
-                    &mut values,
-                );
-            },
-        );
+    for dtype in KvDtype::ALL {
+        let KvCache { data, layout, .. } = KvCache::new(dtype, 1, dim, CHUNK);
+        for n in [1, 8, 128] {
+            let queries = random(n * dim);
+            let (mut stats, mut values) = (vec![Stats::NOTHING; n], vec![0.0; n * dim]);
+            let visible = vec![CHUNK; n];
+            let flops = (4 * n * dim * CHUNK) as f64;
+            bench.time(
+                &format!("attention {name} {dtype} queries={n}"),
+                flops,
+                "GFLOP/s",
+                own,
+                || match &data {
+                    KvData::F32(kv) => {
+                        let chunk = kv.chunk(layout, 0, 0);
+                        f32::attend_chunk(isa, &queries, &visible, chunk, &mut stats, &mut values);
+                    }
+                    KvData::F16(kv) => {
+                        let chunk = kv.chunk(layout, 0, 0);
+                        f16::attend_chunk(isa, &queries, &visible, chunk, &mut stats, &mut values);
+                    }
+                    KvData::Int8(kv) => {
+                        let chunk = kv.chunk(layout, 0, 0);
+                        i8::attend_chunk(isa, &queries, &visible, chunk, &mut stats, &mut values);
+                    }
+                },
+            );
+        }
     }
 }
 

@@ -24,6 +24,11 @@ pub struct Expert {
 }
 
 impl Expert {
+    /// Bytes that one token reads.
+    pub fn bytes(&self) -> usize {
+        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    }
+
     /// Blocks of 64 intermediate values.
     fn blocks(&self) -> usize {
         self.gate.rows.div_ceil(TILE_COLS)

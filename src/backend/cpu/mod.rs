@@ -15,6 +15,7 @@ mod experts;
 mod gated_attention;
 mod gated_delta_net;
 pub mod isa;
+pub mod kv_cache;
 pub mod layout;
 pub mod linear;
 pub mod load;
@@ -30,20 +31,21 @@ pub mod threads;
 mod topology;
 
 use std::ops::Range;
+use std::time::Instant;
 
 use activations::{Activations, Integers};
-use attention::KvCache;
 use experts::Expert;
 use gated_attention::Attention;
 use gated_delta_net::{DeltaNet, DeltaNetState};
 use isa::Isa;
+use kv_cache::KvCache;
 use linear::{Linear, Panels, add_product};
 use load::Request;
 use threads::{Parts, Pool};
 
 use super::{
-    Backend, BackendError, BackendFacts, ExpertWeights, LayerWeights, MixerKind, MixerWeights,
-    ModelShape, ModelWeights, Result, Routing,
+    Backend, BackendError, BackendFacts, ExpertWeights, KvDtype, LayerWeights, LoadRates,
+    MixerKind, MixerWeights, ModelShape, ModelWeights, Result, Routing,
 };
 use crate::formats::Matrix;
 
@@ -75,6 +77,7 @@ pub struct CpuOptions {
     /// Workers; one per usable physical core if not given
     pub threads: Option<usize>,
     pub precision: CpuPrecision,
+    pub kv_dtype: KvDtype,
 }
 
 /// Called while loading with the stored bytes packed so far, and in all.
@@ -84,12 +87,14 @@ pub struct Cpu {
     shape: ModelShape,
     isa: Isa,
     precision: CpuPrecision,
+    kv_dtype: KvDtype,
     pool: Pool,
     embed_tokens: Matrix,
     layers: Vec<Layer>,
     /// `[D]`, 1 + w
     norm: Vec<f32>,
     lm_head: Linear,
+    load: LoadRates,
     scratch: Scratch,
 }
 
@@ -178,25 +183,38 @@ impl Cpu {
         progress(done, total);
 
         let mut layers = Vec::with_capacity(weights.layers.len());
-        for (layer, requests) in weights.layers.iter().zip(&requests) {
-            let linears = load::load(&mut pool, requests)?;
+        let (clock, start) = (load::Clock::default(), Instant::now());
+        for (i, (layer, now)) in weights.layers.iter().zip(&requests).enumerate() {
+            // The disk works on the next layer while this one is packed.
+            let next = requests.get(i + 1).map_or(&head_request[..], |next| next);
+            next.iter().for_each(|(matrix, _)| matrix.read_ahead());
+            let linears = load::load_timed(&mut pool, now, &clock)?;
             layers.push(Layer::new(&shape, layer, linears));
-            done += bytes(requests);
+            done += bytes(now);
             progress(done, total);
         }
-        let lm_head = load::load(&mut pool, &head_request)?
+        let lm_head = load::load_timed(&mut pool, &head_request, &clock)?
             .pop()
             .expect("one request, one matrix");
         progress(total, total);
+        let (read_seconds, pack_seconds) = clock.seconds(pool.threads());
+        let load = LoadRates {
+            bytes: total as u64,
+            seconds: start.elapsed().as_secs_f64(),
+            read_seconds,
+            pack_seconds,
+        };
         Ok(Cpu {
             shape,
             isa,
             precision: options.precision,
+            kv_dtype: options.kv_dtype,
             pool,
             embed_tokens: weights.embed_tokens.clone(),
             layers,
             norm: one_plus(&weights.norm),
             lm_head,
+            load,
             scratch: Scratch::default(),
         })
     }
@@ -213,23 +231,28 @@ impl Cpu {
     /// Bytes of weights that one decoded token reads, whatever its experts.
     pub fn weight_bytes_per_token(&self) -> usize {
         let k = self.shape.moe.num_experts_per_tok;
-        let expert = |e: &Expert| e.gate.bytes() + e.up.bytes() + e.down.bytes();
-        let layers: usize = self
-            .layers
-            .iter()
-            .map(|layer| {
-                let mixer = match &layer.mixer {
-                    Mixer::DeltaNet(m) => m.qkvz.bytes() + m.ba.bytes() + m.out.bytes(),
-                    Mixer::Attention(m) => m.q.bytes() + m.k.bytes() + m.v.bytes() + m.out.bytes(),
-                };
-                mixer
-                    + layer.router.bytes()
-                    + layer.shared_gate.bytes()
-                    + expert(&layer.shared_expert)
-                    + k * layer.experts.first().map_or(0, expert)
-            })
-            .sum();
-        layers + self.lm_head.bytes()
+        let layers = self.layers.iter();
+        let layers =
+            layers.map(|l| l.dense_bytes() + k * l.experts.first().map_or(0, |e| e.bytes()));
+        layers.sum::<usize>() + self.lm_head.bytes()
+    }
+
+    /// Bytes of all packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        let experts = |l: &Layer| l.experts.iter().map(Expert::bytes).sum::<usize>();
+        let layers = self.layers.iter().map(|l| l.dense_bytes() + experts(l));
+        layers.sum::<usize>() + self.lm_head.bytes()
+    }
+}
+
+impl Layer {
+    /// Bytes of what every token reads.
+    fn dense_bytes(&self) -> usize {
+        let mixer = match &self.mixer {
+            Mixer::DeltaNet(m) => m.qkvz.bytes() + m.ba.bytes() + m.out.bytes(),
+            Mixer::Attention(m) => m.q.bytes() + m.k.bytes() + m.v.bytes() + m.out.bytes(),
+        };
+        mixer + self.router.bytes() + self.shared_gate.bytes() + self.shared_expert.bytes()
     }
 }
 
@@ -387,20 +410,45 @@ impl Backend for Cpu {
     fn facts(&self) -> BackendFacts {
         BackendFacts {
             name: "cpu".into(),
-            kernels: Some(format!("{}, {}", self.isa.name(), self.precision.name())),
+            kernels: Some(format!(
+                "{}, {}, {} KV",
+                self.isa.name(),
+                self.precision.name(),
+                self.kv_dtype
+            )),
             threads: self.threads(),
         }
+    }
+
+    /// In chunks of 512 each expert of a large model meets ten tokens, too few to make up for
+    /// reading it. More tokens want more memory for their activations: a 32nd of the weights'.
+    fn prefill_chunk(&self) -> usize {
+        let shape = &self.shape;
+        let wide = [
+            shape.delta_net.qkvz_rows() + 2 * shape.delta_net.value_dim(),
+            shape.attention.q_proj_rows() + 2 * shape.attention.o_proj_cols(),
+            (shape.moe.num_experts_per_tok + 1) * 2 * shape.moe.moe_intermediate_size,
+            8 * shape.hidden_size,
+        ];
+        let bytes_per_token = size_of::<f32>() * wide.iter().sum::<usize>();
+        let tokens = self.weight_bytes() / 32 / bytes_per_token;
+        (tokens / 512 * 512).clamp(512, 2048)
+    }
+
+    fn load_rates(&self) -> Option<LoadRates> {
+        Some(self.load)
     }
 
     fn decode_read_bytes(&self, context: usize) -> Option<u64> {
         let net = &self.shape.delta_net;
         let attention = &self.shape.attention;
+        let row = |heads| self.kv_dtype.bytes(heads, attention.head_dim);
         let of_layer = |mixer: &MixerKind| match mixer {
-            MixerKind::GatedDeltaNet => net.value_dim() * net.key_head_dim,
-            MixerKind::GatedAttention => 2 * attention.kv_rows() * context,
+            MixerKind::GatedDeltaNet => size_of::<f32>() * net.value_dim() * net.key_head_dim,
+            MixerKind::GatedAttention => 2 * row(attention.num_key_value_heads) * context,
         };
         let state: usize = self.shape.mixers.iter().map(of_layer).sum();
-        Some((self.weight_bytes_per_token() + size_of::<f32>() * state) as u64)
+        Some((self.weight_bytes_per_token() + state) as u64)
     }
 
     fn shape(&self) -> &ModelShape {
@@ -417,6 +465,7 @@ impl Backend for Cpu {
                     LayerState::DeltaNet(DeltaNetState::new(&shape.delta_net))
                 }
                 MixerKind::GatedAttention => LayerState::Attention(KvCache::new(
+                    self.kv_dtype,
                     shape.attention.num_key_value_heads,
                     shape.attention.head_dim,
                     max_tokens,

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{CODE_BOOK_INT8, LANES, Simd};
 use crate::backend::cpu::isa::Avx2;
@@ -74,6 +74,24 @@ impl Simd for Avx2 {
                 _mm_loadu_si128(p.add(1))
             )))
         ])
+    }
+    #[inline(always)]
+    fn load_f16(self, v: &[f16; LANES]) -> Self::F32 {
+        let p: *const __m128i = v.as_ptr().cast();
+        avx2!([
+            _mm256_cvtph_ps(_mm_loadu_si128(p)),
+            _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))
+        ])
+    }
+    #[inline(always)]
+    fn load_i8(self, v: &[i8; LANES]) -> Self::F32 {
+        avx2!({
+            let bytes = _mm_loadu_si128(v.as_ptr().cast());
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
+            ]
+        })
     }
     #[inline(always)]
     fn store(self, v: Self::F32, out: &mut [f32; LANES]) {

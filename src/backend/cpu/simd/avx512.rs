@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{BYTE_OFFSET, CODE_BOOK_INT8, LANES, Simd};
 use crate::backend::cpu::isa::Avx512;
@@ -46,6 +46,16 @@ impl Simd for Avx512 {
         avx512!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(
             _mm512_cvtepu16_epi32(_mm256_loadu_si256(v.as_ptr().cast()))
         )))
+    }
+    #[inline(always)]
+    fn load_f16(self, v: &[f16; LANES]) -> __m512 {
+        avx512!(_mm512_cvtph_ps(_mm256_loadu_si256(v.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_i8(self, v: &[i8; LANES]) -> __m512 {
+        avx512!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
+            v.as_ptr().cast()
+        ))))
     }
     #[inline(always)]
     fn store(self, v: __m512, out: &mut [f32; LANES]) {

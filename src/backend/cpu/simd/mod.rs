@@ -10,7 +10,7 @@ mod avx2;
 mod avx512;
 mod scalar;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::formats::Dtype;
 use crate::formats::nf4::CODE_BOOK;
@@ -87,6 +87,8 @@ pub trait Simd: Copy {
     fn load(self, v: &[f32; LANES]) -> Self::F32;
     fn load_u16(self, v: &[u16; LANES]) -> Self::F32;
     fn load_bf16(self, v: &[bf16; LANES]) -> Self::F32;
+    fn load_f16(self, v: &[f16; LANES]) -> Self::F32;
+    fn load_i8(self, v: &[i8; LANES]) -> Self::F32;
     fn store(self, v: Self::F32, out: &mut [f32; LANES]);
 
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;

@@ -2,7 +2,7 @@
 
 use std::array::from_fn;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::{CODE_BOOK_INT8, LANES, PAIR_ORDER, Simd};
 use crate::backend::cpu::isa::Scalar;
@@ -47,6 +47,14 @@ impl Simd for Scalar {
     #[inline(always)]
     fn load_bf16(self, v: &[bf16; LANES]) -> F32 {
         v.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    fn load_f16(self, v: &[f16; LANES]) -> F32 {
+        v.map(f16::to_f32)
+    }
+    #[inline(always)]
+    fn load_i8(self, v: &[i8; LANES]) -> F32 {
+        v.map(f32::from)
     }
     #[inline(always)]
     fn store(self, v: F32, out: &mut F32) {

@@ -47,6 +47,8 @@ fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
     out.f(s, s.abs(a));
     out.f(s, s.load_u16(&input.codes.map(|c| c as u16)));
     out.f(s, s.load_bf16(&input.a.map(bf16::from_f32)));
+    out.f(s, s.load_f16(&input.a.map(f16::from_f32)));
+    out.f(s, s.load_i8(&input.codes.map(|c| c as i8)));
     out.0.push(s.reduce_add(a).to_bits());
     out.0.push(s.reduce_max(a).to_bits());
 
