@@ -55,8 +55,6 @@ struct Rest {
 template <int HD>
 struct Queries {
   float rows[HEADS + 2][HD]; /* after the norm; then k and v */
-  float cosines[HD / 2];
-  float sines[HD / 2];
   uint16_t halves[2 * HEADS][HD + 8]; /* of heads: high, then low */
 };
 
@@ -74,7 +72,7 @@ struct Attention {
   static constexpr int AHEAD = T::STAGES - 1;     /* items under way */
   static constexpr int AT_FIRST = INT8 ? 3 : 2;   /* until the queries have left the ring */
   static constexpr int MERGE_STRIDE = HD + 4;     /* keeps four heads in different banks */
-  static constexpr int VALUES = HD / 32;          /* of a head in a lane */
+  static constexpr int VALUES = HD / 16;          /* of a row in a lane, in `prepare` */
   /* At the end threads share out the results: 16 have a head, each ITS float4 (if hd is 32, half of
      them none). */
   static constexpr int PER_HEAD = THREADS / HEADS;
@@ -86,79 +84,93 @@ struct Attention {
 
   /* ---- the queries, and the token's own key and value ---- */
 
-  /* A warp's rows: heads `warp` and `warp + 4`; then warp 0 has k, warp 1 v. */
-  static __device__ __forceinline__ int row_of(int n) { return threadIdx.x / 32 + n * WARPS; }
+  /* Half a warp has a row: of warp w heads 2w and 2w + 1; then of warp 0 k and v. Lane l of 16 has its
+     values l + 16 j. */
+  static __device__ __forceinline__ int row_of(int pass) {
+    return pass == 0 ? threadIdx.x / 16 : HEADS + threadIdx.x / 16;
+  }
 
-  /* From x, the rows of this warp as they were projected, to `queries` (high, low), `rest` and the cache.
-     `weights`: q_norm's values of this lane, then k_norm's. */
+  /* From x, the half-warp's rows as they were projected, to `queries`, `rest` and the cache. `weights`:
+     q_norm's values of this lane, then k_norm's. `meanwhile` is done where it delays nothing. */
+  template <typename F>
   static __device__ __forceinline__ void prepare(Queries<HD> &queries, Rest<HD> &rest,
-                                                 const Place &place, const float (&x)[3][VALUES],
+                                                 const Place &place, const float (&x)[2][VALUES],
                                                  const float (&weights)[2][VALUES], float eps,
-                                                 float inverse_frequency, int rotary_dim,
+                                                 const float *inverse_frequencies, int rotary_dim,
                                                  int position, bool owns, bool writes_cache,
-                                                 const KvCache &cache) {
-    int tid = threadIdx.x, lane = tid & 31, half = rotary_dim / 2;
-    int j = THREADS - 1 - tid; /* the last warps have the fewest rows */
-    if (j < half)
-      sincosf((float)position * inverse_frequency, &queries.sines[j], &queries.cosines[j]);
+                                                 const KvCache &cache, F meanwhile) {
+    int tid = threadIdx.x, lane = tid & 31, l = lane & 15, warp = tid / 32, half = rotary_dim / 2;
+    int passes = owns && warp == 0 ? 2 : 1;
 #pragma unroll
-    for (int n = 0; n < 3; n++) {
-      int i = row_of(n);
-      if (i >= HEADS + 2) break;
+    for (int pass = 0; pass < 2; pass++) {
+      if (pass >= passes) break;
+      int i = row_of(pass);
       float square = 0.0f;
 #pragma unroll
-      for (int j = 0; j < VALUES; j++) square += x[n][j] * x[n][j];
-      float scale = rsqrtf(warp_sum(square) / HD + eps);
+      for (int j = 0; j < VALUES; j++) square += x[pass][j] * x[pass][j];
+#pragma unroll
+      for (int offset = 8; offset > 0; offset /= 2)
+        square += __shfl_xor_sync(0xffffffffu, square, offset);
+      float scale = rsqrtf(square / HD + eps);
 #pragma unroll
       for (int j = 0; j < VALUES; j++)
-        queries.rows[i][lane + 32 * j] =
-            i == HEADS + 1 ? x[n][j] : x[n][j] * scale * weights[n == 2][j];
+        queries.rows[i][l + 16 * j] =
+            i == HEADS + 1 ? x[pass][j] : x[pass][j] * scale * weights[pass][j];
     }
-    __syncthreads();
+    meanwhile();
+    __syncwarp();
+    /* Pairs of dims j and j + half turn by position times frequency; a lane has a pair of all the
+       warp's rows. */
+#pragma unroll 1
+    for (int j = lane; j < half; j += 32) {
+      float sine, cosine;
+      sincosf((float)position * inverse_frequencies[j], &sine, &cosine);
+#pragma unroll
+      for (int n = 0; n < 3; n++) { /* both heads; k */
+        if (n == 2 && passes == 1) break;
+        float *row = queries.rows[n < 2 ? 2 * warp + n : HEADS];
+        float a = row[j], b = row[j + half];
+        row[j] = a * cosine - b * sine;
+        row[j + half] = b * cosine + a * sine;
+      }
+    }
+    __syncwarp();
 
-#pragma unroll 1
-    for (int n = 0; n < 3; n++) {
-      int i = row_of(n), is_v = i == HEADS + 1;
-      if (i >= HEADS + 2 || (i >= HEADS && !owns)) break;
-      float *row = queries.rows[i];
-      if (!is_v) {
-#pragma unroll 1
-        for (int j = lane; j < half; j += 32) {
-          float a = row[j], b = row[j + half], cosine = queries.cosines[j], sine = queries.sines[j];
-          row[j] = a * cosine - b * sine;
-          row[j + half] = b * cosine + a * sine;
-        }
-        __syncwarp();
-      }
-      if (i < HEADS) {
-        float y[VALUES], largest = 0.0f;
-        bool broken = false;
+    int head = row_of(0);
+    float y[VALUES], largest = 0.0f;
 #pragma unroll
-        for (int j = 0; j < VALUES; j++) {
-          y[j] = row[lane + 32 * j];
-          largest = fmaxf(largest, fabsf(y[j]));
-          broken |= !(fabsf(y[j]) < INFINITY);
-        }
-        float up = power_of_two_to_f16(warp_max(largest));
+    for (int j = 0; j < VALUES; j++) {
+      y[j] = queries.rows[head][l + 16 * j];
+      float size = fabsf(y[j]);
+      largest = size < INFINITY ? fmaxf(largest, size) : INFINITY; /* for NaN, too */
+    }
 #pragma unroll
-        for (int j = 0; j < VALUES; j++) {
-          int d = lane + 32 * j;
-          split_f16(y[j] * up, queries.halves[i][d], queries.halves[HEADS + i][d]);
-        }
-        broken = __any_sync(0xffffffffu, broken);
-        if (lane == 0) rest.unscale[i] = broken ? NAN : LOG2_E * rsqrtf((float)HD) / up;
-        continue;
-      }
-      uint8_t *own = rest.own_rows[is_v];
-      uint16_t *own_scales = rest.own_scales[is_v];
-      store_row<HD, INT8>(row, own, own_scales);
+    for (int offset = 8; offset > 0; offset /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    float up = power_of_two_to_f16(largest);
+#pragma unroll
+    for (int j = 0; j < VALUES; j++) {
+      int d = l + 16 * j;
+      split_f16(y[j] * up, queries.halves[head][d], queries.halves[HEADS + head][d]);
+    }
+    if (l == 0)
+      rest.unscale[head] = largest < INFINITY ? LOG2_E * rsqrtf((float)HD) / up : NAN;
+
+    if (passes == 2) {
+      store_row<HD, INT8>(queries.rows[HEADS], rest.own_rows[0], rest.own_scales[0]);
+      store_row<HD, INT8>(queries.rows[HEADS + 1], rest.own_rows[1], rest.own_scales[1]);
       __syncwarp();
-      if (!writes_cache) continue;
       int64_t at = (int64_t)place.kv_head * cache.capacity + position;
-      uint8_t *to = (uint8_t *)(is_v ? cache.v : cache.k) + at * T::ROW;
-      if (lane < T::CHUNKS) ((uint4 *)to)[lane] = ((const uint4 *)own)[lane];
-      if (INT8 && lane < T::BLOCKS)
-        (is_v ? cache.v_scales : cache.k_scales)[at * T::BLOCKS + lane] = own_scales[lane];
+      uint4 *k = (uint4 *)((uint8_t *)cache.k + at * T::ROW);
+      uint4 *v = (uint4 *)((uint8_t *)cache.v + at * T::ROW);
+      if (writes_cache && lane < T::CHUNKS) {
+        k[lane] = ((const uint4 *)rest.own_rows[0])[lane];
+        v[lane] = ((const uint4 *)rest.own_rows[1])[lane];
+      }
+      if (INT8 && writes_cache && lane < T::BLOCKS) {
+        cache.k_scales[at * T::BLOCKS + lane] = rest.own_scales[0][lane];
+        cache.v_scales[at * T::BLOCKS + lane] = rest.own_scales[1][lane];
+      }
     }
     __syncthreads();
   }
@@ -246,11 +258,10 @@ struct Attention {
   /* True in all threads of the block that is the last of `count` to come here; what the others wrote
      before is then visible in L2. */
   static __device__ __forceinline__ bool is_last(uint32_t *counter, int count, int *flag) {
+    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      fence_gpu();
       bool last = atomicAdd(counter, 1u) == (uint32_t)count - 1;
-      fence_gpu();
       if (last) *counter = 0;
       *flag = last;
     }
@@ -281,36 +292,35 @@ struct Attention {
     float weights[2][VALUES];
 #pragma unroll
     for (int j = 0; j < VALUES; j++) {
-      weights[0][j] = q_norm[lane + 32 * j];
-      weights[1][j] = k_norm[lane + 32 * j];
+      weights[0][j] = q_norm[lane % 16 + 16 * j];
+      weights[1][j] = warp == 0 ? k_norm[lane % 16 + 16 * j] : 0.0f;
     }
-    int pair = THREADS - 1 - tid;
-    float inverse_frequency = pair < rotary_dim / 2 ? inverse_frequencies[pair] : 0.0f;
 
     wait_for_previous_kernels();
 
     /* These loads depend on nothing; the position is needed next. */
     int position = step->position;
-    float x[3][VALUES];
+    float x[2][VALUES];
 #pragma unroll
-    for (int n = 0; n < 3; n++) {
-      int i = row_of(n);
+    for (int pass = 0; pass < 2; pass++) {
+      int i = row_of(pass);
       const float *from = nullptr;
       if (i < place.heads) from = q + (int64_t)(place.first_head + i) * 2 * HD;
       if (i == HEADS) from = k + place.kv_head * HD;
       if (i == HEADS + 1) from = v + place.kv_head * HD;
 #pragma unroll
-      for (int j = 0; j < VALUES; j++) x[n][j] = from ? from[lane + 32 * j] : 0.0f;
+      for (int j = 0; j < VALUES; j++) x[pass][j] = from ? from[lane % 16 + 16 * j] : 0.0f;
     }
 
     /* A block is worth starting for a tile per warp. */
     int splits = gridDim.x, split = blockIdx.x, tiles = position / TILE_KEYS + 1;
     int per_split = max((tiles + splits - 1) / splits, WARPS);
-    int active = (tiles + per_split - 1) / per_split;
-    if (split >= active) return;
-    int count = min(per_split, tiles - split * per_split); /* tiles of this block */
+    int first_tile = split * per_split;
+    if (first_tile >= tiles) return;
+    int count = min(per_split, tiles - first_tile); /* tiles of this block */
+    bool owns = first_tile + count == tiles;
     int items = warp < count ? 2 * ((count - warp + WARPS - 1) / WARPS) : 0;
-    int first_key = (split * per_split + warp) * TILE_KEYS; /* of the warp's first tile */
+    int first_key = (first_tile + warp) * TILE_KEYS; /* of the warp's first tile */
     /* A group per item, be it empty: the waits count them. */
     auto ask = [&](int item) {
       if (item < items)
@@ -318,11 +328,12 @@ struct Attention {
                item);
       cp_async_commit();
     };
+    ask(0);
+    prepare(queries, rest, place, x, weights, eps, inverse_frequencies, rotary_dim, position, owns,
+            group == 0, cache, [&] {
 #pragma unroll 1
-    for (int item = 0; item < AT_FIRST; item++) ask(item);
-
-    prepare(queries, rest, place, x, weights, eps, inverse_frequency, rotary_dim, position,
-            split == active - 1, group == 0, cache);
+              for (int item = 1; item < AT_FIRST; item++) ask(item);
+            });
     uint32_t a[HD / 16][4];
     T::load_queries(a, queries.halves[0]);
     float unscale = g < place.heads ? rest.unscale[g] : 0.0f;
@@ -385,10 +396,18 @@ struct Attention {
     __syncthreads();
     float *results = (float *)ring;
 #pragma unroll
-    for (int i = 0; i < HD / 16; i++)
+    for (int i = 0; i < HD / 16; i++) {
 #pragma unroll
-      for (int e = 0; e < 4; e++)
-        results[(warp * HEADS + 2 * t + e % 2) * MERGE_STRIDE + T::dim_of(i, e / 2)] = o[i][e];
+      for (int e = 0; e < 2; e++) {
+        float *to = results + (warp * HEADS + 2 * t + e) * MERGE_STRIDE;
+        if (INT8) {
+          *(float2 *)(to + T::dim_of(i, 0)) = make_float2(o[i][e], o[i][e + 2]);
+        } else {
+          to[T::dim_of(i, 0)] = o[i][e];
+          to[T::dim_of(i, 1)] = o[i][e + 2];
+        }
+      }
+    }
     if (t == 0) {
       rest.largest[warp][g] = largest;
       rest.total[warp][g] = total;
@@ -420,7 +439,7 @@ struct Attention {
 
     /* Levels of merging: within groups of `size` splits if there are many, then of all. Of each, the
        block that comes last goes on. */
-    int size = 1;
+    int size = 1, active = (tiles + per_split - 1) / per_split;
     if (active > MAX_MERGED)
       for (size = 5; size * size < active;) size++;
     counters += blockIdx.y * COUNTERS;

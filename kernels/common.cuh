@@ -294,13 +294,3 @@ __device__ __forceinline__ void prefetch_to_l2(const void *p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
 }
-
-/* What this thread wrote, or saw through barriers, comes before what it does next, for the whole GPU: as
-   __threadfence, without its total order. */
-__device__ __forceinline__ void fence_gpu() {
-#ifdef MOECTL_EMULATE
-  __threadfence();
-#else
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-#endif
-}

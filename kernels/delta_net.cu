@@ -85,6 +85,8 @@ __device__ __forceinline__ void delta_step(DeltaShared &shared, const Step *step
   int l = lane % LANES;
   int column0 = first_column + warp * ABREAST + lane / LANES;
   float4 *rows = (float4 *)state + ((int64_t)head * dv + column0) * LANES + l;
+  /* On its way while the kernels before this one finish: the state, and the inputs of earlier tokens. */
+  if (has_channel && lane < taps) prefetch_to_l2(ring + (int64_t)lane * qkvz_rows + row - lane);
 #pragma unroll
   for (int r = 0; r < ROWS_PER_LANE; r++)
     if (warp < DELTA_WARPS && column0 + r * DELTA_WARPS * ABREAST < dv && lane % 8 == 0)

@@ -7,8 +7,9 @@ decode_begin: copies the token's embedding row and the step.
 decode_norm_linear: out_m = m x for m = a, b, c, x = rms_norm(hidden) * norm_scale.
   launch: grid (blocks(a) + blocks(b) + blocks(c)), block (256), shared memory NORM_SMEM = 40,960 bytes.
     blocks(m) = 0 if it has no weights, ceil(rows / 32) for NF4_TILES, else ceil(rows / 8), but
-    blocks(a) = min(ceil(rows / 8), 3 * multiprocessors) for rows of bf16 or f32: fewer blocks than
-    ceil(rows / 8) go through `a` in a loop (three fit on a multiprocessor). hidden <= 8192.
+    blocks(a) = min(ceil(rows / 8), multiprocessors * blocks that fit on one at once) for rows of bf16 or
+    f32: fewer blocks than ceil(rows / 8) share the rows evenly, so none must come late. Three fit on an
+    H100, two where a multiprocessor has 100 KB of shared memory. hidden <= 8192.
   v1  NF4: one block per tile row, columns over 8 warps (TileStream)
   v2  bf16, f32: one warp per row, weights under way before the wait; for matrices of few rows
   v3  bf16, f32, a: persistent blocks with x in shared memory, four rows a warp at once; lm_head
@@ -231,7 +232,7 @@ __device__ __forceinline__ void add_half_tile_row(const Linear &w, float *hidden
     hidden[row] += sum_areas<ADD_WARPS>(areas, (int)threadIdx.x) * unit;
 }
 
-/* Sixteen rows, a warp each. */
+/* The same for bf16 or f32: sixteen rows, a warp each. */
 template <int FORMAT>
 __device__ __forceinline__ void add_rows(const float *x, const Linear &w, float *hidden) {
   const int row = (int)blockIdx.x * ADD_ROWS + warp_index();

@@ -19,8 +19,8 @@ in [2^13, 2^14) of f16, and what f16 rounds off of high + low is 2^-38 of it.
 bf16 and f32 (`RowStream`): a warp, or several, take one row; f32 FMAs.
 
 Per tile and warp: 32 8-byte look-ups of 2 cycles bound an SM to a tile in ~66 cycles (3.8 TB/s on an
-H100); 64 shifts and masks, 16 MMAs and ~40 other instructions are less. Weights that don't depend on earlier kernels are on their way before
-wait_for_previous_kernels().
+H100); 64 shifts and masks, 16 MMAs and ~50 other instructions take less. Weights known at the launch are on
+their way before wait_for_previous_kernels().
 
 Vectors are 16-byte aligned, their lengths (cols) multiples of 4.
 */
@@ -44,7 +44,7 @@ constexpr int shared_bytes(int warps) { return TABLE_BYTES + warps * AREA_BYTES;
 constexpr int TABLE_FLOATS = TABLE_BYTES / 4;
 
 /* Added to Decision::blob of an expert in host memory: experts.cu reads such blobs by whole lines of 128
-   bytes, without which PCIe loses a third or more of its speed. Blobs are 16-byte aligned. */
+   bytes; by halves of lines, PCIe would take as many requests for half the bytes. Blobs are 16-byte aligned. */
 constexpr uintptr_t IN_HOST = 1;
 
 __device__ __forceinline__ int lane_index() { return (int)(threadIdx.x & 31); }

@@ -1,14 +1,16 @@
 /*
 The router of prefill: chunks of T tokens, k of E experts.
 
-prefill_router  normed [T, D] f32 -> logits [T, E + 1] f32: the router's, then the shared expert's gate
+prefill_router  normed [T, D] f32 -> logits [T, E] f32
     f32 FMAs from column 0 on, so that the choice of experts is the f32 reference's up to rounding.
-    launch: grid (ceil(T / 128), 1 + ceil(E / experts)), block (256), smem 0. experts per block: 128 if
-    those blocks fill the GPU's SMs, else 64; the kernel sees by grid.y which. The blocks of y = 0
-    compute the gate.
+    launch: grid (ceil(T / 128), ceil(E / n)), block (256), smem 0. n = 128 if those blocks are at least
+    as many as 3/4 of the SMs, else 64; the kernel sees by grid.y which.
 prefill_topk    logits -> topk_ids, topk_weights [T, k]: best first, equal ones in order of id;
-                shared_gates [T] = sigmoid of the last logit
+                normed, shared_gate [1, D] -> shared_gates [T] = sigmoid(shared_gate x)
     launch: grid (ceil(T / 8)), block (256), smem 0. E <= 1024.
+
+The gate is prefill_topk's because a block for it beside the router's would push one of those onto an
+SM that has one already: half as much again for all.
 */
 #include "common.cuh"
 
@@ -123,52 +125,46 @@ __device__ __forceinline__ void router_block(RouterStep (&steps)[2], const float
     for (int e = 0; e < 4 * HALVES; e++) {
       const int id = first_expert + expert4 + e % 4 + e / 4 * 64;
       if (token < tokens && id < num_experts)
-        logits[(int64_t)token * (num_experts + 1) + id] = acc[t][e];
+        logits[(int64_t)token * num_experts + id] = acc[t][e];
     }
   }
 }
 
 KERNEL __launch_bounds__(256, 2)
-prefill_router(const float *normed, Linear router, Linear shared_gate, float *logits, int tokens) {
+prefill_router(const float *normed, Linear router, float *logits, int tokens) {
   __shared__ RouterStep steps[2];
   launch_next_kernel();
   wait_for_previous_kernels();
-  const int cols = router.cols, num_experts = router.rows;
   const int first_token = blockIdx.x * ROUTER_TOKENS;
-  const int expert_block = (int)blockIdx.y - 1;
-
-  if (expert_block < 0) {
-    const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < ROUTER_TOKENS && first_token + i < tokens; i += 8) {
-      const float *x = normed + (int64_t)(first_token + i) * cols;
-      float sum = 0.0f;
-#pragma unroll 8
-      for (int c = 4 * lane; c < cols; c += 128) {
-        float4 a = load_columns(x, c, cols), w = load_weights(shared_gate, 0, c);
-        sum = fmaf(a.x, w.x, sum), sum = fmaf(a.y, w.y, sum);
-        sum = fmaf(a.z, w.z, sum), sum = fmaf(a.w, w.w, sum);
-      }
-      sum = warp_sum(sum);
-      if (lane == 0) logits[(int64_t)(first_token + i) * (num_experts + 1) + num_experts] = sum;
-    }
-    return;
-  }
-  if ((int)gridDim.y - 1 == (num_experts + 127) / 128)
-    router_block<2>(steps, normed, router, logits, tokens, first_token, expert_block * 128);
+  if ((int)gridDim.y == (router.rows + 127) / 128)
+    router_block<2>(steps, normed, router, logits, tokens, first_token, blockIdx.y * 128);
   else
-    router_block<1>(steps, normed, router, logits, tokens, first_token, expert_block * 64);
+    router_block<1>(steps, normed, router, logits, tokens, first_token, blockIdx.y * 64);
 }
 
 constexpr int MAX_EXPERTS_PER_LANE = 32;
 
 /* One warp per token; lane l has experts l, l + 32, .. */
-KERNEL prefill_topk(const float *logits, int tokens, int num_experts, int k, int norm_topk_prob,
-                    int32_t *topk_ids, float *topk_weights, float *shared_gates) {
+KERNEL prefill_topk(const float *logits, const float *normed, Linear shared_gate, int tokens,
+                    int num_experts, int k, int norm_topk_prob, int32_t *topk_ids, float *topk_weights,
+                    float *shared_gates) {
   launch_next_kernel();
   wait_for_previous_kernels();
   const int token = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (token >= tokens) return;
-  const float *row = logits + (int64_t)token * (num_experts + 1);
+
+  const float *x = normed + (int64_t)token * shared_gate.cols;
+  float gate = 0.0f;
+#pragma unroll 4
+  for (int c = 4 * lane; c < shared_gate.cols; c += 128) {
+    float4 a = load_columns(x, c, shared_gate.cols), w = load_weights(shared_gate, 0, c);
+    gate = fmaf(a.x, w.x, gate), gate = fmaf(a.y, w.y, gate);
+    gate = fmaf(a.z, w.z, gate), gate = fmaf(a.w, w.w, gate);
+  }
+  gate = warp_sum(gate);
+  if (lane == 0) shared_gates[token] = sigmoid(gate);
+
+  const float *row = logits + (int64_t)token * num_experts;
   float p[MAX_EXPERTS_PER_LANE];
   float largest = __uint_as_float(0xff800000u);
 #pragma unroll
@@ -213,7 +209,6 @@ KERNEL prefill_topk(const float *logits, int tokens, int num_experts, int k, int
     topk_ids[(int64_t)token * k + lane] = kept_id;
     topk_weights[(int64_t)token * k + lane] = norm_topk_prob ? weight / total : weight;
   }
-  if (lane == 0) shared_gates[token] = sigmoid(row[num_experts]);
 }
 
 EXPORT(prefill_router)

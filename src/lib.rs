@@ -48,6 +48,8 @@
 //!
 //! Training, other quantisations than NF4, several GPUs, a web interface.
 
+#![warn(clippy::undocumented_unsafe_blocks)]
+
 pub mod backend;
 pub mod cli;
 pub mod commands;

@@ -5,22 +5,23 @@ mod support;
 use moectl::backend::cpu::isa::Isa;
 use moectl::backend::cpu::{Cpu, CpuOptions, CpuPrecision};
 use moectl::backend::reference::Reference;
-use moectl::backend::{ModelShape, ModelWeights};
+use moectl::backend::{KvDtype, ModelShape, ModelWeights};
 use moectl::model::{LogitRows, Runner, Sequence};
 use support::*;
 
-/// Largest difference of a logit. The goldens have random weights, which magnify the 0.007% error
-/// of integer products a hundredfold at positions where a gated norm divides by almost nothing.
-/// The aim for int16 is 5e-3; its bound here is what it reaches.
+/// Largest difference of a logit.
 fn tolerance(precision: CpuPrecision) -> f32 {
     match precision {
         CpuPrecision::F32 => 1e-3,
-        CpuPrecision::Int16 => 0.025,
+        CpuPrecision::Int16 => 5e-3,
+        CpuPrecision::Int8 => unreachable!("is only reported"),
     }
 }
 
 /// Below this relative gap at the router's boundary, integer products may pick the other expert.
+/// They do not on these prompts, but two of them are then 0.011 away from the recorded logits.
 const DECIDED_GAP: f64 = 1e-3;
+const UNDECIDED_TOLERANCE: f32 = 0.02;
 
 fn cpu(
     isa: Isa,
@@ -28,7 +29,16 @@ fn cpu(
     threads: Option<usize>,
     (shape, weights): &(ModelShape, ModelWeights),
 ) -> Sequence<Cpu> {
-    let options = CpuOptions { threads, precision };
+    // What the reference has where the arithmetic is to be exact, else the default.
+    let kv_dtype = match precision {
+        CpuPrecision::F32 => KvDtype::F32,
+        CpuPrecision::Int16 | CpuPrecision::Int8 => KvDtype::default(),
+    };
+    let options = CpuOptions {
+        threads,
+        precision,
+        kv_dtype,
+    };
     let backend = Cpu::with_isa(isa, shape.clone(), weights, options, &|_, _| {}).unwrap();
     Sequence::new(backend, 4096).unwrap()
 }
@@ -57,14 +67,14 @@ fn logits_routing_and_greedy_tokens_equal_transformers() {
                 let vocab = expected.len() / prompt.ids.len();
                 sequence.reset(4096).unwrap();
                 let (logits, routing) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
-                if precision == CpuPrecision::Int16 && prompt.router_gap < DECIDED_GAP {
-                    continue;
-                }
+                let exact = precision == CpuPrecision::F32;
+                let bound = match exact || prompt.router_gap > DECIDED_GAP {
+                    true => tolerance(precision),
+                    false => UNDECIDED_TOLERANCE,
+                };
                 let diff = max_diff(&logits, &expected);
-                assert!(
-                    diff <= tolerance(precision),
-                    "{what}: logits differ by {diff}"
-                );
+                println!("{what}: {diff:.4} of {bound}");
+                assert!(diff <= bound, "{what}: logits differ by {diff}");
                 for (layer, routing) in routing.iter().enumerate() {
                     let ids = golden.i32s(&format!("router.{}.{layer}.idx", prompt.name));
                     let unequal = unequal_expert_sets(routing, &ids);
@@ -79,11 +89,17 @@ fn logits_routing_and_greedy_tokens_equal_transformers() {
 
 #[test]
 fn cutting_the_prompt_changes_no_bit() {
+    let kinds = || {
+        let int8 = Isa::available()
+            .into_iter()
+            .map(|isa| (isa, CpuPrecision::Int8));
+        each_kind().chain(int8)
+    };
     for &(model, layout) in &[("tiny-a", "nf4"), ("tiny-b", "nf4"), ("tiny-c", "bf16")] {
         let golden = golden(model, layout);
         let model = open(&golden.model_dir);
         let prompt = golden.prompts.iter().max_by_key(|p| p.ids.len()).unwrap();
-        for (isa, precision) in each_kind() {
+        for (isa, precision) in kinds() {
             let mut sequence = cpu(isa, precision, None, &model);
             let (whole, _) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
             for piece in [1, 3, 7, 64] {
@@ -106,7 +122,7 @@ fn the_number_of_threads_changes_no_bit() {
     let model = open(&golden.model_dir);
     let prompt = &golden.prompts[0];
     let isa = Isa::detect().unwrap();
-    for precision in [CpuPrecision::F32, CpuPrecision::Int16] {
+    for precision in [CpuPrecision::F32, CpuPrecision::Int16, CpuPrecision::Int8] {
         let run = |threads| {
             let mut sequence = cpu(isa, precision, threads, &model);
             let (mut logits, _) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
@@ -179,7 +195,13 @@ fn held_out_text_diverges_from_the_reference_by_less_than_the_target() {
     let mut reference =
         Sequence::new(Reference::new(model.0.clone(), model.1.clone()), len).unwrap();
     let isa = Isa::detect().unwrap();
-    for (precision, target) in [(CpuPrecision::F32, 1e-5), (CpuPrecision::Int16, 1e-4)] {
+    // Int8 is only reported; its bound tells a loss of precision from a broken kernel.
+    let targets = [
+        (CpuPrecision::F32, 1e-5),
+        (CpuPrecision::Int16, 1e-4),
+        (CpuPrecision::Int8, 0.05),
+    ];
+    for (precision, target) in targets {
         let mut sequence = cpu(isa, precision, None, &model);
         let mut total = 0.0;
         let rows = 4;

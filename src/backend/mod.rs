@@ -9,6 +9,7 @@
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub mod cuda;
+pub mod kv;
 pub mod reference;
 pub mod shape;
 mod times;
@@ -18,6 +19,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 
+pub use kv::KvDtype;
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
 pub use times::DecodeTimes;
 pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};
@@ -49,6 +51,18 @@ pub struct BackendFacts {
     pub kernels: Option<String>,
     /// CPU threads that compute
     pub threads: usize,
+}
+
+/// What loading took, all workers at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LoadRates {
+    /// Stored bytes
+    pub bytes: u64,
+    pub seconds: f64,
+    /// Of `seconds`, waiting for the file
+    pub read_seconds: f64,
+    /// Of `seconds`, rewriting into the kernels' layout
+    pub pack_seconds: f64,
 }
 
 /// What the router chose for a chunk of tokens in one layer.
@@ -83,6 +97,17 @@ pub trait Backend: Send {
 
     /// What a report says of this backend.
     fn facts(&self) -> BackendFacts;
+
+    /// Tokens that a prompt is best fed in at once. Large enough that weights are read for several
+    /// tokens, small enough that Ctrl-C and progress bars answer soon.
+    fn prefill_chunk(&self) -> usize {
+        512
+    }
+
+    /// How fast loading was, where it is measured.
+    fn load_rates(&self) -> Option<LoadRates> {
+        None
+    }
 
     /// Bytes of weights and state that decoding one token reads with `context` tokens seen: what
     /// its memory bandwidth bounds. `None` where nothing is laid out to be read once.

@@ -18,6 +18,7 @@ pub fn engine(
         threads: compute.threads,
         cpu_precision: compute.cpu_precision.into(),
         gpu: compute.gpu(),
+        kv_dtype: compute.kv_dtype,
         progress: &|done, total| {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
@@ -31,6 +32,17 @@ pub fn engine(
         .notes()
         .iter()
         .for_each(|note| console.note(format!("note: {note}")));
+    if let Some(load) = engine.load_rates() {
+        let gb_s = |seconds: f64| load.bytes as f64 / seconds.max(1e-9) / 1e9;
+        console.detail(format!(
+            "loaded {:.2} GB in {:.1} s, {:.2} GB/s: reading alone {:.2} GB/s, packing alone {:.2} GB/s",
+            load.bytes as f64 / 1e9,
+            load.seconds,
+            gb_s(load.seconds),
+            gb_s(load.read_seconds),
+            gb_s(load.pack_seconds),
+        ));
+    }
     console.detail(format!(
         "model {} on backend {}, room for {max_tokens} tokens",
         source.id(),

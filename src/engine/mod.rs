@@ -13,7 +13,9 @@ use thiserror::Error;
 
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
-use crate::backend::{BackendError, BackendFacts, DecodeTimes, ModelShape, ModelWeights};
+use crate::backend::{
+    BackendError, BackendFacts, DecodeTimes, KvDtype, LoadRates, ModelShape, ModelWeights,
+};
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::model::weights;
 use crate::model::{
@@ -75,8 +77,6 @@ impl fmt::Display for BackendChoice {
 pub struct GpuOptions {
     /// All the process may hold there, its context included; all that is free if not given
     pub vram_bytes: Option<u64>,
-    /// Keys and values in int8 instead of f16
-    pub kv_int8: bool,
     pub residency: Residency,
     /// The most tokens of a prefill chunk
     pub prefill_tokens: Option<usize>,
@@ -106,6 +106,8 @@ pub struct LoadOptions<'a> {
     pub threads: Option<usize>,
     pub cpu_precision: CpuPrecision,
     pub gpu: GpuOptions,
+    /// Of backends that have a choice
+    pub kv_dtype: KvDtype,
     /// Told the stored bytes packed so far and in all
     pub progress: Progress<'a>,
     /// Room for this many tokens, prompt and answer together
@@ -181,13 +183,13 @@ fn cuda(
     weights: &ModelWeights,
     options: &LoadOptions,
 ) -> Result<Box<dyn Runner>> {
-    use crate::backend::cuda::state::KvFormat;
     use crate::backend::cuda::{self, Cuda, CudaOptions};
     let gpu = options.gpu.clone();
     let cuda_options = CudaOptions {
         threads: options.threads,
         vram_bytes: gpu.vram_bytes,
-        kv_format: if gpu.kv_int8 { KvFormat::Int8 } else { KvFormat::F16 },
+        cpu_precision: options.cpu_precision,
+        kv_dtype: options.kv_dtype,
         residency: match gpu.residency {
             Residency::Fill => cuda::Residency::Fill,
             Residency::Nothing => cuda::Residency::Nothing,
@@ -266,6 +268,7 @@ impl Engine {
                 let cpu = CpuOptions {
                     threads: options.threads,
                     precision: options.cpu_precision,
+                    kv_dtype: options.kv_dtype,
                 };
                 let backend = Cpu::new(config.shape.clone(), &weights, cpu, options.progress)?;
                 Box::new(Sequence::new(backend, options.max_tokens)?)
@@ -313,6 +316,11 @@ impl Engine {
 
     pub fn backend(&self) -> BackendFacts {
         self.runner.facts()
+    }
+
+    /// How fast loading was, if the backend measures it.
+    pub fn load_rates(&self) -> Option<LoadRates> {
+        self.runner.load_rates()
     }
 
     /// Bytes that decoding one token reads with `context` tokens seen, if the backend knows.
@@ -386,10 +394,10 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
         proceed: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Option<Vec<f32>>> {
-        let size = self.runner.prefill_chunk();
-        let chunks = ids.len().div_ceil(size);
-        for (i, chunk) in ids.chunks(size).enumerate() {
-            if !proceed(i * size) {
+        let chunk_len = self.runner.prefill_chunk();
+        let chunks = ids.len().div_ceil(chunk_len);
+        for (i, chunk) in ids.chunks(chunk_len).enumerate() {
+            if !proceed(i * chunk_len) {
                 return Ok(None);
             }
             let last = i + 1 == chunks;

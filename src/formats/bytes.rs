@@ -14,7 +14,9 @@ pub struct Bytes {
 }
 
 enum Owner {
-    Mapped(Mmap),
+    /// A file, read-only: pages that are dropped come back when they are read again
+    File(Mmap),
+    Anonymous(Mmap),
     Static(&'static [u8]),
     Owned(Vec<u8>),
 }
@@ -22,14 +24,54 @@ enum Owner {
 impl Owner {
     fn as_slice(&self) -> &[u8] {
         match self {
-            Owner::Mapped(map) => map,
+            Owner::File(map) | Owner::Anonymous(map) => map,
             Owner::Static(bytes) => bytes,
             Owner::Owned(bytes) => bytes,
         }
     }
 }
 
+/// Bytes around an access that the system maps at once (`fault_around_bytes`).
+#[cfg(target_os = "linux")]
+const FAULT_AROUND: usize = 64 << 10;
+
 impl Bytes {
+    /// Bytes of a file mapped for reading.
+    pub fn of_file(map: Mmap) -> Self {
+        Bytes::new(Owner::File(map))
+    }
+
+    /// Asks the system to read part of a file ahead; changes nothing else.
+    pub fn read_ahead(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        if let Owner::File(map) = &*self.owner {
+            let start = self.range.start + range.start;
+            // A refusal costs speed only.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, start, range.len());
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
+    /// Gives back the memory of part of a mapped file, which is read from the file again if anyone
+    /// still wants it. Other bytes stay where they are.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        if let Owner::File(map) = &*self.owner {
+            // All that reading this part can have mapped.
+            let start = (self.range.start + range.start) / FAULT_AROUND * FAULT_AROUND;
+            let end = (self.range.start + range.end).next_multiple_of(FAULT_AROUND);
+            let len = end.min(map.len()) - start;
+            // SAFETY: this is a private mapping of a file that nothing writes to through it, so
+            // dropped pages come back with the same bytes, also under readers of this moment.
+            let _ = unsafe {
+                map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len)
+            };
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
     fn new(owner: Owner) -> Self {
         let range = 0..owner.as_slice().len();
         Bytes {
@@ -50,8 +92,9 @@ impl Bytes {
 }
 
 impl From<Mmap> for Bytes {
+    /// Of anonymous memory; for files there is [`Bytes::of_file`].
     fn from(map: Mmap) -> Self {
-        Bytes::new(Owner::Mapped(map))
+        Bytes::new(Owner::Anonymous(map))
     }
 }
 

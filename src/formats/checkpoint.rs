@@ -379,7 +379,7 @@ fn map(path: &Path) -> Result<Bytes, FormatError> {
     // SAFETY: a mapped file that another program truncates faults on access. Checkpoints are
     // written once and never changed in place, and every loader of safetensors relies on that.
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
-    Ok(Bytes::from(map))
+    Ok(Bytes::of_file(map))
 }
 
 fn read_index(path: &Path) -> Result<BTreeMap<String, String>, FormatError> {

@@ -61,6 +61,36 @@ impl Matrix {
         }
     }
 
+    /// Gives back the memory of a mapped file that reading rows `rows` took.
+    pub fn release_rows(&self, rows: Range<usize>) {
+        match self {
+            Matrix::Dense(m) => {
+                let row_bytes = m.cols * m.dtype.size_bytes();
+                m.data.release(rows.start * row_bytes..rows.end * row_bytes);
+            }
+            Matrix::Nf4(m) => m.release_rows(rows),
+        }
+    }
+
+    /// [`release_rows`](Self::release_rows) of all of it, scales included.
+    pub fn release(&self) {
+        self.release_rows(0..self.rows());
+        if let Matrix::Nf4(m) = self {
+            m.absmax_bytes().for_each(|b| b.release(0..b.len()));
+        }
+    }
+
+    /// Asks the system to read a mapped file ahead.
+    pub fn read_ahead(&self) {
+        match self {
+            Matrix::Dense(m) => m.data.read_ahead(0..m.data.len()),
+            Matrix::Nf4(m) => {
+                m.packed.read_ahead(0..m.packed.len());
+                m.absmax_bytes().for_each(|b| b.read_ahead(0..b.len()));
+            }
+        }
+    }
+
     /// The whole matrix as f32, `[rows, cols]`.
     pub fn dequantize(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows() * self.cols()];

@@ -1,6 +1,8 @@
 //! The loop over blocks, the same for every backend. Routing events leave here.
 
-use crate::backend::{Backend, BackendError, BackendFacts, DecodeTimes, Result, Routing};
+use crate::backend::{
+    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, Result, Routing,
+};
 
 /// Which positions of a chunk want logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,14 +37,16 @@ pub trait Runner: Send {
 
     fn facts(&self) -> BackendFacts;
 
+    /// See [`Backend::prefill_chunk`].
+    fn prefill_chunk(&self) -> usize;
+
+    /// See [`Backend::load_rates`].
+    fn load_rates(&self) -> Option<LoadRates> {
+        None
+    }
+
     /// See [`Backend::decode_read_bytes`].
     fn decode_read_bytes(&self, context: usize) -> Option<u64>;
-
-    /// The most tokens worth feeding at once: large enough that weights are read for many tokens,
-    /// small enough that Ctrl-C and progress bars answer at once.
-    fn prefill_chunk(&self) -> usize {
-        512
-    }
 
     /// Where decode steps spent their time since the last call; `None` where nothing is split.
     fn take_times(&mut self) -> Option<DecodeTimes> {
@@ -132,6 +136,14 @@ impl<B: Backend> Runner for Sequence<B> {
 
     fn facts(&self) -> BackendFacts {
         self.backend.facts()
+    }
+
+    fn prefill_chunk(&self) -> usize {
+        self.backend.prefill_chunk()
+    }
+
+    fn load_rates(&self) -> Option<LoadRates> {
+        self.backend.load_rates()
     }
 
     fn decode_read_bytes(&self, context: usize) -> Option<u64> {

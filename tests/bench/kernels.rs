@@ -11,11 +11,13 @@ use std::hint::black_box;
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use moectl::backend::cpu::activations::Activations;
-use moectl::backend::cpu::attention::{CHUNK, KvCache, Stats, attend_chunk};
+use half::f16;
+use moectl::backend::cpu::activations::{Activations, Integers};
+use moectl::backend::cpu::attention::{Attend, CHUNK, Stats};
 use moectl::backend::cpu::conv::conv_silu;
 use moectl::backend::cpu::delta_rule::{HeadInputs, delta_rule};
 use moectl::backend::cpu::isa::Isa;
+use moectl::backend::cpu::kv_cache::{KvCache, KvData};
 use moectl::backend::cpu::linear::{Linear, Panels};
 use moectl::backend::cpu::load::load;
 use moectl::backend::cpu::rms_norm::rms_norm;
@@ -132,10 +134,16 @@ fn bf16(rows: usize, cols: usize) -> Matrix {
     })
 }
 
-fn activations(pool: &mut Pool, isa: Isa, tokens: usize, cols: usize) -> Activations {
+fn activations(
+    pool: &mut Pool,
+    isa: Isa,
+    tokens: usize,
+    cols: usize,
+    kind: Option<Integers>,
+) -> Activations {
     let x = random(tokens * cols);
     let mut out = Activations::default();
-    out.fill(pool, isa, tokens, cols, true, &|t, row| {
+    out.fill(pool, isa, tokens, cols, kind, &|t, row| {
         row.copy_from_slice(&x[t * cols..(t + 1) * cols]);
     })
     .unwrap();
@@ -152,14 +160,19 @@ fn matrix_kernels(bench: &Bench, isa: Isa) {
     let mut pool = Pool::new(Some(1)).unwrap();
     let mut panels = Panels::default();
     let forms = [
+        ("nf4-int8", nf4(512, 2048), CpuPrecision::Int8),
         ("nf4-int16", nf4(512, 2048), CpuPrecision::Int16),
+        ("nf4-wide", nf4(512, 2048), CpuPrecision::Int16),
         ("nf4-f32", nf4(512, 2048), CpuPrecision::F32),
         ("bf16", bf16(128, 2048), CpuPrecision::F32),
     ];
     for (form, matrix, precision) in forms {
-        let linear = load(&mut pool, &[(&matrix, precision)]).unwrap().remove(0);
+        let mut linear = load(&mut pool, &[(&matrix, precision)]).unwrap().remove(0);
+        if form == "nf4-wide" {
+            linear.integers = Integers::Wide;
+        }
         for tokens in [1, 2, 4, 10, 64, 512] {
-            let x = activations(&mut pool, isa, tokens, 2048);
+            let x = activations(&mut pool, isa, tokens, 2048, linear.reads_integers());
             let flops = 2.0 * (matrix.rows() * matrix.cols() * tokens) as f64;
             let (units, unit) = if tokens <= 4 {
                 (linear.bytes() as f64, "GB/s")
@@ -235,31 +248,34 @@ fn other_kernels(bench: &Bench, isa: Isa) {
         );
     }
     let dim = 256;
-    let mut cache = KvCache::new(1, dim, CHUNK);
-    cache.k = random(CHUNK * dim);
-    cache.v = random(CHUNK * dim);
-    for n in [1, 8, 128] {
-        let queries = random(n * dim);
-        let (mut stats, mut values) = (vec![Stats::NOTHING; n], vec![0.0; n * dim]);
-        let (k, v) = cache.chunk(0, 0);
-        let flops = (4 * n * dim * CHUNK) as f64;
-        bench.time(
-            &format!("attention {name} queries={n}"),
-            flops,
-            "GFLOP/s",
-            own,
-            || {
-                attend_chunk(
-                    isa,
-                    &queries,
-                    &vec![CHUNK; n],
-                    k,
-                    v,
-                    &mut stats,
-                    &mut values,
-                );
-            },
-        );
+    for dtype in KvDtype::ALL {
+        let KvCache { data, layout, .. } = KvCache::new(dtype, 1, dim, CHUNK);
+        for n in [1, 8, 128] {
+            let queries = random(n * dim);
+            let (mut stats, mut values) = (vec![Stats::NOTHING; n], vec![0.0; n * dim]);
+            let visible = vec![CHUNK; n];
+            let flops = (4 * n * dim * CHUNK) as f64;
+            bench.time(
+                &format!("attention {name} {dtype} queries={n}"),
+                flops,
+                "GFLOP/s",
+                own,
+                || match &data {
+                    KvData::F32(kv) => {
+                        let chunk = kv.chunk(layout, 0, 0);
+                        f32::attend_chunk(isa, &queries, &visible, chunk, &mut stats, &mut values);
+                    }
+                    KvData::F16(kv) => {
+                        let chunk = kv.chunk(layout, 0, 0);
+                        f16::attend_chunk(isa, &queries, &visible, chunk, &mut stats, &mut values);
+                    }
+                    KvData::Int8(kv) => {
+                        let chunk = kv.chunk(layout, 0, 0);
+                        i8::attend_chunk(isa, &queries, &visible, chunk, &mut stats, &mut values);
+                    }
+                },
+            );
+        }
     }
 }
 
@@ -292,7 +308,7 @@ fn memory_bound(bench: &Bench) {
         let linear = load(&mut pool, &[(&matrix(), precision)])
             .unwrap()
             .remove(0);
-        let x = activations(&mut pool, isa, 1, 2048);
+        let x = activations(&mut pool, isa, 1, 2048, linear.reads_integers());
         let mut panels = Panels::default();
         bench.time(&name, linear.bytes() as f64, "GB/s", wall, || {
             project(&mut pool, isa, &linear, &x, &mut panels);

@@ -115,6 +115,7 @@ fn repetition(tokens: usize, token_ms: f64, rng: &mut ChaCha8Rng) -> Repetition 
             moved_bytes: 9_000_000_000,
             h2d_bytes: 9_000_000_000,
         },
+        decode_split: None,
         gpu_energy_j: Some(310.0),
         output_sha256: "cd".repeat(32),
     }

@@ -4,68 +4,18 @@
 //! in order. Chunks depend on nothing but the position, so decode may give them to different
 //! workers, and prefill may take many queries at once, without changing a bit of the result.
 
-use super::isa::dispatch;
+use std::ops::Range;
+
+use half::f16;
+
+use super::isa::{Isa, dispatch};
+use super::kv_cache::{Chunk, KvElement};
 use super::math::exp;
 use super::simd::{LANES, Simd, lanes, lanes_mut};
+use crate::backend::kv::KV_BLOCK;
 
 /// Positions of one chunk.
 pub const CHUNK: usize = 128;
-
-/// Keys and values of one layer and one sequence.
-pub struct KvCache {
-    /// Positions filled.
-    pub len: usize,
-    pub capacity: usize,
-    /// head_dim, padded to whole vectors
-    pub padded_dim: usize,
-    /// `[kv_heads, chunks, CHUNK / 16, padded_dim, 16]`: 16 positions side by side, so that one
-    /// load meets one dimension of 16 keys and scores need no sums across lanes
-    pub k: Vec<f32>,
-    /// `[kv_heads, chunks, CHUNK, padded_dim]`
-    pub v: Vec<f32>,
-}
-
-impl KvCache {
-    pub fn new(kv_heads: usize, head_dim: usize, capacity: usize) -> Self {
-        let padded_dim = head_dim.next_multiple_of(LANES);
-        let len = kv_heads * capacity.next_multiple_of(CHUNK) * padded_dim;
-        KvCache {
-            len: 0,
-            capacity,
-            padded_dim,
-            k: vec![0.0; len],
-            v: vec![0.0; len],
-        }
-    }
-
-    /// Elements of `k`, and of `v`, that belong to one head.
-    pub fn head_len(&self) -> usize {
-        self.capacity.next_multiple_of(CHUNK) * self.padded_dim
-    }
-
-    /// Keys and values of one head and chunk.
-    pub fn chunk(&self, head: usize, chunk: usize) -> (&[f32], &[f32]) {
-        let start = head * self.head_len() + chunk * CHUNK * self.padded_dim;
-        let range = start..start + CHUNK * self.padded_dim;
-        (&self.k[range.clone()], &self.v[range])
-    }
-}
-
-/// Writes the key and value of `position` into one head's part of `k` and `v`.
-pub fn write_kv(
-    k_head: &mut [f32],
-    v_head: &mut [f32],
-    padded_dim: usize,
-    position: usize,
-    key: &[f32],
-    value: &[f32],
-) {
-    let block = &mut k_head[position / LANES * LANES * padded_dim..][..LANES * padded_dim];
-    for (d, &key) in key.iter().enumerate() {
-        block[d * LANES + position % LANES] = key;
-    }
-    v_head[position * padded_dim..][..value.len()].copy_from_slice(value);
-}
 
 /// What a query found so far: the largest score, and relative to it the sum of `exp(score)`.
 ///
@@ -83,38 +33,69 @@ impl Stats {
     };
 }
 
-dispatch! {
+/// A type of KV cache that [`attend_chunk`](Self::attend_chunk) reads.
+pub trait Attend: KvElement {
     /// Some queries over one chunk.
     ///
     /// - `queries`: `[n, padded_dim]`, scaled
     /// - `visible`: `[n]` leading positions of the chunk that each may see, up to [`CHUNK`]
-    /// - `k`, `v`: the chunk, as [`KvCache::chunk`] has it
     /// - `stats`: `[n]`; `values`: `[n, padded_dim]`
-    pub fn attend_chunk(
+    fn attend_chunk(
+        isa: Isa,
         queries: &[f32],
         visible: &[usize],
-        k: &[f32],
-        v: &[f32],
+        chunk: Chunk<Self>,
         stats: &mut [Stats],
         values: &mut [f32],
-    ) = attend_chunk_body
+    );
 }
+
+/// Compiles attention for one type of cache.
+macro_rules! attend {
+    ($element:ty, $name:ident) => {
+        dispatch! {
+            fn $name(
+                queries: &[f32],
+                visible: &[usize],
+                chunk: Chunk<$element>,
+                stats: &mut [Stats],
+                values: &mut [f32],
+            ) = attend_chunk_body
+        }
+
+        impl Attend for $element {
+            fn attend_chunk(
+                isa: Isa,
+                queries: &[f32],
+                visible: &[usize],
+                chunk: Chunk<$element>,
+                stats: &mut [Stats],
+                values: &mut [f32],
+            ) {
+                $name(isa, queries, visible, chunk, stats, values);
+            }
+        }
+    };
+}
+attend!(f32, attend_f32);
+attend!(f16, attend_f16);
+attend!(i8, attend_int8);
 
 /// Queries at once.
 const QUERIES: usize = 4;
 
 #[inline(always)]
-fn attend_chunk_body<S: Simd>(
+fn attend_chunk_body<S: Simd, T: KvElement>(
     s: S,
     queries: &[f32],
     visible: &[usize],
-    k: &[f32],
-    v: &[f32],
+    chunk: Chunk<T>,
     stats: &mut [Stats],
     values: &mut [f32],
 ) {
     let n = visible.len();
-    let dim = k.len() / CHUNK;
+    let dim = chunk.padded_dim;
+    assert!(chunk.k.len() == CHUNK * dim && chunk.v.len() == CHUNK * dim);
     assert!(stats.len() == n && queries.len() == n * dim && values.len() == n * dim);
     let mut i = 0;
     while i < n {
@@ -123,8 +104,10 @@ fn attend_chunk_body<S: Simd>(
         let group = Group {
             queries: &queries[rows.clone()],
             visible: &visible[i..i + count],
-            k: lanes(k),
-            v: lanes(v),
+            k: lanes(chunk.k),
+            v: lanes(chunk.v),
+            k_scales: lanes(chunk.k_scales),
+            v_scales: chunk.v_scales,
             dim,
         };
         let (stats, values) = (&mut stats[i..i + count], &mut values[rows]);
@@ -137,15 +120,19 @@ fn attend_chunk_body<S: Simd>(
     }
 }
 
-struct Group<'a> {
+struct Group<'a, T> {
     queries: &'a [f32],
     visible: &'a [usize],
-    k: &'a [[f32; LANES]],
-    v: &'a [[f32; LANES]],
+    k: &'a [[T; LANES]],
+    v: &'a [[T; LANES]],
+    /// `[CHUNK / 16, blocks]`
+    k_scales: &'a [[f16; LANES]],
+    /// `[blocks, CHUNK]`
+    v_scales: &'a [f16],
     dim: usize,
 }
 
-impl Group<'_> {
+impl<T: KvElement> Group<'_, T> {
     #[inline(always)]
     fn attend<S: Simd, const N: usize>(&self, s: S, stats: &mut [Stats], values: &mut [f32]) {
         let longest = self.visible.iter().copied().max().unwrap_or(0);
@@ -191,13 +178,22 @@ impl Group<'_> {
             }
             let (low, high) = keys.split_at(dim);
             let mut sums = [[s.splat(0.0); 2]; N];
-            for d in 0..dim {
-                let (low, high) = (s.load(&low[d]), s.load(&high[d]));
-                for i in 0..N {
-                    let q = s.splat(queries[i][d]);
-                    sums[i][0] = s.mul_add(low, q, sums[i][0]);
-                    sums[i][1] = s.mul_add(high, q, sums[i][1]);
+            if T::SCALED {
+                let blocks = dim.div_ceil(KV_BLOCK);
+                let scales = &self.k_scales[2 * pair * blocks..2 * (pair + 1) * blocks];
+                for b in 0..blocks {
+                    let dims = b * KV_BLOCK..dim.min((b + 1) * KV_BLOCK);
+                    let mut part = [[s.splat(0.0); 2]; N];
+                    add_dots(s, low, high, dims, &queries, &mut part);
+                    let scales = [s.load_f16(&scales[b]), s.load_f16(&scales[blocks + b])];
+                    for i in 0..N {
+                        for half in 0..2 {
+                            sums[i][half] = s.mul_add(part[i][half], scales[half], sums[i][half]);
+                        }
+                    }
                 }
+            } else {
+                add_dots(s, low, high, 0..dim, &queries, &mut sums);
             }
             for i in 0..N {
                 let scores = lanes_mut(&mut scores[i]);
@@ -218,13 +214,27 @@ impl Group<'_> {
         values: &mut [f32],
     ) {
         let vectors = self.dim / LANES;
+        let mut scaled;
+        let mut scores = scores;
+        if T::SCALED {
+            // One block is two vectors, and pairs of vectors start with an even one.
+            let block = first * LANES / KV_BLOCK;
+            let scales = lanes(&self.v_scales[block * CHUNK..(block + 1) * CHUNK]);
+            scaled = *scores;
+            for scores in &mut scaled {
+                for (v, scale) in lanes_mut(scores).iter_mut().zip(scales) {
+                    s.store(s.mul(s.load(v), s.load_f16(scale)), v);
+                }
+            }
+            scores = &scaled;
+        }
         let mut sums = [[s.splat(0.0); M]; N];
         for (p, row) in self.v.chunks_exact(vectors).enumerate().take(positions) {
             let row = &row[first..first + M];
             for i in 0..N {
                 let score = s.splat(scores[i][p]);
                 for j in 0..M {
-                    sums[i][j] = s.mul_add(score, s.load(&row[j]), sums[i][j]);
+                    sums[i][j] = s.mul_add(score, T::load(s, &row[j]), sums[i][j]);
                 }
             }
         }
@@ -232,6 +242,26 @@ impl Group<'_> {
             for j in 0..M {
                 s.store(sums[j], &mut values[first + j]);
             }
+        }
+    }
+}
+
+/// Adds `q[d] * k[d]` over `dims` for 2 x 16 keys and `N` queries.
+#[inline(always)]
+fn add_dots<S: Simd, T: KvElement, const N: usize>(
+    s: S,
+    low: &[[T; LANES]],
+    high: &[[T; LANES]],
+    dims: Range<usize>,
+    queries: &[&[f32]; N],
+    sums: &mut [[S::F32; 2]; N],
+) {
+    for d in dims {
+        let (low, high) = (T::load(s, &low[d]), T::load(s, &high[d]));
+        for i in 0..N {
+            let q = s.splat(queries[i][d]);
+            sums[i][0] = s.mul_add(low, q, sums[i][0]);
+            sums[i][1] = s.mul_add(high, q, sums[i][1]);
         }
     }
 }
@@ -300,8 +330,10 @@ fn merge_body<S: Simd>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::cpu::isa::Isa;
+    use crate::backend::cpu::isa::Scalar;
+    use crate::backend::cpu::kv_cache::{HeadMut, Kv, KvCache, KvData};
     use crate::backend::cpu::tests::{assert_close, random_vector};
+    use crate::backend::kv::KvDtype;
 
     /// Softmax attention of one query in f64.
     fn definition(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>]) -> Vec<f32> {
@@ -322,8 +354,58 @@ mod tests {
             .collect()
     }
 
+    /// The data of a cache whose type is known.
+    trait AsKv<T> {
+        fn as_kv(&mut self) -> &mut Kv<T>;
+    }
+    macro_rules! as_kv {
+        ($t:ty, $variant:ident) => {
+            impl AsKv<$t> for KvData {
+                fn as_kv(&mut self) -> &mut Kv<$t> {
+                    let KvData::$variant(kv) = self else {
+                        unreachable!("made with this type")
+                    };
+                    kv
+                }
+            }
+        };
+    }
+    as_kv!(f32, F32);
+    as_kv!(f16, F16);
+    as_kv!(i8, Int8);
+
+    /// What the cache holds at one position: key and value.
+    fn stored<T: Attend>(kv: &Kv<T>, dim: usize, p: usize) -> [Vec<f32>; 2] {
+        let blocks = dim.div_ceil(KV_BLOCK);
+        let plain = |element: T| T::load(Scalar, &[element; LANES])[0];
+        let scale = |scales: &[f16], i: usize| match T::SCALED {
+            true => scales[i].to_f32(),
+            false => 1.0,
+        };
+        let group = p / LANES;
+        let key = |d: usize| {
+            let at = (group * blocks + d / KV_BLOCK) * LANES + p % LANES;
+            plain(kv.k[(group * dim + d) * LANES + p % LANES]) * scale(&kv.k_scales, at)
+        };
+        let value = |d: usize| {
+            let at = (p / CHUNK * blocks + d / KV_BLOCK) * CHUNK + p % CHUNK;
+            plain(kv.v[p * dim + d]) * scale(&kv.v_scales, at)
+        };
+        [(0..dim).map(key).collect(), (0..dim).map(value).collect()]
+    }
+
     #[test]
-    fn attention_over_chunks_is_softmax_attention() {
+    fn attention_over_chunks_is_softmax_attention_over_what_the_cache_holds() {
+        check::<f32>(KvDtype::F32, 0.0);
+        check::<f16>(KvDtype::F16, 5e-4);
+        check::<i8>(KvDtype::Int8, 5e-3);
+    }
+
+    /// `rounding`: of one stored value, relative to the largest of its row.
+    fn check<T: Attend>(dtype: KvDtype, rounding: f32)
+    where
+        KvData: AsKv<T>,
+    {
         for (dim, positions) in [(32, 1), (48, 31), (64, 128), (256, 129), (16, 400)] {
             let keys: Vec<_> = (0..positions)
                 .map(|p| random_vector(dim, p as u64))
@@ -331,9 +413,26 @@ mod tests {
             let values: Vec<_> = (0..positions)
                 .map(|p| random_vector(dim, 1000 + p as u64))
                 .collect();
-            let mut cache = KvCache::new(1, dim, positions);
+            let mut cache = KvCache::new(dtype, 1, dim, positions);
+            let layout = cache.layout;
+            let kv: &mut Kv<T> = cache.data.as_kv();
+            let mut head = HeadMut {
+                layout,
+                k: &mut kv.k,
+                v: &mut kv.v,
+                k_scales: &mut kv.k_scales,
+                v_scales: &mut kv.v_scales,
+            };
             for p in 0..positions {
-                write_kv(&mut cache.k, &mut cache.v, dim, p, &keys[p], &values[p]);
+                head.write(p, &keys[p], &values[p]);
+            }
+            let (mut held_keys, mut held_values) = (Vec::new(), Vec::new());
+            for p in 0..positions {
+                let [key, value] = stored(kv, dim, p);
+                assert_close(&key, &keys[p], rounding);
+                assert_close(&value, &values[p], rounding);
+                held_keys.push(key);
+                held_values.push(value);
             }
             // Six queries: a group of four and two single ones, with different horizons.
             let n = 6;
@@ -347,9 +446,9 @@ mod tests {
                         .iter()
                         .map(|h| h.saturating_sub(chunk * CHUNK).min(CHUNK))
                         .collect();
-                    let (k, v) = cache.chunk(0, chunk);
+                    let chunk = kv.chunk(layout, 0, chunk);
                     let (mut more, mut more_values) = (stats.clone(), found.clone());
-                    attend_chunk(isa, &queries, &visible, k, v, &mut more, &mut more_values);
+                    T::attend_chunk(isa, &queries, &visible, chunk, &mut more, &mut more_values);
                     for i in 0..n {
                         let row = i * dim..(i + 1) * dim;
                         merge(
@@ -368,8 +467,8 @@ mod tests {
                         .collect();
                     let expected = definition(
                         &queries[i * dim..(i + 1) * dim],
-                        &keys[..horizons[i]],
-                        &values[..horizons[i]],
+                        &held_keys[..horizons[i]],
+                        &held_values[..horizons[i]],
                     );
                     assert_close(&row, &expected, 2e-5);
                 }

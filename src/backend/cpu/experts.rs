@@ -7,7 +7,7 @@
 
 use std::cell::RefCell;
 
-use super::activations::{Activations, Block, Int16Block, quantize_block};
+use super::activations::{Activations, Block, IntegerBlocks};
 use super::isa::{Isa, dispatch};
 use super::layout::{TILE_COLS, TILE_ROWS};
 use super::linear::{Linear, Panel, View, with_panels};
@@ -24,6 +24,11 @@ pub struct Expert {
 }
 
 impl Expert {
+    /// Bytes that one token reads.
+    pub fn bytes(&self) -> usize {
+        self.gate.bytes() + self.up.bytes() + self.down.bytes()
+    }
+
     /// Blocks of 64 intermediate values.
     pub(super) fn blocks(&self) -> usize {
         self.gate.rows.div_ceil(TILE_COLS)
@@ -41,7 +46,7 @@ pub struct Buffers {
     jobs: Vec<(u32, u32)>,
     /// Intermediate values: of each group, `[blocks, tokens]`
     hidden: Vec<Block>,
-    hidden_int16: Vec<Int16Block>,
+    hidden_integers: IntegerBlocks,
 }
 
 /// One expert and its tokens.
@@ -138,15 +143,15 @@ pub fn add_experts(
         weights,
         jobs,
         hidden,
-        hidden_int16,
+        hidden_integers,
     } = buffers;
     let expert_of = |group: &Group| experts.get(group.expert).unwrap_or(shared);
-    let int16 = groups.iter().any(|g| expert_of(g).down.reads_int16());
-    hidden_int16.resize(if int16 { hidden.len() } else { 0 }, Int16Block::ZERO);
+    let integers = (groups.iter()).find_map(|g| expert_of(g).down.reads_integers());
+    hidden_integers.resize(hidden.len(), integers);
 
     {
         let hidden = Parts::new(hidden);
-        let hidden_int16 = Parts::new(hidden_int16);
+        let quantized = hidden_integers.parts();
         pool.run(jobs.len(), &|job| {
             let (group, block) = (&groups[jobs[job].0 as usize], jobs[job].1 as usize);
             let expert = expert_of(group);
@@ -156,11 +161,10 @@ pub fn add_experts(
             // SAFETY: jobs are pairs of group and block, each of which has blocks of its own.
             let hidden = unsafe { hidden.slice(range.clone()) };
             gate_and_up(isa, expert, block, x.view(), tokens, hidden);
-            if expert.down.reads_int16() {
-                // SAFETY: as above.
-                let quantized = unsafe { hidden_int16.slice(range) };
-                for (q, h) in quantized.iter_mut().zip(hidden) {
-                    *q = quantize_block(isa, h);
+            if let Some(kind) = expert.down.reads_integers() {
+                for (i, h) in range.zip(hidden) {
+                    // SAFETY: as above.
+                    unsafe { quantized.quantize(isa, kind, i, h) };
                 }
             }
         })?;
@@ -177,11 +181,13 @@ pub fn add_experts(
             for group in groups.iter() {
                 let expert = expert_of(group);
                 let blocks = group.first_block..group.first_block + group.tokens * expert.blocks();
-                let int16 = expert.down.reads_int16();
                 let h = View {
                     tokens: group.tokens,
                     blocks: &hidden[blocks.clone()],
-                    int16: if int16 { &hidden_int16[blocks] } else { &[] },
+                    // A list that is not filled stays empty.
+                    int8: hidden_integers.int8.get(blocks.clone()).unwrap_or(&[]),
+                    int16: hidden_integers.int16.get(blocks.clone()).unwrap_or(&[]),
+                    wide: hidden_integers.wide.get(blocks).unwrap_or(&[]),
                 };
                 with_panels(group.tokens, |c| {
                     let all = &all_tokens[..group.tokens];

@@ -2,8 +2,9 @@
 
 use std::cell::RefCell;
 
-use super::attention::{CHUNK, KvCache, Stats, attend_chunk, merge, write_kv};
+use super::attention::{Attend, CHUNK, Stats, merge};
 use super::isa::Isa;
+use super::kv_cache::{HeadMut, Kv, KvCache, KvLayout, with_kv};
 use super::linear::{Linear, Panels};
 use super::math::sigmoid_f32;
 use super::rms_norm::rms_norm;
@@ -65,6 +66,7 @@ struct Call<'a> {
     tokens: usize,
     /// Position of the first token
     start: usize,
+    layout: KvLayout,
     padded_dim: usize,
     /// Query heads per KV head
     share: usize,
@@ -95,17 +97,14 @@ impl Attention {
             projected,
             tokens,
             start: cache.len,
-            padded_dim: cache.padded_dim,
+            layout: cache.layout,
+            padded_dim: cache.layout.padded_dim,
             share: shape.num_attention_heads / shape.num_key_value_heads,
         };
         assert!(call.start + tokens <= cache.capacity);
-        call.prepare(pool, cache, buffers)?;
+        with_kv!(&mut cache.data, kv => call.attend(pool, kv, buffers, out))?;
         cache.len += tokens;
-        if tokens <= FEW_TOKENS {
-            call.attend_across_context(pool, cache, buffers, out)
-        } else {
-            call.attend_across_tokens(pool, cache, &buffers.queries, out)
-        }
+        Ok(())
     }
 }
 
@@ -115,32 +114,61 @@ impl Call<'_> {
         self.tokens * self.share * self.padded_dim
     }
 
+    /// Everything, on a cache of one type.
+    fn attend<T: Attend>(
+        &self,
+        pool: &mut Pool,
+        kv: &mut Kv<T>,
+        buffers: &mut Buffers,
+        out: &mut [f32],
+    ) -> Result<()> {
+        self.prepare(pool, kv, buffers)?;
+        if self.tokens <= FEW_TOKENS {
+            self.attend_across_context(pool, kv, buffers, out)
+        } else {
+            self.attend_across_tokens(pool, kv, &buffers.queries, out)
+        }
+    }
+
     /// Fills `queries` and appends keys and values to the cache, one job per KV head.
-    fn prepare(&self, pool: &mut Pool, cache: &mut KvCache, buffers: &mut Buffers) -> Result<()> {
+    fn prepare<T: Attend>(
+        &self,
+        pool: &mut Pool,
+        kv: &mut Kv<T>,
+        buffers: &mut Buffers,
+    ) -> Result<()> {
         let heads = self.shape.num_key_value_heads;
-        let (kv_len, q_len) = (cache.head_len(), self.head_queries_len());
+        let (kv_len, q_len) = (self.layout.head_len(), self.head_queries_len());
+        let scales = self.layout.head_scales::<T>();
         buffers.queries.resize(heads * q_len, 0.0);
-        let k = Parts::new(&mut cache.k);
-        let v = Parts::new(&mut cache.v);
+        let (k, v) = (Parts::new(&mut kv.k), Parts::new(&mut kv.v));
+        let k_scales = Parts::new(&mut kv.k_scales);
+        let v_scales = Parts::new(&mut kv.v_scales);
         let queries = Parts::new(&mut buffers.queries);
         pool.run(heads, &|head| {
-            // SAFETY: each job has the part of its own head, and is run once.
-            let (k, v, queries) = unsafe {
+            let part = head * kv_len..(head + 1) * kv_len;
+            let scales = head * scales..(head + 1) * scales;
+            // SAFETY: each job has the parts of its own head, and is run once.
+            let (kv_head, queries) = unsafe {
                 (
-                    k.slice(head * kv_len..(head + 1) * kv_len),
-                    v.slice(head * kv_len..(head + 1) * kv_len),
+                    HeadMut {
+                        layout: self.layout,
+                        k: k.slice(part.clone()),
+                        v: v.slice(part),
+                        k_scales: k_scales.slice(scales.clone()),
+                        v_scales: v_scales.slice(scales),
+                    },
                     queries.slice(head * q_len..(head + 1) * q_len),
                 )
             };
-            SCRATCH.with_borrow_mut(|scratch| self.prepare_head(head, k, v, queries, scratch));
+            SCRATCH.with_borrow_mut(|scratch| self.prepare_head(head, kv_head, queries, scratch));
         })
     }
 
-    fn prepare_head(
+    fn prepare_head<T: Attend>(
         &self,
         kv_head: usize,
-        k: &mut [f32],
-        v: &mut [f32],
+        mut kv: HeadMut<T>,
         queries: &mut [f32],
         scratch: &mut Scratch,
     ) {
@@ -177,7 +205,7 @@ impl Call<'_> {
             rms_norm(self.isa, value, &layer.k_norm, self.eps, head);
             rotation.apply(head);
             self.projected.copy_rows(v_panel, t, kv_rows.clone(), value);
-            write_kv(k, v, self.padded_dim, position, head, value);
+            kv.write(position, head, value);
         }
     }
 
@@ -187,10 +215,10 @@ impl Call<'_> {
     }
 
     /// Decode: one job per KV head and chunk of the context, then one per query to merge.
-    fn attend_across_context(
+    fn attend_across_context<T: Attend>(
         &self,
         pool: &mut Pool,
-        cache: &KvCache,
+        kv: &Kv<T>,
         buffers: &mut Buffers,
         out: &mut [f32],
     ) -> Result<()> {
@@ -210,7 +238,7 @@ impl Call<'_> {
             let values = Parts::new(values);
             pool.run(heads * chunks, &|item| {
                 let (head, chunk) = (item / chunks, item % chunks);
-                let (k, v) = cache.chunk(head, chunk);
+                let keys_and_values = kv.chunk(self.layout, head, chunk);
                 // SAFETY: each item has a part of its own, and is run once.
                 let (stats, values) = unsafe {
                     (
@@ -224,7 +252,7 @@ impl Call<'_> {
                     visible
                         .extend((0..n).map(|i| Self::visible(self.start + i / self.share, chunk)));
                     let queries = &queries[head * q_len..(head + 1) * q_len];
-                    attend_chunk(self.isa, queries, visible, k, v, stats, values);
+                    T::attend_chunk(self.isa, queries, visible, keys_and_values, stats, values);
                 });
             })?;
         }
@@ -246,10 +274,10 @@ impl Call<'_> {
     }
 
     /// Prefill: one job per KV head and some tokens, which walk along the context.
-    fn attend_across_tokens(
+    fn attend_across_tokens<T: Attend>(
         &self,
         pool: &mut Pool,
-        cache: &KvCache,
+        kv: &Kv<T>,
         queries: &[f32],
         out: &mut [f32],
     ) -> Result<()> {
@@ -283,8 +311,15 @@ impl Call<'_> {
                     visible.extend(
                         (0..n).map(|i| Self::visible(self.start + first + i / self.share, chunk)),
                     );
-                    let (k, v) = cache.chunk(head, chunk);
-                    attend_chunk(self.isa, queries, visible, k, v, more, more_values);
+                    let keys_and_values = kv.chunk(self.layout, head, chunk);
+                    T::attend_chunk(
+                        self.isa,
+                        queries,
+                        visible,
+                        keys_and_values,
+                        more,
+                        more_values,
+                    );
                     for i in 0..n {
                         let row = i * dim..(i + 1) * dim;
                         let values = &mut values[row.clone()];

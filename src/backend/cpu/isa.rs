@@ -9,7 +9,7 @@ use crate::backend::{BackendError, Result};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512(());
 
-/// Proof of AVX2 and FMA.
+/// Proof of AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx2(());
 
@@ -35,7 +35,7 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
-            if has!("avx2") && has!("fma") {
+            if has!("avx2") && has!("fma") && has!("f16c") {
                 found.push(Isa::Avx2(Avx2(())));
                 if has!("avx512f")
                     && has!("avx512bw")
@@ -98,14 +98,14 @@ macro_rules! dispatch {
             use $crate::backend::cpu::isa::{Avx2, Avx512, Isa};
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
             fn avx512(s: Avx512, $($arg: $ty),*) $(-> $ret)? {
                 $body(s, $($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
             fn avx2(s: Avx2, $($arg: $ty),*) $(-> $ret)? {
                 $body(s, $($arg),*)

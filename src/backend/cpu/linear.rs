@@ -6,12 +6,12 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::activations::{Activations, Block, Int16Block};
+use super::activations::{Activations, Block, Int8Block, Int16Block, Integers, WideBlock};
 use super::isa::Isa;
 use super::layout::{TILE_COLS, TILE_ROWS, Tile};
 use super::memory::Huge;
 use super::threads::{Parts, Pool};
-use super::{dense, nf4_f32, nf4_int16};
+use super::{dense, nf4_f32, nf4_integers};
 use crate::backend::Result;
 
 /// 32 output rows of one token.
@@ -22,9 +22,12 @@ pub struct Linear {
     pub rows: usize,
     pub cols: usize,
     pub weights: Weights,
+    /// How integer tiles are multiplied; other weights have one way only
+    pub integers: Integers,
 }
 
 pub enum Weights {
+    /// For all kinds of [`Integers`]
     Nf4Int16(Tiles<u16>),
     Nf4F32(Tiles<f32>),
     /// `[rows, ceil(cols / 64)]`, zero-padded
@@ -51,7 +54,9 @@ impl<A> Tiles<A> {
 pub struct View<'a> {
     pub tokens: usize,
     pub blocks: &'a [Block],
+    pub int8: &'a [Int8Block],
     pub int16: &'a [Int16Block],
+    pub wide: &'a [WideBlock],
 }
 
 impl Activations {
@@ -59,7 +64,9 @@ impl Activations {
         View {
             tokens: self.tokens,
             blocks: &self.blocks,
-            int16: &self.int16,
+            int8: &self.integers.int8,
+            int16: &self.integers.int16,
+            wide: &self.integers.wide,
         }
     }
 }
@@ -70,9 +77,9 @@ impl Linear {
         self.rows.div_ceil(TILE_ROWS)
     }
 
-    /// Whether the kernel reads integer activations; otherwise it reads f32.
-    pub fn reads_int16(&self) -> bool {
-        matches!(self.weights, Weights::Nf4Int16(_))
+    /// The integer activations that the kernel reads; otherwise it reads f32.
+    pub fn reads_integers(&self) -> Option<Integers> {
+        matches!(self.weights, Weights::Nf4Int16(_)).then_some(self.integers)
     }
 
     /// Rows `32 tile_row ..` times some tokens: `c[i]` for `tokens[i]`, 0 in rows there are not.
@@ -87,7 +94,17 @@ impl Linear {
             Weights::Nf4Int16(tiles) => {
                 let unit = tiles.units[tile_row];
                 let tiles = tiles.row(tile_row, kblocks);
-                nf4_int16::tile_row(isa, tiles, unit, x.int16, x.tokens, tokens, c);
+                match self.integers {
+                    Integers::Int8 => {
+                        nf4_integers::tile_row_int8(isa, tiles, unit, x.int8, x.tokens, tokens, c)
+                    }
+                    Integers::Int16 => {
+                        nf4_integers::tile_row_int16(isa, tiles, unit, x.int16, x.tokens, tokens, c)
+                    }
+                    Integers::Wide => {
+                        nf4_integers::tile_row_wide(isa, tiles, unit, x.wide, x.tokens, tokens, c)
+                    }
+                }
             }
             Weights::Nf4F32(tiles) => {
                 let tiles = tiles.row(tile_row, kblocks);

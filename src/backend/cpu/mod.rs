@@ -15,13 +15,14 @@ pub(crate) mod experts;
 mod gated_attention;
 mod gated_delta_net;
 pub mod isa;
+pub mod kv_cache;
 pub mod layout;
 pub mod linear;
 pub mod load;
 mod math;
 pub(crate) mod memory;
 mod nf4_f32;
-mod nf4_int16;
+mod nf4_integers;
 pub mod offload;
 pub mod rms_norm;
 pub(crate) mod rope;
@@ -31,20 +32,21 @@ pub mod threads;
 mod topology;
 
 use std::ops::Range;
+use std::time::Instant;
 
-use activations::Activations;
-use attention::KvCache;
+use activations::{Activations, Integers};
 use experts::Expert;
 use gated_attention::Attention;
 use gated_delta_net::{DeltaNet, DeltaNetState};
 use isa::Isa;
+use kv_cache::KvCache;
 use linear::{Linear, Panels, add_product};
 use load::Request;
 use threads::{Parts, Pool};
 
 use super::{
-    Backend, BackendError, BackendFacts, ExpertWeights, LayerWeights, MixerKind, MixerWeights,
-    ModelShape, ModelWeights, Result, Routing,
+    Backend, BackendError, BackendFacts, ExpertWeights, KvDtype, LayerWeights, LoadRates,
+    MixerKind, MixerWeights, ModelShape, ModelWeights, Result, Routing,
 };
 use crate::formats::Matrix;
 
@@ -53,9 +55,22 @@ use crate::formats::Matrix;
 pub enum CpuPrecision {
     /// Exactly dequantised weights, f32 arithmetic
     F32,
-    /// 14-bit weights and activations, exact sums per block: 0.01% error
+    /// 14-bit weights and activations, exact sums per block: 0.007% error; where errors grow most,
+    /// in the projections of the delta net, [`Integers::Wide`]: 0.001%
     #[default]
     Int16,
+    /// 8-bit weights and activations: 1% error
+    Int8,
+}
+
+impl CpuPrecision {
+    pub fn name(self) -> &'static str {
+        match self {
+            CpuPrecision::F32 => "f32",
+            CpuPrecision::Int16 => "int16",
+            CpuPrecision::Int8 => "int8",
+        }
+    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -63,6 +78,7 @@ pub struct CpuOptions {
     /// Workers; one per usable physical core if not given
     pub threads: Option<usize>,
     pub precision: CpuPrecision,
+    pub kv_dtype: KvDtype,
 }
 
 /// Called while loading with the stored bytes packed so far, and in all.
@@ -72,12 +88,14 @@ pub struct Cpu {
     shape: ModelShape,
     isa: Isa,
     precision: CpuPrecision,
+    kv_dtype: KvDtype,
     pool: Pool,
     embed_tokens: Matrix,
     layers: Vec<Layer>,
     /// `[D]`, 1 + w
     norm: Vec<f32>,
     lm_head: Linear,
+    load: LoadRates,
     scratch: Scratch,
 }
 
@@ -166,25 +184,38 @@ impl Cpu {
         progress(done, total);
 
         let mut layers = Vec::with_capacity(weights.layers.len());
-        for (layer, requests) in weights.layers.iter().zip(&requests) {
-            let linears = load::load(&mut pool, requests)?;
+        let (clock, start) = (load::Clock::default(), Instant::now());
+        for (i, (layer, now)) in weights.layers.iter().zip(&requests).enumerate() {
+            // The disk works on the next layer while this one is packed.
+            let next = requests.get(i + 1).map_or(&head_request[..], |next| next);
+            next.iter().for_each(|(matrix, _)| matrix.read_ahead());
+            let linears = load::load_timed(&mut pool, now, &clock)?;
             layers.push(Layer::new(&shape, layer, linears));
-            done += bytes(requests);
+            done += bytes(now);
             progress(done, total);
         }
-        let lm_head = load::load(&mut pool, &head_request)?
+        let lm_head = load::load_timed(&mut pool, &head_request, &clock)?
             .pop()
             .expect("one request, one matrix");
         progress(total, total);
+        let (read_seconds, pack_seconds) = clock.seconds(pool.threads());
+        let load = LoadRates {
+            bytes: total as u64,
+            seconds: start.elapsed().as_secs_f64(),
+            read_seconds,
+            pack_seconds,
+        };
         Ok(Cpu {
             shape,
             isa,
             precision: options.precision,
+            kv_dtype: options.kv_dtype,
             pool,
             embed_tokens: weights.embed_tokens.clone(),
             layers,
             norm: one_plus(&weights.norm),
             lm_head,
+            load,
             scratch: Scratch::default(),
         })
     }
@@ -201,23 +232,28 @@ impl Cpu {
     /// Bytes of weights that one decoded token reads, whatever its experts.
     pub fn weight_bytes_per_token(&self) -> usize {
         let k = self.shape.moe.num_experts_per_tok;
-        let expert = |e: &Expert| e.gate.bytes() + e.up.bytes() + e.down.bytes();
-        let layers: usize = self
-            .layers
-            .iter()
-            .map(|layer| {
-                let mixer = match &layer.mixer {
-                    Mixer::DeltaNet(m) => m.qkvz.bytes() + m.ba.bytes() + m.out.bytes(),
-                    Mixer::Attention(m) => m.q.bytes() + m.k.bytes() + m.v.bytes() + m.out.bytes(),
-                };
-                mixer
-                    + layer.router.bytes()
-                    + layer.shared_gate.bytes()
-                    + expert(&layer.shared_expert)
-                    + k * layer.experts.first().map_or(0, expert)
-            })
-            .sum();
-        layers + self.lm_head.bytes()
+        let layers = self.layers.iter();
+        let layers =
+            layers.map(|l| l.dense_bytes() + k * l.experts.first().map_or(0, |e| e.bytes()));
+        layers.sum::<usize>() + self.lm_head.bytes()
+    }
+
+    /// Bytes of all packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        let experts = |l: &Layer| l.experts.iter().map(Expert::bytes).sum::<usize>();
+        let layers = self.layers.iter().map(|l| l.dense_bytes() + experts(l));
+        layers.sum::<usize>() + self.lm_head.bytes()
+    }
+}
+
+impl Layer {
+    /// Bytes of what every token reads.
+    fn dense_bytes(&self) -> usize {
+        let mixer = match &self.mixer {
+            Mixer::DeltaNet(m) => m.qkvz.bytes() + m.ba.bytes() + m.out.bytes(),
+            Mixer::Attention(m) => m.q.bytes() + m.k.bytes() + m.v.bytes() + m.out.bytes(),
+        };
+        mixer + self.router.bytes() + self.shared_gate.bytes() + self.shared_expert.bytes()
     }
 }
 
@@ -257,7 +293,15 @@ impl Layer {
         let mut next = || linears.next().expect("a matrix for each request");
         let mixer = match &weights.mixer {
             MixerWeights::GatedDeltaNet(m) => {
-                let projections = [next(), next(), next()];
+                // The gated norm magnifies errors of these a hundredfold where it divides by almost
+                // nothing, which random weights make it do.
+                let projections = [(); 3].map(|()| {
+                    let mut linear = next();
+                    if linear.integers == Integers::Int16 {
+                        linear.integers = Integers::Wide;
+                    }
+                    linear
+                });
                 Mixer::DeltaNet(Box::new(DeltaNet::new(&shape.delta_net, m, projections)))
             }
             MixerWeights::GatedAttention(m) => Mixer::Attention(Box::new(Attention {
@@ -307,11 +351,11 @@ fn normed(
     rows: Range<usize>,
     scale: &[f32],
     eps: f32,
-    int16: bool,
+    integers: Option<Integers>,
     x: &mut Activations,
 ) -> Result<()> {
     let dim = scale.len();
-    x.fill(pool, isa, rows.len(), dim, int16, &|t, out| {
+    x.fill(pool, isa, rows.len(), dim, integers, &|t, out| {
         let row = (rows.start + t) * dim;
         rms_norm::rms_norm(isa, &hidden.data[row..row + dim], scale, eps, out);
     })
@@ -325,13 +369,13 @@ impl Activations {
         isa: Isa,
         tokens: usize,
         cols: usize,
-        int16: bool,
+        integers: Option<Integers>,
         row: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Result<()> {
-        self.resize(tokens, cols, int16);
+        self.resize(tokens, cols, integers);
         let kblocks = self.padded_cols() / layout::TILE_COLS;
         let blocks = Parts::new(&mut self.blocks);
-        let quantized = Parts::new(&mut self.int16);
+        let quantized = self.integers.parts();
         pool.run(tokens, &|t| {
             linear::with_panels(2 * kblocks, |panels| {
                 let values = panels.as_flattened_mut();
@@ -343,10 +387,9 @@ impl Activations {
                     // SAFETY: each token has blocks of its own, and is run once.
                     let out = unsafe { blocks.item(kb * tokens + t) };
                     *out = *block;
-                    if int16 {
+                    if let Some(kind) = integers {
                         // SAFETY: as above.
-                        let out = unsafe { quantized.item(kb * tokens + t) };
-                        *out = activations::quantize_block(isa, block);
+                        unsafe { quantized.quantize(isa, kind, kb * tokens + t, block) };
                     }
                 }
             });
@@ -366,26 +409,47 @@ impl Backend for Cpu {
     type State = State;
 
     fn facts(&self) -> BackendFacts {
-        let precision = match self.precision {
-            CpuPrecision::F32 => "f32",
-            CpuPrecision::Int16 => "int16",
-        };
         BackendFacts {
             name: "cpu".into(),
-            kernels: Some(format!("{}, {precision}", self.isa.name())),
+            kernels: Some(format!(
+                "{}, {}, {} KV",
+                self.isa.name(),
+                self.precision.name(),
+                self.kv_dtype
+            )),
             threads: self.threads(),
         }
+    }
+
+    /// In chunks of 512 each expert of a large model meets ten tokens, too few to make up for
+    /// reading it. More tokens want more memory for their activations: a 32nd of the weights'.
+    fn prefill_chunk(&self) -> usize {
+        let shape = &self.shape;
+        let wide = [
+            shape.delta_net.qkvz_rows() + 2 * shape.delta_net.value_dim(),
+            shape.attention.q_proj_rows() + 2 * shape.attention.o_proj_cols(),
+            (shape.moe.num_experts_per_tok + 1) * 2 * shape.moe.moe_intermediate_size,
+            8 * shape.hidden_size,
+        ];
+        let bytes_per_token = size_of::<f32>() * wide.iter().sum::<usize>();
+        let tokens = self.weight_bytes() / 32 / bytes_per_token;
+        (tokens / 512 * 512).clamp(512, 2048)
+    }
+
+    fn load_rates(&self) -> Option<LoadRates> {
+        Some(self.load)
     }
 
     fn decode_read_bytes(&self, context: usize) -> Option<u64> {
         let net = &self.shape.delta_net;
         let attention = &self.shape.attention;
+        let row = |heads| self.kv_dtype.bytes(heads, attention.head_dim);
         let of_layer = |mixer: &MixerKind| match mixer {
-            MixerKind::GatedDeltaNet => net.value_dim() * net.key_head_dim,
-            MixerKind::GatedAttention => 2 * attention.kv_rows() * context,
+            MixerKind::GatedDeltaNet => size_of::<f32>() * net.value_dim() * net.key_head_dim,
+            MixerKind::GatedAttention => 2 * row(attention.num_key_value_heads) * context,
         };
         let state: usize = self.shape.mixers.iter().map(of_layer).sum();
-        Some((self.weight_bytes_per_token() + size_of::<f32>() * state) as u64)
+        Some((self.weight_bytes_per_token() + state) as u64)
     }
 
     fn shape(&self) -> &ModelShape {
@@ -402,6 +466,7 @@ impl Backend for Cpu {
                     LayerState::DeltaNet(DeltaNetState::new(&shape.delta_net))
                 }
                 MixerKind::GatedAttention => LayerState::Attention(KvCache::new(
+                    self.kv_dtype,
                     shape.attention.num_key_value_heads,
                     shape.attention.head_dim,
                     max_tokens,
@@ -450,8 +515,8 @@ impl Backend for Cpu {
             Mixer::DeltaNet(m) => (vec![&m.qkvz, &m.ba], &m.out),
             Mixer::Attention(m) => (vec![&m.q, &m.k, &m.v], &m.out),
         };
-        let int16 = ins.iter().any(|l| l.reads_int16());
-        normed(pool, isa, hidden, 0..tokens, scale, eps, int16, x)?;
+        let integers = ins.iter().find_map(|l| l.reads_integers());
+        normed(pool, isa, hidden, 0..tokens, scale, eps, integers, x)?;
         projected.project(pool, isa, &ins, x.view(), all_tokens)?;
         mixed.resize(tokens * out.cols, 0.0);
         match (&layer_weights.mixer, &mut state.layers[layer]) {
@@ -474,9 +539,16 @@ impl Backend for Cpu {
             }
             _ => unreachable!("states are made for this model"),
         }
-        mixed_x.fill(pool, isa, tokens, out.cols, out.reads_int16(), &|t, row| {
-            row.copy_from_slice(&mixed[t * row.len()..(t + 1) * row.len()]);
-        })?;
+        mixed_x.fill(
+            pool,
+            isa,
+            tokens,
+            out.cols,
+            out.reads_integers(),
+            &|t, row| {
+                row.copy_from_slice(&mixed[t * row.len()..(t + 1) * row.len()]);
+            },
+        )?;
         add_product(pool, isa, out, mixed_x.view(), all_tokens, &mut hidden.data)
     }
 
@@ -500,7 +572,7 @@ impl Backend for Cpu {
             ..
         } = scratch;
         let (scale, eps) = (&layer.expert_norm, shape.rms_norm_eps);
-        normed(pool, isa, hidden, 0..tokens, scale, eps, false, x)?;
+        normed(pool, isa, hidden, 0..tokens, scale, eps, None, x)?;
         projected.project(pool, isa, &[&layer.router], x.view(), all_tokens)?;
 
         let experts = shape.moe.num_experts;
@@ -544,10 +616,11 @@ impl Backend for Cpu {
             ..
         } = scratch;
         let (scale, eps) = (&layer.expert_norm, shape.rms_norm_eps);
-        let int16 = std::iter::once(&layer.shared_expert)
+        let integers = std::iter::once(&layer.shared_expert)
             .chain(&layer.experts)
-            .any(|e| e.gate.reads_int16() || e.up.reads_int16());
-        normed(pool, isa, hidden, 0..tokens, scale, eps, int16, x)?;
+            .flat_map(|e| [&e.gate, &e.up])
+            .find_map(|l| l.reads_integers());
+        normed(pool, isa, hidden, 0..tokens, scale, eps, integers, x)?;
         projected.project(pool, isa, &[&layer.shared_gate], x.view(), all_tokens)?;
         gates.clear();
         gates.extend((0..tokens).map(|t| math::sigmoid_f32(projected.get(0, t, 0))));
@@ -578,8 +651,8 @@ impl Backend for Cpu {
         let (isa, tokens, vocab) = (*isa, rows.len(), shape.vocab_size);
         scratch.prepare(tokens);
         let Scratch { all_tokens, x, .. } = scratch;
-        let int16 = lm_head.reads_int16();
-        normed(pool, isa, hidden, rows, norm, shape.rms_norm_eps, int16, x)?;
+        let (eps, integers) = (shape.rms_norm_eps, lm_head.reads_integers());
+        normed(pool, isa, hidden, rows, norm, eps, integers, x)?;
         let mut logits = vec![0.0; tokens * vocab];
         add_product(pool, isa, lm_head, x.view(), all_tokens, &mut logits)?;
         Ok(logits)

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytemuck::cast_slice;
 
-use super::activations::{Activations, Block, Int16Block, quantize_block};
+use super::activations::{Activations, Block, IntegerBlocks};
 use super::experts::{Expert, add_weighted, swiglu};
 use super::isa::Isa;
 use super::layout::{TILE_COLS, TILE_ROWS, Tile};
@@ -32,11 +32,15 @@ pub struct LayerExperts {
 ///
 /// # Errors
 /// If memory is short.
-pub fn load_layer(pool: &mut Pool, experts: &[ExpertWeights]) -> Result<LayerExperts> {
+pub fn load_layer(
+    pool: &mut Pool,
+    experts: &[ExpertWeights],
+    precision: CpuPrecision,
+) -> Result<LayerExperts> {
     let requests: Vec<Request> = experts
         .iter()
         .flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj])
-        .map(|matrix| (matrix, CpuPrecision::Int16))
+        .map(|matrix| (matrix, precision))
         .collect();
     let mut linears = load::load(pool, &requests)?.into_iter();
     let mut next = || linears.next().expect("a matrix for each request");
@@ -64,7 +68,7 @@ pub struct Offload {
     pool: Pool,
     x: Activations,
     hidden: Vec<Block>,
-    hidden_int16: Vec<Int16Block>,
+    hidden_integers: IntegerBlocks,
     /// Halves of each block of `hidden` that are done
     halves: Vec<AtomicU32>,
 }
@@ -78,7 +82,7 @@ impl Offload {
             pool: Pool::new(threads)?,
             x: Activations::default(),
             hidden: Vec::new(),
-            hidden_int16: Vec::new(),
+            hidden_integers: IntegerBlocks::default(),
             halves: Vec::new(),
         })
     }
@@ -120,17 +124,17 @@ impl Offload {
         }
         let chosen: Vec<&Expert> = ids.iter().map(|&id| &experts[id as usize]).collect();
         let isa = self.isa;
-        self.set_x(x);
+        self.set_x(x, chosen[0]);
 
         let blocks = chosen.iter().map(|e| e.blocks()).max().unwrap_or(0);
-        let int16 = chosen[0].down.reads_int16();
+        let integers = chosen[0].down.reads_integers();
         self.hidden.resize(ids.len() * blocks, [0.0; TILE_COLS]);
-        self.hidden_int16.resize(ids.len() * blocks, Int16Block::ZERO);
+        self.hidden_integers.resize(ids.len() * blocks, integers);
         self.halves.resize_with(ids.len() * blocks, AtomicU32::default);
         let view = self.x.view();
         {
             let hidden = Parts::new(self.hidden.as_flattened_mut());
-            let quantized = Parts::new(&mut self.hidden_int16);
+            let quantized = self.hidden_integers.parts();
             let halves = &self.halves;
             // All experts' first rows come first: so a worker has the same rows of every expert,
             // whichever experts they are, and finds them where it prefetched them.
@@ -148,10 +152,10 @@ impl Offload {
                     let whole = block * TILE_COLS..(block + 1) * TILE_COLS;
                     // SAFETY: both halves are written, and nobody else looks at them in this job.
                     let whole = unsafe { hidden.slice(whole) };
-                    if int16 {
+                    if let Some(kind) = integers {
                         let whole: &Block = (&*whole).try_into().expect("a block");
                         // SAFETY: a block is finished once.
-                        unsafe { *quantized.item(block) = quantize_block(isa, whole) };
+                        unsafe { quantized.quantize(isa, kind, block, whole) };
                     }
                 }
             })?;
@@ -159,7 +163,7 @@ impl Offload {
         let rows = chosen[0].down.rows;
         assert_eq!(out.len(), rows);
         let out = Parts::new(out);
-        let (hidden, quantized) = (&self.hidden, &self.hidden_int16);
+        let (hidden, integers) = (&self.hidden, &self.hidden_integers);
         self.pool.run(chosen[0].down.tile_rows(), &|tile_row| {
             let mut sum = [[0.0; TILE_ROWS]];
             for (i, expert) in chosen.iter().enumerate() {
@@ -167,7 +171,10 @@ impl Offload {
                 let h = View {
                     tokens: 1,
                     blocks: &hidden[range.clone()],
-                    int16: &quantized[range],
+                    // A list that is not filled stays empty.
+                    int8: integers.int8.get(range.clone()).unwrap_or(&[]),
+                    int16: integers.int16.get(range.clone()).unwrap_or(&[]),
+                    wide: integers.wide.get(range).unwrap_or(&[]),
                 };
                 let mut c = [[0.0; TILE_ROWS]];
                 expert.down.tile_row(isa, tile_row, h, &[0], &mut c);
@@ -214,14 +221,19 @@ impl Offload {
         })
     }
 
-    /// Cuts `x` into blocks, and quantises them.
-    fn set_x(&mut self, x: &[f32]) {
-        self.x.resize(1, x.len(), true);
+    /// Cuts `x` into blocks, and quantises them as `expert` reads them.
+    fn set_x(&mut self, x: &[f32], expert: &Expert) {
+        let integers = expert.gate.reads_integers();
+        self.x.resize(1, x.len(), integers);
         let values = self.x.blocks.as_flattened_mut();
         values[..x.len()].copy_from_slice(x);
         values[x.len()..].fill(0.0);
-        for (block, quantized) in self.x.blocks.iter().zip(&mut self.x.int16) {
-            *quantized = quantize_block(self.isa, block);
+        if let Some(kind) = integers {
+            let quantized = self.x.integers.parts();
+            for (i, block) in self.x.blocks.iter().enumerate() {
+                // SAFETY: one thread.
+                unsafe { quantized.quantize(self.isa, kind, i, block) };
+            }
         }
     }
 }
@@ -258,7 +270,7 @@ mod tests {
     use crate::backend::cpu::tests::{random_nf4, random_vector};
     use crate::backend::Routing;
 
-    pub fn layer(count: usize, dim: usize, inner: usize) -> Vec<ExpertWeights> {
+    fn layer(count: usize, dim: usize, inner: usize) -> Vec<ExpertWeights> {
         (0..count as u64)
             .map(|e| ExpertWeights {
                 gate_proj: random_nf4(inner, dim, 3 * e),
@@ -275,9 +287,9 @@ mod tests {
             for threads in [1, 2] {
                 let mut offload = Offload::new(Some(threads)).unwrap();
                 let weights = layer(count, dim, inner);
-                let layer = load_layer(offload.pool(), &weights).unwrap();
+                let layer = load_layer(offload.pool(), &weights, CpuPrecision::Int16).unwrap();
                 assert!(layer.arena.is_some());
-                let mut shared = load_layer(offload.pool(), &weights[..1]).unwrap().experts;
+                let mut shared = load_layer(offload.pool(), &weights[..1], CpuPrecision::Int16).unwrap().experts;
                 let x = random_vector(dim, 5);
                 let ids = [count as i32 - 1, 0, 2];
                 let topk_weights = vec![0.5, 0.3, 0.2];
@@ -318,47 +330,11 @@ mod tests {
     #[test]
     fn no_experts_are_zero_and_unknown_ones_an_error() {
         let mut offload = Offload::new(Some(1)).unwrap();
-        let layer = load_layer(offload.pool(), &layer(2, 64, 64)).unwrap();
+        let layer = load_layer(offload.pool(), &layer(2, 64, 64), CpuPrecision::Int16).unwrap();
         let mut out = vec![1.0; 64];
         let x = vec![0.0; 64];
         offload.compute(&layer.experts, &[], &[], &x, &mut out).unwrap();
         assert!(out.iter().all(|&v| v == 0.0));
         assert!(offload.compute(&layer.experts, &[2], &[1.0], &x, &mut out).is_err());
-    }
-}
-
-#[cfg(test)]
-mod timing {
-    use super::tests::layer;
-    use super::*;
-    use std::time::Instant;
-
-    #[test]
-    #[ignore = "prints times"]
-    fn fetching_ahead() {
-        let mut offload = Offload::new(None).unwrap();
-        let weights = layer(48, 2048, 512);
-        let layer = load_layer(offload.pool(), &weights).unwrap();
-        let x = vec![0.1; 2048];
-        let mut out = vec![0.0; 2048];
-        for round in 0..3 {
-            for ahead in [false, true] {
-                let (mut fetch, mut compute) = (Vec::new(), Vec::new());
-                for i in 0..480 {
-                    let ids = [(i * 5) % 48];
-                    let start = Instant::now();
-                    if ahead {
-                        offload.prefetch(&layer.experts, &ids, &|| false).unwrap();
-                    }
-                    let fetched = Instant::now();
-                    offload.compute(&layer.experts, &ids, &[1.0], &x, &mut out).unwrap();
-                    fetch.push((fetched - start).as_micros());
-                    compute.push(fetched.elapsed().as_micros());
-                }
-                fetch.sort();
-                compute.sort();
-                println!("round {round} ahead {ahead}: fetch {} us, compute {} us", fetch[240], compute[240]);
-            }
-        }
     }
 }

@@ -38,14 +38,14 @@ use budget::Usage;
 use decode::{Decode, Model};
 use device::{Device, Stream};
 use prefill::Prefill;
-use state::{KvFormat, SequenceState};
+use state::SequenceState;
 use store::ExpertStore;
 use weights::{DenseWeights, Loaded};
 
-use super::cpu::Progress;
+use super::cpu::{CpuPrecision, Progress};
 use super::cpu::offload::Offload;
 use super::{
-    BackendError, BackendFacts, DecodeTimes, ModelShape, ModelWeights, Result, Routing,
+    BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, Result, Routing,
 };
 use crate::formats::Matrix;
 
@@ -70,7 +70,10 @@ pub struct CudaOptions {
     /// All that the process may hold on the device, its context included; all that is free if not
     /// given
     pub vram_bytes: Option<u64>,
-    pub kv_format: KvFormat,
+    /// Of experts that the CPU computes: int16 or int8
+    pub cpu_precision: CpuPrecision,
+    /// f16 or int8
+    pub kv_dtype: KvDtype,
     pub residency: Residency,
     /// The most tokens of a prefill chunk; chosen by memory if not given
     pub prefill_tokens: Option<usize>,
@@ -145,6 +148,11 @@ impl Cuda {
                 shape.moe.num_experts_per_tok
             )));
         }
+        if options.kv_dtype == KvDtype::F32 {
+            return Err(BackendError::Other(
+                "the cuda backend keeps keys and values in f16 or int8; change --kv-dtype".into(),
+            ));
+        }
         let stream = device.new_stream()?;
         let copies = device.new_stream()?;
         let mut offload = Offload::new(options.threads)?;
@@ -160,6 +168,7 @@ impl Cuda {
             &mut offload,
             &shape,
             weights,
+            options.cpu_precision,
             progress,
         )?;
         let layouts = [&store.layout, &shared_layout];
@@ -174,7 +183,7 @@ impl Cuda {
         if options.look_ahead == Some(true) {
             decode.look_ahead(true, &device)?;
         }
-        let state = SequenceState::new(&device, &shape, options.kv_format, max_tokens, &stream)?;
+        let state = SequenceState::new(&device, &shape, options.kv_dtype, max_tokens, &stream)?;
         let prefill =
             Prefill::new(&device, &shape, &store, &shared_layout, &dense, &options, &stream)?;
         let mut cuda = Cuda {
@@ -300,9 +309,10 @@ impl Cuda {
         BackendFacts {
             name: format!("cuda:{}", self.index),
             kernels: Some(format!(
-                "{}, {} int16 for experts in RAM",
+                "{}, {} {} for experts in RAM",
                 self.device.facts().name,
-                self.offload.isa().name()
+                self.offload.isa().name(),
+                self.options.cpu_precision.name()
             )),
             threads: self.offload.threads(),
         }
@@ -319,7 +329,7 @@ impl Cuda {
         // Slots give their memory back first, then get what the new context leaves.
         self.decode.forget_graphs();
         self.store.set_slots(&self.device, 0, &self.stream)?;
-        let (shape, format) = (&self.shape, self.options.kv_format);
+        let (shape, format) = (&self.shape, self.options.kv_dtype);
         self.state = SequenceState::new(&self.device, shape, format, 1, &self.stream)?;
         self.state = SequenceState::new(&self.device, shape, format, max_tokens, &self.stream)?;
         self.fill_slots()

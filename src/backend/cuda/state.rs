@@ -3,20 +3,8 @@
 
 use super::abi::KvCache;
 use super::device::{Buffer, Device, Stream};
-use crate::backend::{MixerKind, ModelShape, Result};
-
-/// Element type of keys and values.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum KvFormat {
-    /// Eight times finer than bf16 in the same space; keys are normed and values small
-    #[default]
-    F16,
-    /// One f16 scale per 32 values
-    Int8,
-}
-
-/// Values that share a scale in an int8 cache.
-const INT8_BLOCK: usize = 32;
+use crate::backend::kv::KV_BLOCK;
+use crate::backend::{KvDtype, MixerKind, ModelShape, Result};
 
 /// Caches hold whole groups of this many tokens, so that kernels may read to the end of one.
 const CAPACITY_UNIT: usize = 64;
@@ -40,26 +28,24 @@ pub struct SequenceState {
     buffer: Buffer,
 }
 
-impl KvFormat {
-    /// Bytes of the keys of one token in one layer, and as many of its values.
-    fn bytes(self, shape: &ModelShape) -> (usize, usize) {
-        let values = shape.attention.kv_rows();
-        match self {
-            KvFormat::F16 => (2 * values, 0),
-            KvFormat::Int8 => (values, values / INT8_BLOCK * 2),
-        }
+/// Bytes of the keys of one token in one layer, and of their scales; as many for its values.
+fn kv_bytes(dtype: KvDtype, shape: &ModelShape) -> (usize, usize) {
+    let values = shape.attention.kv_rows();
+    match dtype {
+        KvDtype::Int8 => (values, values / KV_BLOCK * 2),
+        _ => (2 * values, 0),
     }
 }
 
 /// Bytes that a sequence takes on the device.
-pub fn state_bytes(shape: &ModelShape, format: KvFormat, max_tokens: usize) -> usize {
+pub fn state_bytes(shape: &ModelShape, format: KvDtype, max_tokens: usize) -> usize {
     let capacity = max_tokens.next_multiple_of(CAPACITY_UNIT);
     let layer = |kind: &MixerKind| -> usize { pieces(shape, format, capacity, *kind).iter().sum() };
     shape.mixers.iter().map(layer).sum()
 }
 
 /// The pieces of one layer's state, each rounded up to 256 bytes.
-fn pieces(shape: &ModelShape, format: KvFormat, capacity: usize, kind: MixerKind) -> Vec<usize> {
+fn pieces(shape: &ModelShape, format: KvDtype, capacity: usize, kind: MixerKind) -> Vec<usize> {
     let net = &shape.delta_net;
     let sizes = match kind {
         MixerKind::GatedDeltaNet => vec![
@@ -67,7 +53,7 @@ fn pieces(shape: &ModelShape, format: KvFormat, capacity: usize, kind: MixerKind
             4 * net.value_dim() * net.key_head_dim,
         ],
         MixerKind::GatedAttention => {
-            let (values, scales) = format.bytes(shape);
+            let (values, scales) = kv_bytes(format, shape);
             vec![values * capacity, values * capacity, scales * capacity, scales * capacity]
         }
     };
@@ -78,7 +64,7 @@ impl SequenceState {
     pub fn new(
         device: &Device,
         shape: &ModelShape,
-        format: KvFormat,
+        format: KvDtype,
         max_tokens: usize,
         stream: &Stream,
     ) -> Result<Self> {
@@ -107,7 +93,7 @@ impl SequenceState {
                         k_scales,
                         v_scales,
                         capacity: capacity as i32,
-                        format: (format == KvFormat::Int8) as i32,
+                        format: (format == KvDtype::Int8) as i32,
                     }),
                     _ => unreachable!("two pieces or four"),
                 }

@@ -79,12 +79,14 @@ struct Loader<'a> {
     stream: &'a Stream,
     arena: &'a mut Arena,
     offload: &'a mut Offload,
+    precision: CpuPrecision,
 }
 
 /// Packs and uploads a whole model.
 ///
 /// # Errors
 /// If memory is short on either side, or experts have forms that kernels don't read.
+#[allow(clippy::too_many_arguments)]
 pub fn load(
     device: &Device,
     stream: &Stream,
@@ -92,6 +94,7 @@ pub fn load(
     offload: &mut Offload,
     shape: &ModelShape,
     weights: &ModelWeights,
+    precision: CpuPrecision,
     progress: Progress,
 ) -> Result<Loaded> {
     let mut loader = Loader {
@@ -99,6 +102,7 @@ pub fn load(
         stream,
         arena,
         offload,
+        precision,
     };
     let layer_bytes = |layer: &LayerWeights| -> usize {
         let experts = (layer.moe.experts.iter()).flat_map(matrices);
@@ -193,7 +197,7 @@ impl Loader<'_> {
         let (router, shared_gate) = (next(), next());
         let shared = self.expert(shared)?;
         let shared_layout = layout_of(&shared)?;
-        let loaded = offload::load_layer(self.offload.pool(), &weights.moe.experts)?;
+        let loaded = offload::load_layer(self.offload.pool(), &weights.moe.experts, self.precision)?;
         let first = loaded.experts.first();
         let first = first.ok_or_else(|| BackendError::Other("a layer has no experts".into()))?;
         let layout = match layouts {

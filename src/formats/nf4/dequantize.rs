@@ -69,6 +69,26 @@ impl Nf4Matrix {
             }
     }
 
+    /// Gives back the memory of a mapped file that the codes of rows `rows` took.
+    pub(crate) fn release_rows(&self, rows: Range<usize>) {
+        let first = (self.first + rows.start * self.cols) / 2;
+        let last = (self.first + rows.end * self.cols).div_ceil(2);
+        self.packed.release(first..last.min(self.packed.len()));
+    }
+
+    /// The scales as they are stored.
+    pub(crate) fn absmax_bytes(&self) -> impl Iterator<Item = &Bytes> {
+        let (first, second) = match &self.absmax {
+            Absmax::Plain(bytes) => (bytes, None),
+            Absmax::Nested {
+                codes,
+                nested_absmax,
+                ..
+            } => (codes, Some(nested_absmax)),
+        };
+        std::iter::once(first).chain(second)
+    }
+
     /// Rows as f32: `code_book[c[i]] * s[i / 64]`, one rounding. Blocks may cross row ends.
     pub(crate) fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         let packed: &[u8] = &self.packed;

@@ -32,9 +32,15 @@ fn bf16_matrix(rows: usize, cols: usize) -> Matrix {
     })
 }
 
-fn activations(pool: &mut Pool, isa: Isa, x: &[f32], cols: usize) -> Activations {
+fn activations(
+    pool: &mut Pool,
+    isa: Isa,
+    x: &[f32],
+    cols: usize,
+    kind: Option<Integers>,
+) -> Activations {
     let mut out = Activations::default();
-    out.fill(pool, isa, x.len() / cols, cols, true, &|t, row| {
+    out.fill(pool, isa, x.len() / cols, cols, kind, &|t, row| {
         row.copy_from_slice(&x[t * cols..(t + 1) * cols]);
     })
     .unwrap();
@@ -46,9 +52,29 @@ fn product(pool: &mut Pool, isa: Isa, linear: &Linear, x: &[f32]) -> Vec<f32> {
     let tokens = x.len() / linear.cols;
     let all: Vec<u32> = (0..tokens as u32).collect();
     let mut out = vec![0.0; tokens * linear.rows];
-    let x = activations(pool, isa, x, linear.cols);
+    let x = activations(pool, isa, x, linear.cols, linear.reads_integers());
     add_product(pool, isa, linear, x.view(), &all, &mut out).unwrap();
     out
+}
+
+/// Every way to multiply, with its error.
+const ARITHMETIC: [(CpuPrecision, Integers, f32); 4] = [
+    (CpuPrecision::F32, Integers::Int16, 2e-6),
+    (CpuPrecision::Int16, Integers::Wide, 6e-5),
+    (CpuPrecision::Int16, Integers::Int16, 3e-4),
+    // The inputs have an outlier that takes most of the eight bits.
+    (CpuPrecision::Int8, Integers::Int8, 0.1),
+];
+
+fn load_one(
+    pool: &mut Pool,
+    matrix: &Matrix,
+    precision: CpuPrecision,
+    integers: Integers,
+) -> Linear {
+    let mut linear = load(pool, &[(matrix, precision)]).unwrap().remove(0);
+    linear.integers = integers;
+    linear
 }
 
 const TOKENS: [usize; 12] = [1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 25, 40];
@@ -66,8 +92,8 @@ fn every_form_of_a_matrix_meets_the_dequantised_product() {
         bf16_matrix(65, 128),
     ];
     for matrix in &matrices {
-        for (precision, tolerance) in [(CpuPrecision::F32, 2e-6), (CpuPrecision::Int16, 3e-4)] {
-            let linear = load(&mut pool, &[(matrix, precision)]).unwrap().remove(0);
+        for (precision, integers, tolerance) in ARITHMETIC {
+            let linear = load_one(&mut pool, matrix, precision, integers);
             for tokens in TOKENS {
                 let mut x = random_vector(tokens * matrix.cols(), 21);
                 x[matrix.cols() / 2] = 50.0;
@@ -85,8 +111,8 @@ fn every_form_of_a_matrix_meets_the_dequantised_product() {
 fn one_token_gives_the_bits_of_many() {
     let mut pool = Pool::new(None).unwrap();
     for matrix in [random_nf4(70, 256, 6), bf16_matrix(70, 256)] {
-        for precision in [CpuPrecision::F32, CpuPrecision::Int16] {
-            let linear = load(&mut pool, &[(&matrix, precision)]).unwrap().remove(0);
+        for (precision, integers, _) in ARITHMETIC {
+            let linear = load_one(&mut pool, &matrix, precision, integers);
             for tokens in TOKENS {
                 let x = random_vector(tokens * 256, 22);
                 for isa in Isa::available() {
@@ -104,8 +130,8 @@ fn one_token_gives_the_bits_of_many() {
 fn avx2_and_avx512_agree_bit_for_bit() {
     let mut pool = Pool::new(None).unwrap();
     let matrix = random_nf4(64, 512, 8);
-    for precision in [CpuPrecision::F32, CpuPrecision::Int16] {
-        let linear = load(&mut pool, &[(&matrix, precision)]).unwrap().remove(0);
+    for (precision, integers, _) in ARITHMETIC {
+        let linear = load_one(&mut pool, &matrix, precision, integers);
         let x = random_vector(5 * 512, 23);
         let mut results = Isa::available()
             .into_iter()
@@ -126,7 +152,7 @@ fn panels_hold_the_rows_of_all_matrices() {
     let linears = load(&mut pool, &requests).unwrap();
     let x = random_vector(3 * 128, 5);
     let mut panels = Panels::default();
-    let view = activations(&mut pool, isa, &x, 128);
+    let view = activations(&mut pool, isa, &x, 128, None);
     let refs: Vec<&Linear> = linears.iter().collect();
     panels
         .project(&mut pool, isa, &refs, view.view(), &[0, 1, 2])

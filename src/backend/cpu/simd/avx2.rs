@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{CODE_BOOK_INT16, LANES, Simd};
+use super::{CODE_BOOK_INT8, LANES, Simd};
 use crate::backend::cpu::isa::Avx2;
 use crate::formats::nf4::CODE_BOOK;
 
@@ -36,8 +36,9 @@ pub(super) fn reduce_add_256(v: __m256) -> f32 {
 impl Simd for Avx2 {
     type F32 = [__m256; 2];
     type I32 = [__m256i; 2];
-    /// Low bytes and high bytes of the integer code book.
+    /// Low bytes and high bytes of a 16-bit code book.
     type WordTable = [__m256i; 2];
+    type ByteTable = __m256i;
     type F32Table = [__m256; 2];
 
     /// 32 rows of two tokens are 8 of 16 registers.
@@ -73,6 +74,24 @@ impl Simd for Avx2 {
                 _mm_loadu_si128(p.add(1))
             )))
         ])
+    }
+    #[inline(always)]
+    fn load_f16(self, v: &[f16; LANES]) -> Self::F32 {
+        let p: *const __m128i = v.as_ptr().cast();
+        avx2!([
+            _mm256_cvtph_ps(_mm_loadu_si128(p)),
+            _mm256_cvtph_ps(_mm_loadu_si128(p.add(1)))
+        ])
+    }
+    #[inline(always)]
+    fn load_i8(self, v: &[i8; LANES]) -> Self::F32 {
+        avx2!({
+            let bytes = _mm_loadu_si128(v.as_ptr().cast());
+            [
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
+            ]
+        })
     }
     #[inline(always)]
     fn store(self, v: Self::F32, out: &mut [f32; LANES]) {
@@ -187,12 +206,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn word_table(self) -> Self::WordTable {
-        const LOW: [u8; 16] = byte_of_code_book(0);
-        const HIGH: [u8; 16] = byte_of_code_book(8);
+    fn word_table(self, book: &[i16; 16]) -> Self::WordTable {
+        let (low, high) = (book.map(|v| v as u8), book.map(|v| (v >> 8) as u8));
         avx2!([
-            _mm256_broadcastsi128_si256(_mm_loadu_si128(LOW.as_ptr().cast())),
-            _mm256_broadcastsi128_si256(_mm_loadu_si128(HIGH.as_ptr().cast())),
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(low.as_ptr().cast())),
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(high.as_ptr().cast())),
         ])
     }
     #[inline(always)]
@@ -231,6 +249,33 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn byte_table(self) -> __m256i {
+        avx2!(_mm256_broadcastsi128_si256(_mm_loadu_si128(
+            CODE_BOOK_INT8.as_ptr().cast()
+        )))
+    }
+    #[inline(always)]
+    fn nf4_bytes(self, table: __m256i, codes: Self::I32) -> [Self::I32; 2] {
+        let [a, b] = avx2!([
+            nf4_bytes_256(table, codes[0]),
+            nf4_bytes_256(table, codes[1])
+        ]);
+        [[a[0], b[0]], [a[1], b[1]]]
+    }
+    #[inline(always)]
+    fn dot_bytes(self, acc: Self::I32, weights: Self::I32, x: Self::I32) -> Self::I32 {
+        avx2!([
+            dot_bytes_256(acc[0], weights[0], x[0]),
+            dot_bytes_256(acc[1], weights[1], x[1])
+        ])
+    }
+    /// Weights are as they are.
+    #[inline(always)]
+    fn byte_start(self, _: i32) -> Self::I32 {
+        self.splat_i32(0)
+    }
+
+    #[inline(always)]
     fn f32_table(self) -> Self::F32Table {
         self.load(&CODE_BOOK)
     }
@@ -240,24 +285,37 @@ impl Simd for Avx2 {
     }
 }
 
-/// One byte, at bit `shift`, of each entry of the integer code book.
-const fn byte_of_code_book(shift: u32) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    let mut i = 0;
-    while i < 16 {
-        bytes[i] = (CODE_BOOK_INT16[i] >> shift) as u8;
-        i += 1;
-    }
-    bytes
+/// The even codes and the odd ones, a byte each.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn nibbles(codes: __m256i) -> [__m256i; 2] {
+    let low = _mm256_set1_epi8(15);
+    [
+        _mm256_and_si256(codes, low),
+        _mm256_and_si256(_mm256_srli_epi16::<4>(codes), low),
+    ]
+}
+
+#[target_feature(enable = "avx2")]
+#[inline]
+fn nf4_bytes_256(table: __m256i, codes: __m256i) -> [__m256i; 2] {
+    nibbles(codes).map(|codes| _mm256_shuffle_epi8(table, codes))
+}
+
+/// Takes signs from the weights to the activations, because one factor must be unsigned; pairs add
+/// up to at most 2 * 124 * 127, which 16 bits hold.
+#[target_feature(enable = "avx2")]
+#[inline]
+fn dot_bytes_256(acc: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+    let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+    _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
 }
 
 /// Low and high bytes of the integers of the even codes, and of the odd ones, in code order.
 #[target_feature(enable = "avx2")]
 #[inline]
 fn look_up_bytes(table: [__m256i; 2], codes: __m256i) -> [[__m256i; 2]; 2] {
-    let nibbles = _mm256_set1_epi8(15);
-    let even = _mm256_and_si256(codes, nibbles);
-    let odd = _mm256_and_si256(_mm256_srli_epi16::<4>(codes), nibbles);
+    let [even, odd] = nibbles(codes);
     [
         [
             _mm256_shuffle_epi8(table[0], even),

@@ -2,9 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{CODE_BOOK_INT16, LANES, Simd};
+use super::{BYTE_OFFSET, CODE_BOOK_INT8, LANES, Simd};
 use crate::backend::cpu::isa::Avx512;
 use crate::formats::nf4::CODE_BOOK;
 
@@ -21,6 +21,7 @@ impl Simd for Avx512 {
     type F32 = __m512;
     type I32 = __m512i;
     type WordTable = __m512i;
+    type ByteTable = __m512i;
     type F32Table = __m512;
 
     /// 24 of 32 registers accumulate, two hold weights.
@@ -45,6 +46,16 @@ impl Simd for Avx512 {
         avx512!(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(
             _mm512_cvtepu16_epi32(_mm256_loadu_si256(v.as_ptr().cast()))
         )))
+    }
+    #[inline(always)]
+    fn load_f16(self, v: &[f16; LANES]) -> __m512 {
+        avx512!(_mm512_cvtph_ps(_mm256_loadu_si256(v.as_ptr().cast())))
+    }
+    #[inline(always)]
+    fn load_i8(self, v: &[i8; LANES]) -> __m512 {
+        avx512!(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(
+            v.as_ptr().cast()
+        ))))
     }
     #[inline(always)]
     fn store(self, v: __m512, out: &mut [f32; LANES]) {
@@ -144,10 +155,10 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn word_table(self) -> __m512i {
+    fn word_table(self, book: &[i16; 16]) -> __m512i {
         // vpermw looks at five bits: the table is there twice, so the fifth does not matter.
         avx512!(_mm512_broadcast_i64x4(_mm256_loadu_si256(
-            CODE_BOOK_INT16.as_ptr().cast()
+            book.as_ptr().cast()
         )))
     }
     #[inline(always)]
@@ -162,6 +173,41 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn dot_pairs(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
         avx512!(dot_pairs_512(acc, a, b))
+    }
+
+    /// Unsigned bytes, as `vpdpbusd` takes them.
+    #[inline(always)]
+    fn byte_table(self) -> __m512i {
+        const TABLE: [u8; 16] = {
+            let (mut table, mut i) = ([0; 16], 0);
+            while i < 16 {
+                table[i] = (CODE_BOOK_INT8[i] as i32 + BYTE_OFFSET) as u8;
+                i += 1;
+            }
+            table
+        };
+        avx512!(_mm512_broadcast_i32x4(_mm_loadu_si128(
+            TABLE.as_ptr().cast()
+        )))
+    }
+    #[inline(always)]
+    fn nf4_bytes(self, table: __m512i, codes: __m512i) -> [__m512i; 2] {
+        avx512!({
+            let nibbles = _mm512_set1_epi8(15);
+            let odd = _mm512_srli_epi16::<4>(codes);
+            [
+                _mm512_shuffle_epi8(table, _mm512_and_si512(codes, nibbles)),
+                _mm512_shuffle_epi8(table, _mm512_and_si512(odd, nibbles)),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn dot_bytes(self, acc: __m512i, weights: __m512i, x: __m512i) -> __m512i {
+        avx512!(dot_bytes_512(acc, weights, x))
+    }
+    #[inline(always)]
+    fn byte_start(self, offset: i32) -> __m512i {
+        self.splat_i32(offset)
     }
 
     #[inline(always)]
@@ -186,6 +232,23 @@ fn dot_pairs_512(mut acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
             acc = inout(zmm_reg) acc,
             a = in(zmm_reg) a,
             b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    acc
+}
+
+/// `vpdpbusd`, spelled out as [`dot_pairs_512`] is.
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline]
+fn dot_bytes_512(mut acc: __m512i, weights: __m512i, x: __m512i) -> __m512i {
+    // SAFETY: the instruction reads and writes these registers only.
+    unsafe {
+        std::arch::asm!(
+            "vpdpbusd {acc}, {w}, {x}",
+            acc = inout(zmm_reg) acc,
+            w = in(zmm_reg) weights,
+            x = in(zmm_reg) x,
             options(pure, nomem, nostack, preserves_flags)
         );
     }

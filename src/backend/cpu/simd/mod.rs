@@ -10,7 +10,7 @@ mod avx2;
 mod avx512;
 mod scalar;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::formats::Dtype;
 use crate::formats::nf4::CODE_BOOK;
@@ -18,27 +18,51 @@ use crate::formats::nf4::CODE_BOOK;
 /// Lanes of every vector.
 pub const LANES: usize = 16;
 
-/// Weight 1.0 in the integer code book.
+/// Weight 1.0 in the 16-bit code book.
 ///
 /// Of the integers below 8192 this is the one whose multiples of the 16 codes lie closest to
-/// integers: 0.002% off on average, half of what its neighbours give.
+/// integers: 0.004% off, half of what its neighbours give.
 pub const WEIGHT_ONE: i32 = 7854;
 
-/// What the absolute values of a block of quantised activations may add up to, so that its
-/// products with any weights fit in an i32: 32 below the limit for roundings, 60 for those of f32.
-pub const ACTIVATION_SUM: i32 = i32::MAX / WEIGHT_ONE - 92;
+/// Weight 1.0 in the 16-bit code book of wide products, whose activations need fewer bits because
+/// a second product adds the rest. The best of all 16-bit integers: 0.0007% off.
+pub const WIDE_ONE: i32 = 25_545;
 
-/// The NF4 code book in integers.
-pub const CODE_BOOK_INT16: [i16; 16] = {
+/// Weight 1.0 in the 8-bit code book: the best below 127, 0.4% off.
+pub const BYTE_ONE: f64 = 124.11;
+
+/// What the absolute values of a block of quantised activations may add up to, so that its
+/// products with weights up to `one` fit in an i32: 32 below the limit for roundings, 60 for those
+/// of f32.
+pub const fn activation_sum(one: i32) -> i32 {
+    i32::MAX / one - 92
+}
+
+/// The NF4 code book in integers, weight 1.0 being `one`.
+const fn code_book(one: f64) -> [i16; 16] {
     let mut table = [0i16; 16];
     let mut i = 0;
     while i < 16 {
-        let v = CODE_BOOK[i] as f64 * WEIGHT_ONE as f64;
+        let v = CODE_BOOK[i] as f64 * one;
         table[i] = if v < 0.0 { v - 0.5 } else { v + 0.5 } as i16;
         i += 1;
     }
     table
+}
+
+pub const CODE_BOOK_INT16: [i16; 16] = code_book(WEIGHT_ONE as f64);
+pub const CODE_BOOK_WIDE: [i16; 16] = code_book(WIDE_ONE as f64);
+pub const CODE_BOOK_INT8: [i8; 16] = {
+    let (words, mut bytes, mut i) = (code_book(BYTE_ONE), [0; 16], 0);
+    while i < 16 {
+        bytes[i] = words[i] as i8;
+        i += 1;
+    }
+    bytes
 };
+
+/// What the 8-bit weights of [`Simd::nf4_bytes`] may be above their values.
+pub const BYTE_OFFSET: i32 = 128;
 
 /// Which code each i16 pair starts with: the order in which byte lookups of AVX2 meet them.
 pub const PAIR_ORDER: [usize; 4] = [0, 2, 1, 3];
@@ -47,10 +71,12 @@ pub const PAIR_ORDER: [usize; 4] = [0, 2, 1, 3];
 pub trait Simd: Copy {
     /// 16 f32
     type F32: Copy;
-    /// 16 i32, or 32 i16 in pairs
+    /// 16 i32, or as many pairs of i16, or as many quads of bytes
     type I32: Copy;
-    /// The integer code book, ready for [`nf4_words`](Self::nf4_words)
+    /// A 16-bit code book, ready for [`nf4_words`](Self::nf4_words)
     type WordTable: Copy;
+    /// The 8-bit code book, ready for [`nf4_bytes`](Self::nf4_bytes)
+    type ByteTable: Copy;
     /// The f32 code book, ready for [`nf4_f32`](Self::nf4_f32)
     type F32Table: Copy;
 
@@ -61,6 +87,8 @@ pub trait Simd: Copy {
     fn load(self, v: &[f32; LANES]) -> Self::F32;
     fn load_u16(self, v: &[u16; LANES]) -> Self::F32;
     fn load_bf16(self, v: &[bf16; LANES]) -> Self::F32;
+    fn load_f16(self, v: &[f16; LANES]) -> Self::F32;
+    fn load_i8(self, v: &[i8; LANES]) -> Self::F32;
     fn store(self, v: Self::F32, out: &mut [f32; LANES]);
 
     fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
@@ -94,7 +122,7 @@ pub trait Simd: Copy {
     /// `2^v` for `v` in -126..=127.
     fn pow2(self, v: Self::I32) -> Self::F32;
 
-    fn word_table(self) -> Self::WordTable;
+    fn word_table(self, book: &[i16; 16]) -> Self::WordTable;
     /// Eight codes per lane become four vectors of i16 pairs: of vector `j`, the low half comes
     /// from code `PAIR_ORDER[j]`, the high half from the code four further.
     fn nf4_words(self, table: Self::WordTable, codes: Self::I32) -> [Self::I32; 4];
@@ -125,6 +153,17 @@ pub trait Simd: Copy {
     fn fold_products(self, [a, b]: [Self::I32; 2]) -> Self::I32 {
         self.add_i32(a, b)
     }
+
+    fn byte_table(self) -> Self::ByteTable;
+    /// Eight codes per lane become two vectors of bytes: the even codes in order, and the odd ones.
+    /// The bytes are meant for [`dot_bytes`](Self::dot_bytes) only.
+    fn nf4_bytes(self, table: Self::ByteTable, codes: Self::I32) -> [Self::I32; 2];
+    /// `acc + sum of 4 weights * 4 activations`, the weights from [`nf4_bytes`](Self::nf4_bytes),
+    /// which may be [`BYTE_OFFSET`] too large; activations are in -127..=127.
+    fn dot_bytes(self, acc: Self::I32, weights: Self::I32, x: Self::I32) -> Self::I32;
+    /// What sums of [`dot_bytes`](Self::dot_bytes) start with, so that the offset cancels;
+    /// `offset` is `-BYTE_OFFSET` times the sum of all activations.
+    fn byte_start(self, offset: i32) -> Self::I32;
 
     fn f32_table(self) -> Self::F32Table;
     /// The f32 weight of the lowest code of each lane; higher bits are ignored.

@@ -2,9 +2,9 @@
 
 use std::array::from_fn;
 
-use half::bf16;
+use half::{bf16, f16};
 
-use super::{CODE_BOOK_INT16, LANES, PAIR_ORDER, Simd};
+use super::{CODE_BOOK_INT8, LANES, PAIR_ORDER, Simd};
 use crate::backend::cpu::isa::Scalar;
 use crate::formats::nf4::CODE_BOOK;
 
@@ -26,7 +26,8 @@ fn fold(mut v: F32, op: impl Fn(f32, f32) -> f32) -> f32 {
 impl Simd for Scalar {
     type F32 = F32;
     type I32 = I32;
-    type WordTable = ();
+    type WordTable = [i16; 16];
+    type ByteTable = ();
     type F32Table = ();
 
     const MAX_TOKENS: usize = 1;
@@ -46,6 +47,14 @@ impl Simd for Scalar {
     #[inline(always)]
     fn load_bf16(self, v: &[bf16; LANES]) -> F32 {
         v.map(bf16::to_f32)
+    }
+    #[inline(always)]
+    fn load_f16(self, v: &[f16; LANES]) -> F32 {
+        v.map(f16::to_f32)
+    }
+    #[inline(always)]
+    fn load_i8(self, v: &[i8; LANES]) -> F32 {
+        v.map(f32::from)
     }
     #[inline(always)]
     fn store(self, v: F32, out: &mut F32) {
@@ -135,10 +144,12 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn word_table(self) {}
+    fn word_table(self, book: &[i16; 16]) -> [i16; 16] {
+        *book
+    }
     #[inline(always)]
-    fn nf4_words(self, (): (), codes: I32) -> [I32; 4] {
-        let word = |code: u32, n: usize| CODE_BOOK_INT16[(code >> (4 * n)) as usize & 15];
+    fn nf4_words(self, table: [i16; 16], codes: I32) -> [I32; 4] {
+        let word = |code: u32, n: usize| table[(code >> (4 * n)) as usize & 15];
         PAIR_ORDER.map(|n| codes.map(|c| join(word(c as u32, n), word(c as u32, n + 4))))
     }
     #[inline(always)]
@@ -147,6 +158,32 @@ impl Simd for Scalar {
             let ((a0, a1), (b0, b1)) = (split(a[i]), split(b[i]));
             acc[i].wrapping_add(a0 * b0).wrapping_add(a1 * b1)
         })
+    }
+
+    #[inline(always)]
+    fn byte_table(self) {}
+    #[inline(always)]
+    fn nf4_bytes(self, (): (), codes: I32) -> [I32; 2] {
+        let byte = |code: i32, n: usize| CODE_BOOK_INT8[(code as u32 >> (4 * n)) as usize & 15];
+        let quad = |first: usize| {
+            codes.map(|c| i32::from_le_bytes(from_fn(|i| byte(c, first + 2 * i).cast_unsigned())))
+        };
+        [quad(0), quad(1)]
+    }
+    #[inline(always)]
+    fn dot_bytes(self, acc: I32, weights: I32, x: I32) -> I32 {
+        from_fn(|i| {
+            let (w, x) = (weights[i].to_le_bytes(), x[i].to_le_bytes());
+            let products = w.into_iter().zip(x);
+            products.fold(acc[i], |acc, (w, x)| {
+                acc.wrapping_add(i32::from(w.cast_signed()) * i32::from(x.cast_signed()))
+            })
+        })
+    }
+    /// Weights are as they are.
+    #[inline(always)]
+    fn byte_start(self, _: i32) -> I32 {
+        [0; LANES]
     }
 
     #[inline(always)]

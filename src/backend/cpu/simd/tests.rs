@@ -30,6 +30,7 @@ struct Input {
     b: [f32; LANES],
     codes: [u32; LANES],
     pairs: [i32; LANES],
+    quad: [i8; 4],
 }
 
 #[inline(always)]
@@ -46,6 +47,8 @@ fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
     out.f(s, s.abs(a));
     out.f(s, s.load_u16(&input.codes.map(|c| c as u16)));
     out.f(s, s.load_bf16(&input.a.map(bf16::from_f32)));
+    out.f(s, s.load_f16(&input.a.map(f16::from_f32)));
+    out.f(s, s.load_i8(&input.codes.map(|c| c as i8)));
     out.0.push(s.reduce_add(a).to_bits());
     out.0.push(s.reduce_max(a).to_bits());
 
@@ -60,14 +63,24 @@ fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
         s,
         s.pow2(s.round(s.min(s.max(a, s.splat(-126.0)), s.splat(127.0)))),
     );
-    for words in s.nf4_words(s.word_table(), codes) {
-        out.i(s, words);
-        out.i(s, s.dot_pairs(pairs, words, pairs));
+    for book in [&CODE_BOOK_INT16, &CODE_BOOK_WIDE] {
+        for words in s.nf4_words(s.word_table(book), codes) {
+            out.i(s, words);
+            out.i(s, s.dot_pairs(pairs, words, pairs));
+        }
+    }
+    for bytes in s.nf4_bytes(s.byte_table(), codes) {
+        let quad = input.quad;
+        let sum: i32 = quad.iter().map(|&q| i32::from(q)).sum();
+        let start = s.byte_start(-BYTE_OFFSET * sum);
+        let quad = i32::from_le_bytes(quad.map(i8::cast_unsigned));
+        out.i(s, s.dot_bytes(start, bytes, s.splat_i32(quad)));
     }
     let x = std::array::from_fn(|i| input.pairs[i]);
     let zeros = [s.splat_i32(0); 2];
-    let sums = s.add_products(s.word_table(), zeros, codes, &x);
-    let sums = s.add_products(s.word_table(), sums, pairs, &x);
+    let table = s.word_table(&CODE_BOOK_INT16);
+    let sums = s.add_products(table, zeros, codes, &x);
+    let sums = s.add_products(table, sums, pairs, &x);
     out.i(s, s.fold_products(sums));
     let table = s.f32_table();
     out.f(s, s.nf4_f32(table, codes));
@@ -92,6 +105,7 @@ fn every_instruction_set_computes_what_plain_rust_does() {
                 let v: [i16; 2] = std::array::from_fn(|_| rng.random_range(-8191..=8191));
                 i32::from(v[1]) << 16 | i32::from(v[0] as u16)
             }),
+            quad: std::array::from_fn(|_| rng.random_range(-127..=127)),
         };
         let expected = all_operations(Scalar, &input);
         for isa in Isa::available() {
@@ -102,8 +116,11 @@ fn every_instruction_set_computes_what_plain_rust_does() {
 
 #[test]
 fn a_block_of_the_largest_products_fits_in_32_bits() {
-    let largest = i64::from(ACTIVATION_SUM + 32) * i64::from(WEIGHT_ONE);
-    assert!(largest <= i64::from(i32::MAX));
-    assert_eq!(i32::from(CODE_BOOK_INT16[0]), -WEIGHT_ONE);
-    assert_eq!(i32::from(CODE_BOOK_INT16[15]), WEIGHT_ONE);
+    for (one, book) in [(WEIGHT_ONE, CODE_BOOK_INT16), (WIDE_ONE, CODE_BOOK_WIDE)] {
+        let largest = i64::from(activation_sum(one) + 32) * i64::from(one);
+        assert!(largest <= i64::from(i32::MAX));
+        assert_eq!(i32::from(book[0]), -one);
+        assert_eq!(i32::from(book[15]), one);
+    }
+    assert_eq!((CODE_BOOK_INT8[0], CODE_BOOK_INT8[15]), (-124, 124));
 }
