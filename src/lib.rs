@@ -27,7 +27,7 @@
 //! | [`backend`] | the blocks on one kind of hardware: [`backend::reference`], the oracle, and [`backend::cpu`], own SIMD kernels | tensor names, text |
 //! | [`model`] | config, weights by role, tokenizer, chat template, the loop over blocks, synthetic models | hardware |
 //! | [`engine`] | prefill, sampling, streaming, stopping | flags, files of results |
-//! | [`planning`] | traces, statistics, policies, simulator, cost model, knapsack | files, clocks, GPUs |
+//! | [`planning`] | traces, statistics, policies and the cache they drive, simulator, cost model, knapsack | files, clocks, GPUs |
 //! | [`hardware`] | facts and measured bandwidths of this machine | models |
 //! | [`report`] | records, statistics, tables, charts | how anything was computed |
 //! | [`commands`], [`cli`] | flags and flow of each verb | how blocks are computed |
@@ -41,7 +41,9 @@
 //! - Which weights are quantised is decided per tensor from the file, never from the config.
 //! - Bad input is an error that names file, place and way out; a panic is a bug of ours.
 //! - A file is written whole or not at all ([`formats::atomic`]).
-//! - Simulated and real caches execute the same [`planning::policy`] code.
+//! - Simulated and real caches are the same [`planning::cache`] driven by the same policy.
+//! - Every figure of a machine says whether it was measured or modelled
+//!   ([`planning::hardware`]), and so does every plan made from it.
 //! - An estimate is never shown as a measurement, nor synthetic data without the word.
 //!
 //! # Absent on purpose

@@ -6,6 +6,7 @@ use clap::Args;
 
 use super::check_output;
 use super::console::Console;
+use super::machine::{HardwareFile, this_machine};
 use crate::formats::Document;
 use crate::formats::document::HARDWARE;
 use crate::hardware::HardwareBody;
@@ -15,7 +16,7 @@ use crate::report::doctor_report;
 ///
 /// CPU features as the system grants them, cores and memory within the limits of the control
 /// group, GPU and driver or why there is none, and the bandwidth of RAM, which bounds every expert
-/// that is not in VRAM. Takes about two seconds.
+/// that is not in VRAM. Takes about two seconds. The file can be planned for: `moectl plan --hardware`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -34,12 +35,13 @@ pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
     if let Some(path) = &args.output {
         check_output(path)?;
     }
-    let hardware = if args.no_measure {
+    let facts = if args.no_measure {
         HardwareBody::detect()
     } else {
         HardwareBody::measure()
     };
-    let document = Document::new(HARDWARE, None, hardware);
+    let machine = this_machine(&facts);
+    let document = Document::new(HARDWARE, None, HardwareFile { facts, machine });
     if let Some(path) = &args.output {
         document.write(path)?;
         console.note(format!("wrote {}", path.display()));
@@ -47,7 +49,7 @@ pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
     if console.json {
         console.result_json(&document)?;
     } else {
-        console.result(doctor_report(&document.body).trim_end())?;
+        console.result(doctor_report(&document.body.facts).trim_end())?;
     }
     Ok(())
 }

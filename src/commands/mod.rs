@@ -13,6 +13,7 @@ mod checkpoint_folder;
 mod console;
 mod interrupt;
 mod load;
+mod machine;
 mod workloads;
 
 use std::path::Path;

@@ -5,13 +5,17 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::console::Console;
+use super::plan::budget_curve;
 use super::{Failure, profile};
 use crate::formats::Document;
 use crate::formats::document::{PLACEMENT, RUN};
 use crate::planning::placement::Placement;
-use crate::planning::profile::ProfileBody;
+use crate::planning::profile::{DomainProfile, ProfileBody};
+use crate::report::charts::DomainPicks;
 use crate::report::record::RunBody;
-use crate::report::{ReportInputs, RouterPicks, Run, compare, write_report};
+use crate::report::{
+    BudgetCurve, DomainMaps, ReportInputs, RouterPicks, Run, compare, write_report,
+};
 
 /// Turn run and profile files into tables and charts
 ///
@@ -22,16 +26,18 @@ use crate::report::{ReportInputs, RouterPicks, Run, compare, write_report};
 Examples:
   moectl report bench-out/run.json -o report
   moectl report run.json --profile profile.json --placement placement.json
+  moectl report --placement placement.json -o report
   moectl report baseline.json run.json --fail-above 5%")]
 pub struct ReportArgs {
     /// run.json files; the first is the baseline of the others
-    #[arg(value_name = "run.json", required_unless_present = "profile")]
+    #[arg(value_name = "run.json", required_unless_present_any = ["profile", "placement"])]
     runs: Vec<PathBuf>,
-    /// Profile to draw the router's picks from
+    /// Profile to draw the router's picks from, in all and by domain
     #[arg(long, value_name = "FILE")]
     profile: Option<PathBuf>,
-    /// Placement whose experts are outlined in the picture of the profile
-    #[arg(long, value_name = "FILE", requires = "profile")]
+    /// Placement: its experts are outlined in the picture of the profile, and its budget is drawn
+    /// beside others
+    #[arg(long, value_name = "FILE")]
     placement: Option<PathBuf>,
     /// Exit with 3 if a later run is worse than the first by more than this share
     #[arg(long, value_name = "PERCENT", value_parser = parse_share)]
@@ -79,6 +85,8 @@ pub fn execute(args: ReportArgs, console: &Console) -> anyhow::Result<()> {
         router: profile
             .as_ref()
             .map(|profile| router(profile, placement.as_ref().map(|p| &p.body))),
+        domains: profile.as_ref().map(domains),
+        budget: placement.as_ref().map(budget),
     };
     let files = write_report(&inputs, &args.output)?;
     if console.json {
@@ -122,12 +130,14 @@ pub(super) fn of_bench(
     folder: &Path,
     run: &Document<RunBody>,
     profile: Option<&Document<ProfileBody>>,
-    placement: &Placement,
+    placement: &Document<Placement>,
 ) -> anyhow::Result<Vec<PathBuf>> {
     let inputs = ReportInputs {
         title: "moectl bench".into(),
         runs: vec![named("this run", run)],
-        router: profile.map(|profile| router(profile, Some(placement))),
+        router: profile.map(|profile| router(profile, Some(&placement.body))),
+        domains: profile.map(domains),
+        budget: Some(budget(placement)),
     };
     Ok(write_report(&inputs, folder)?)
 }
@@ -161,7 +171,6 @@ fn name_of(path: &Path) -> String {
 
 fn router(profile: &Document<ProfileBody>, placement: Option<&Placement>) -> RouterPicks {
     let body = &profile.body;
-    let model = profile.model.as_ref().map_or("", |model| model.id.as_str());
     RouterPicks {
         picks: (0..body.num_layers)
             .map(|layer| body.total(layer).picks)
@@ -172,12 +181,42 @@ fn router(profile: &Document<ProfileBody>, placement: Option<&Placement>) -> Rou
                 .map(|layer| placement.planned_experts(layer).collect())
                 .collect()
         }),
-        footnote: format!(
-            "model {model}; {} documents of {} domains; {}",
-            body.documents(),
-            body.domains.len(),
-            profile.created
-        ),
+        footnote: footnote(profile),
         synthetic: profile.model.as_ref().is_some_and(|model| model.synthetic),
     }
+}
+
+/// What a profile was made of, below its pictures.
+fn footnote(profile: &Document<ProfileBody>) -> String {
+    let body = &profile.body;
+    let model = profile.model.as_ref().map_or("", |model| model.id.as_str());
+    format!(
+        "model {model}; {} documents of {} domains; {}",
+        body.documents(),
+        body.domains.len(),
+        profile.created
+    )
+}
+
+fn domains(profile: &Document<ProfileBody>) -> DomainMaps {
+    let body = &profile.body;
+    let of_domain = |(name, domain): (&String, &DomainProfile)| DomainPicks {
+        name: match name.is_empty() {
+            true => "(no domain)".into(),
+            false => name.clone(),
+        },
+        tokens: domain.prefill.tokens + domain.decode.tokens,
+        picks: (0..body.num_layers)
+            .map(|layer| domain.picks(layer, body.num_experts))
+            .collect(),
+    };
+    DomainMaps {
+        domains: body.domains.iter().map(of_domain).collect(),
+        footnote: footnote(profile),
+        synthetic: profile.model.as_ref().is_some_and(|model| model.synthetic),
+    }
+}
+
+fn budget(placement: &Document<Placement>) -> BudgetCurve {
+    budget_curve(placement, &placement.body.budget_curve)
 }

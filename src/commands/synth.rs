@@ -242,7 +242,7 @@ fn probe(spec: &Spec, console: &Console) -> anyhow::Result<RoutingProbe> {
     let mut engine = Engine::load(&Source::synthetic(spec.probe()?), &options)?;
     let corpora = workloads::all()?;
     let settings = Settings::quick(RECORDS, TOKENS);
-    let profile = record(&mut engine, &corpora, &settings, None, console)?.body;
+    let profile = record(&mut engine, &corpora, &settings, None, None, console)?.body;
     let experts = profile.num_experts;
     let layers: Vec<_> = (0..profile.num_layers).map(|l| profile.total(l)).collect();
     let picks: u64 = layers.iter().map(|l| l.stack_distance.picks()).sum();

@@ -75,6 +75,16 @@ pub const RUN: Schema = Schema {
     name: "moectl.run",
     version: 1,
 };
+/// What `profile` keeps of unfinished work.
+pub const PROFILE_PROGRESS: Schema = Schema {
+    name: "moectl.profile-progress",
+    version: 1,
+};
+/// What is in the expert slots when a program ends.
+pub const CACHE_STATE: Schema = Schema {
+    name: "moectl.cache-state",
+    version: 1,
+};
 pub const HARDWARE: Schema = Schema {
     name: "moectl.hardware",
     version: 1,

@@ -79,12 +79,17 @@ impl<'a, W: Write> TraceWriter<'a, W> {
     /// Those of `out`, here and in all methods.
     pub fn new(out: &'a mut W, header: &TraceHeader) -> io::Result<Self> {
         out.write_all(&encode_header(header))?;
-        Ok(TraceWriter {
+        Ok(Self::resume(out, header))
+    }
+
+    /// Goes on with a trace that ends after a whole frame; writes no header.
+    pub fn resume(out: &'a mut W, header: &TraceHeader) -> Self {
+        TraceWriter {
             out,
             header: header.clone(),
             payload: Vec::with_capacity(2 * FRAME_BYTES),
             events: 0,
-        })
+        }
     }
 
     pub fn push(&mut self, record: &Record) -> io::Result<()> {
@@ -140,16 +145,18 @@ impl<'a, W: Write> TraceWriter<'a, W> {
 
     fn close_frame_if_full(&mut self) -> io::Result<()> {
         match self.payload.len() >= FRAME_BYTES {
-            true => self.flush_frame(),
+            true => self.flush_frame().map(drop),
             false => Ok(()),
         }
     }
 
-    fn flush_frame(&mut self) -> io::Result<()> {
-        match self.payload.is_empty() {
-            true => Ok(()),
-            false => self.write_frame_of_payload(),
+    /// Ends the present frame, so that everything pushed so far is in the output, and a trace may
+    /// be resumed from here.
+    pub fn flush_frame(&mut self) -> io::Result<&mut W> {
+        if !self.payload.is_empty() {
+            self.write_frame_of_payload()?;
         }
+        Ok(self.out)
     }
 
     fn write_frame_of_payload(&mut self) -> io::Result<()> {
@@ -520,6 +527,28 @@ mod tests {
             assert!(lost_bytes < 2 * FRAME_BYTES as u64 && used <= len as u64);
             assert_eq!(lost_tokens.is_some(), lost_bytes >= 12);
         }
+    }
+
+    #[test]
+    fn a_resumed_trace_is_the_whole_trace() {
+        let trace = synthetic(6, 64, 4, 3, 300);
+        let documents = trace.documents();
+        let mut bytes = Vec::new();
+        let mut writer = TraceWriter::new(&mut bytes, trace.header()).unwrap();
+        documents[0].iter().for_each(|r| writer.push(r).unwrap());
+        let whole_frames = writer.flush_frame().unwrap().len();
+        // Then the program died in the middle of the next document.
+        documents[1][..40]
+            .iter()
+            .for_each(|r| writer.push(r).unwrap());
+        writer.flush_frame().unwrap();
+        bytes.truncate(whole_frames);
+        let mut writer = TraceWriter::resume(&mut bytes, trace.header());
+        for record in documents[1..].iter().copied().flatten() {
+            writer.push(record).unwrap();
+        }
+        writer.finish().unwrap();
+        assert_eq!(read(&bytes).unwrap(), (trace, Tail::Complete));
     }
 
     #[test]

@@ -1,21 +1,33 @@
-//! A machine in a few numbers: the bandwidths that bound a token, measured or modelled.
+//! A machine in a few numbers: the bandwidths that bound a token, each measured or modelled.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Whether the numbers come from this machine or from data sheets and experience.
+/// Where a number comes from: this machine, or data sheets and experience.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Basis {
     Measured,
     Modelled,
+    /// Of a whole machine: some of its figures are measured, the others modelled.
+    Mixed,
 }
 
-/// Body of hardware.json. Bandwidths are attainable ones, not those of the data sheet; GB is 10^9.
+/// One figure of a machine; its unit is in the name of the field that holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    pub value: f64,
+    pub basis: Basis,
+    /// Median absolute deviation of the measurements.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mad: Option<f64>,
+}
+
+/// The part of hardware.json that plans are made from. Bandwidths are attainable ones, not those of
+/// the data sheet; GB is 10^9.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Hardware {
     pub label: String,
-    pub basis: Basis,
     pub cpu: Cpu,
     /// Absent: everything runs on the CPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -26,27 +38,39 @@ pub struct Hardware {
 pub struct Cpu {
     pub name: String,
     pub ram_bytes: u64,
-    pub dram_read_gb_s: f64,
+    pub dram_read_gb_s: Figure,
     /// Expert weights that the CPU kernels get through, all cores together, one token at a time.
-    pub expert_kernel_gb_s: f64,
+    pub expert_kernel_gb_s: Figure,
     /// Arithmetic of the same kernels over many tokens.
-    pub expert_kernel_gflops: f64,
-    pub disk_read_gb_s: f64,
+    pub expert_kernel_gflops: Figure,
+    pub disk_read_gb_s: Figure,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Gpu {
     pub name: String,
     pub vram_bytes: u64,
-    pub vram_gb_s: f64,
-    /// Host to device, pinned memory, copies of an expert's size.
-    pub h2d_gb_s: f64,
-    pub gemm_tflops: f64,
-    pub attention_tflops: f64,
-    /// Kernel boundaries of one layer in one token.
-    pub launch_us_per_layer: f64,
+    /// Copies within the device, bytes read.
+    pub vram_gb_s: Figure,
+    /// Share of that bandwidth at which the kernels read weights in a decode step.
+    pub weight_kernel_share: Figure,
+    /// Host to device, pinned memory, by the size of one copy, ascending.
+    pub h2d: Vec<CopyRate>,
+    /// Missing experts read by CPU kernels and by the GPU over PCIe at once, both together.
+    /// Absent: the CPU alone computes what is missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_and_pcie_gb_s: Option<Figure>,
+    pub gemm_tflops: Figure,
+    pub attention_tflops: Figure,
+    pub kernel_boundary_us: Figure,
     /// Handing a layer's misses to the CPU and waiting for its flag.
-    pub handoff_us_per_layer: f64,
+    pub flag_round_trip_us: Figure,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct CopyRate {
+    pub bytes: u64,
+    pub gb_s: Figure,
 }
 
 /// A machine that cannot be: a file may say anything.
@@ -58,89 +82,190 @@ pub struct HardwareError {
     pub found: f64,
 }
 
+/// Machines that can be planned for by name: name and hardware.json.
+pub const KNOWN: [(&str, &str); 2] = [
+    (
+        "laptop-4090",
+        include_str!("../../workloads/hardware/laptop-4090.json"),
+    ),
+    ("h100", include_str!("../../workloads/hardware/h100.json")),
+];
+
+impl Figure {
+    pub fn measured(value: f64) -> Self {
+        Figure {
+            value,
+            basis: Basis::Measured,
+            mad: None,
+        }
+    }
+
+    pub fn modelled(value: f64) -> Self {
+        Figure {
+            basis: Basis::Modelled,
+            ..Figure::measured(value)
+        }
+    }
+}
+
+impl Gpu {
+    /// At which the kernels of a decode step read weights and KV cache.
+    pub fn weight_read_gb_s(&self) -> f64 {
+        self.vram_gb_s.value * self.weight_kernel_share.value
+    }
+
+    /// Copy bandwidth at a size: between two measured sizes by the logarithm, beyond them the
+    /// nearest.
+    pub fn h2d_gb_s(&self, bytes: u64) -> f64 {
+        let after = self.h2d.partition_point(|rate| rate.bytes < bytes);
+        match (
+            after.checked_sub(1).map(|i| self.h2d[i]),
+            self.h2d.get(after),
+        ) {
+            (Some(low), Some(high)) => {
+                let log = |bytes: u64| (bytes.max(1) as f64).ln();
+                let part = (log(bytes) - log(low.bytes)) / (log(high.bytes) - log(low.bytes));
+                low.gb_s.value + part * (high.gb_s.value - low.gb_s.value)
+            }
+            (Some(only), None) => only.gb_s.value,
+            (None, Some(only)) => only.gb_s.value,
+            (None, None) => 0.0,
+        }
+    }
+}
+
 impl Hardware {
+    /// The machine of [`KNOWN`] with that name.
+    pub fn known(name: &str) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct File {
+            machine: Hardware,
+        }
+        let (_, text) = KNOWN.iter().find(|(known, _)| *known == name)?;
+        let file: File = serde_json::from_str(text).expect("a test reads every file");
+        Some(file.machine)
+    }
+
+    /// A laptop with a 16 GB RTX 4090 and two channels of DDR5-5600.
+    pub fn laptop_4090() -> Self {
+        Self::known("laptop-4090").expect("it is in the list")
+    }
+
+    /// A server with one H100 and 16 cores of a Xeon.
+    pub fn h100_box() -> Self {
+        Self::known("h100").expect("it is in the list")
+    }
+
+    /// Of all figures together.
+    pub fn basis(&self) -> Basis {
+        let mut figures = self.figures().into_iter().map(|(_, figure)| figure.basis);
+        let first = figures.next().expect("a machine has figures");
+        match figures.all(|basis| basis == first) {
+            true => first,
+            false => Basis::Mixed,
+        }
+    }
+
+    /// Names of the measured figures.
+    pub fn measured(&self) -> Vec<&'static str> {
+        let figures = self.figures().into_iter();
+        let measured = figures.filter(|(_, figure)| figure.basis == Basis::Measured);
+        let mut names: Vec<&str> = measured.map(|(name, _)| name).collect();
+        names.dedup();
+        names
+    }
+
     /// # Errors
     /// Names the first bandwidth or rate that is not a positive number.
     pub fn check(&self) -> Result<(), HardwareError> {
+        let wrong = |field, found| {
+            Err(HardwareError {
+                label: self.label.clone(),
+                field,
+                found,
+            })
+        };
+        if let Some((field, figure)) = self
+            .figures()
+            .into_iter()
+            .find(|(_, f)| !(f.value.is_finite() && f.value > 0.0))
+        {
+            return wrong(field, figure.value);
+        }
+        match &self.gpu {
+            Some(gpu) if gpu.h2d.is_empty() => wrong("length of h2d", 0.0),
+            Some(gpu) if !gpu.h2d.is_sorted_by(|a, b| a.bytes < b.bytes) => {
+                wrong("ascending order of h2d", 0.0)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn figures(&self) -> Vec<(&'static str, Figure)> {
         let cpu = &self.cpu;
-        let mut fields = vec![
+        let mut figures = vec![
             ("dram_read_gb_s", cpu.dram_read_gb_s),
             ("expert_kernel_gb_s", cpu.expert_kernel_gb_s),
             ("expert_kernel_gflops", cpu.expert_kernel_gflops),
             ("disk_read_gb_s", cpu.disk_read_gb_s),
         ];
         if let Some(gpu) = &self.gpu {
-            fields.extend([
+            figures.extend([
                 ("vram_gb_s", gpu.vram_gb_s),
-                ("h2d_gb_s", gpu.h2d_gb_s),
+                ("weight_kernel_share", gpu.weight_kernel_share),
                 ("gemm_tflops", gpu.gemm_tflops),
                 ("attention_tflops", gpu.attention_tflops),
-                ("launch_us_per_layer", gpu.launch_us_per_layer),
-                ("handoff_us_per_layer", gpu.handoff_us_per_layer),
+                ("kernel_boundary_us", gpu.kernel_boundary_us),
+                ("flag_round_trip_us", gpu.flag_round_trip_us),
             ]);
+            figures.extend(gpu.h2d.iter().map(|rate| ("h2d gb_s", rate.gb_s)));
+            figures.extend(gpu.cpu_and_pcie_gb_s.map(|f| ("cpu_and_pcie_gb_s", f)));
         }
-        match fields
-            .into_iter()
-            .find(|(_, n)| !(n.is_finite() && *n > 0.0))
-        {
-            None => Ok(()),
-            Some((field, found)) => Err(HardwareError {
-                label: self.label.clone(),
-                field,
-                found,
-            }),
+        figures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_known_machine_is_read_and_sound() {
+        for (name, _) in KNOWN {
+            let machine = Hardware::known(name).unwrap();
+            assert_eq!(machine.check(), Ok(()), "{name}");
         }
+        assert_eq!(Hardware::laptop_4090().basis(), Basis::Modelled);
+        let h100 = Hardware::h100_box();
+        assert_eq!(h100.basis(), Basis::Mixed);
+        assert_eq!(
+            h100.measured(),
+            [
+                "dram_read_gb_s",
+                "vram_gb_s",
+                "kernel_boundary_us",
+                "flag_round_trip_us",
+                "h2d gb_s"
+            ]
+        );
+        assert_eq!(Hardware::known("toaster"), None);
     }
 
-    /// A laptop with a 16 GB RTX 4090 and two channels of DDR5-5600.
-    pub fn laptop_4090() -> Self {
-        Hardware {
-            label: "laptop: RTX 4090 16 GB, dual-channel DDR5-5600".into(),
-            basis: Basis::Modelled,
-            cpu: Cpu {
-                name: "8 performance cores, AVX2".into(),
-                ram_bytes: 64 << 30,
-                dram_read_gb_s: 76.0,
-                expert_kernel_gb_s: 65.0,
-                expert_kernel_gflops: 800.0,
-                disk_read_gb_s: 5.0,
-            },
-            gpu: Some(Gpu {
-                name: "NVIDIA GeForce RTX 4090 Laptop GPU".into(),
-                vram_bytes: 16 << 30,
-                vram_gb_s: 461.0,
-                h2d_gb_s: 25.0,
-                gemm_tflops: 40.0,
-                attention_tflops: 40.0,
-                launch_us_per_layer: 1000.0 / 48.0,
-                handoff_us_per_layer: 400.0 / 48.0,
-            }),
-        }
+    #[test]
+    fn copy_rates_are_interpolated_between_the_measured_sizes() {
+        let gpu = Hardware::h100_box().gpu.unwrap();
+        assert_eq!(gpu.h2d_gb_s(1), 50.0);
+        assert_eq!(gpu.h2d_gb_s(1_700_000), 50.0);
+        assert_eq!(gpu.h2d_gb_s(1 << 40), 55.0);
+        let between = gpu.h2d_gb_s(5_000_000);
+        assert!(between > 52.0 && between < 53.0, "{between}");
     }
 
-    /// A server with one H100 and eight memory channels, of which a share is ours.
-    pub fn h100_box() -> Self {
-        Hardware {
-            label: "server: H100 80 GB, AVX-512 Xeon".into(),
-            basis: Basis::Modelled,
-            cpu: Cpu {
-                name: "16 cores, AVX-512 VNNI".into(),
-                ram_bytes: 128 << 30,
-                dram_read_gb_s: 150.0,
-                expert_kernel_gb_s: 125.0,
-                expert_kernel_gflops: 2000.0,
-                disk_read_gb_s: 3.0,
-            },
-            gpu: Some(Gpu {
-                name: "NVIDIA H100 80GB HBM3".into(),
-                vram_bytes: 80 << 30,
-                vram_gb_s: 2180.0,
-                h2d_gb_s: 52.0,
-                gemm_tflops: 350.0,
-                attention_tflops: 400.0,
-                launch_us_per_layer: 1000.0 / 48.0,
-                handoff_us_per_layer: 400.0 / 48.0,
-            }),
-        }
+    #[test]
+    fn a_machine_without_copy_rates_is_refused() {
+        let mut machine = Hardware::laptop_4090();
+        machine.gpu.as_mut().unwrap().h2d.clear();
+        let message = machine.check().unwrap_err().to_string();
+        assert!(message.contains("length of h2d is 0"), "{message}");
     }
 }

@@ -7,6 +7,7 @@
 //! The policy that is simulated is the object that the engine drives at run time.
 
 mod bits;
+pub mod cache;
 pub mod codec;
 pub mod cost;
 pub mod footprint;
@@ -23,16 +24,17 @@ pub mod trace;
 pub mod units;
 pub mod validation;
 
+pub use cache::{CacheState, ExpertCache, LayerCounts, StateError, Throttle};
 pub use codec::{Tail, TraceError, TraceReader, TraceWriter};
 pub use cost::{DecodePrediction, PrefillPrediction, Term};
 pub use footprint::{Footprint, KvDtype, ShapeNumbers};
-pub use hardware::{Basis, Cpu, Gpu, Hardware, HardwareError};
-pub use placement::{MemoryItem, Placement, PlacementError, Tier};
-pub use planner::{PlanError, PlanRequest, RoutingSource, explain, plan};
+pub use hardware::{Basis, Cpu, Figure, Gpu, Hardware, HardwareError};
+pub use placement::{BudgetPoint, MemoryItem, Placement, PlacementError, Tier};
+pub use planner::{PlanError, PlanRequest, Planner, RoutingSource, plan};
 pub use policy::{Admit, LayerSlots, Policy, PolicyConfig};
 pub use profile::{ProfileBody, ProfileError};
 pub use simulator::{Outcome, simulate};
 pub use stack_distance::{DistanceHistogram, HitCurve, LruStack};
 pub use stats::RoutingStats;
 pub use trace::{Phase, Picks, Record, RoutingTrace, TraceHeader};
-pub use validation::{PolicyScore, Validation};
+pub use validation::{PolicyScore, ShareScores, Validation};

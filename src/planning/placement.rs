@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::cache::{ExpertCache, Throttle};
 use super::cost::{DecodePrediction, PrefillPrediction};
 use super::footprint::{Footprint, KvDtype};
 use super::hardware::Basis;
@@ -30,8 +31,8 @@ pub struct MemoryItem {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CurveSource {
-    /// Nothing known: every expert as likely as any other.
-    Uniform,
+    /// Nothing known of this text: what others measured on a model of many experts.
+    Published,
     Profile,
     /// The training part of a trace.
     Trace,
@@ -44,11 +45,17 @@ pub struct Placement {
     pub ram_budget_bytes: Option<u64>,
     pub ctx_tokens: u64,
     pub kv_dtype: KvDtype,
+    /// Where the output matrix is: VRAM, or RAM if that pays.
+    #[serde(default = "Tier::vram")]
+    pub head: Tier,
     /// Size of one slot.
     pub expert_bytes: u64,
     pub num_experts: usize,
     pub memory: Vec<MemoryItem>,
     pub policy: PolicyConfig,
+    /// What promotions may take of the bus; absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throttle: Option<Throttle>,
     pub layers: Vec<LayerSlots>,
     /// Per layer, for these slots and this policy.
     pub expected_hit_rates: Vec<f64>,
@@ -59,6 +66,9 @@ pub struct Placement {
     pub hardware_basis: Basis,
     pub decode: DecodePrediction,
     pub prefill: PrefillPrediction,
+    /// What other budgets would give, ascending.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub budget_curve: Vec<BudgetPoint>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Validation>,
 }
@@ -76,10 +86,42 @@ pub enum PlacementError {
     Layer { layer: usize, reason: String },
 }
 
+/// What one budget would give, everything else being equal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BudgetPoint {
+    pub vram_budget_bytes: u64,
+    pub kv_dtype: KvDtype,
+    pub head: Tier,
+    pub expert_slots: usize,
+    pub expert_hit_rate: f64,
+    pub decode_tok_s: f64,
+    pub prefill_tok_s: f64,
+}
+
+impl Tier {
+    fn vram() -> Self {
+        Tier::Vram
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::Vram => "VRAM",
+            Tier::Ram => "RAM",
+            Tier::Disk => "disk",
+        }
+    }
+}
+
 impl Placement {
     pub fn bytes_in(&self, tier: Tier) -> u64 {
         let items = self.memory.iter().filter(|i| i.tier == tier);
         items.map(|i| i.bytes).sum()
+    }
+
+    /// The caches of all layers, as they start.
+    pub fn cache(&self) -> ExpertCache {
+        let throttle = self.throttle.unwrap_or(Throttle::NONE);
+        ExpertCache::build(self.policy, self.num_experts, &self.layers, throttle)
     }
 
     pub fn total_slots(&self) -> usize {

@@ -41,9 +41,14 @@ pub struct ProfileBody {
     pub domains: BTreeMap<String, DomainProfile>,
     /// Of all domains and both phases together.
     pub layers: Vec<LayerSummary>,
+    /// Of all domains, the phases apart; empty if there were no such tokens.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prefill_layers: Vec<LayerSummary>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub decode_layers: Vec<LayerSummary>,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DomainProfile {
     pub documents: u64,
     #[serde(default)]
@@ -52,12 +57,15 @@ pub struct DomainProfile {
     pub decode: PhaseProfile,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PhaseProfile {
     pub tokens: u64,
     /// Empty if there were no tokens.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layers: Vec<LayerCounts>,
+    /// What the counts come to, layer by layer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub summary: Vec<LayerSummary>,
 }
 
 /// Counts of one layer, in one phase of one domain.
@@ -107,6 +115,8 @@ impl ProfileBody {
             corpus_sha256: BTreeSet::new(),
             domains: BTreeMap::new(),
             layers: Vec::new(),
+            prefill_layers: Vec::new(),
+            decode_layers: Vec::new(),
         };
         profile.summarise();
         profile
@@ -122,12 +132,17 @@ impl ProfileBody {
 
     /// Counts of a layer over all domains and phases.
     pub fn total(&self, layer: usize) -> LayerCounts {
+        let mut total = self.total_of(Phase::Prefill, layer);
+        total.add(&self.total_of(Phase::Decode, layer));
+        total
+    }
+
+    /// Counts of a layer over all domains, in one phase.
+    pub fn total_of(&self, phase: Phase, layer: usize) -> LayerCounts {
         let mut total = LayerCounts::new(self.num_experts);
         for domain in self.domains.values() {
-            for phase in [&domain.prefill, &domain.decode] {
-                if let Some(counts) = phase.layers.get(layer) {
-                    total.add(counts);
-                }
+            if let Some(counts) = domain.phase(phase).layers.get(layer) {
+                total.add(counts);
             }
         }
         total
@@ -216,15 +231,40 @@ impl ProfileBody {
         Ok(())
     }
 
-    /// Computes `layers` from the counts.
+    /// Computes every summary from the counts.
     pub(super) fn summarise(&mut self) {
-        self.layers = (0..self.num_layers)
+        let layers = 0..self.num_layers;
+        self.layers = layers
+            .clone()
             .map(|layer| LayerSummary::of(&self.total(layer)))
             .collect();
+        let of_phase = |phase| -> Vec<LayerSummary> {
+            let layers = layers.clone().filter(|_| self.tokens(phase) > 0);
+            let summary = |layer| LayerSummary::of(&self.total_of(phase, layer));
+            layers.map(summary).collect()
+        };
+        (self.prefill_layers, self.decode_layers) =
+            (of_phase(Phase::Prefill), of_phase(Phase::Decode));
+        for domain in self.domains.values_mut() {
+            for phase in [&mut domain.prefill, &mut domain.decode] {
+                phase.summary = phase.layers.iter().map(LayerSummary::of).collect();
+            }
+        }
     }
 }
 
 impl DomainProfile {
+    /// `[E]` tokens of both phases that picked each expert of a layer.
+    pub fn picks(&self, layer: usize, num_experts: usize) -> Vec<u64> {
+        let mut picks = vec![0; num_experts];
+        for phase in [&self.prefill, &self.decode] {
+            if let Some(counts) = phase.layers.get(layer) {
+                add_counts(&mut picks, &counts.picks);
+            }
+        }
+        picks
+    }
+
     pub fn phase(&self, phase: Phase) -> &PhaseProfile {
         match phase {
             Phase::Prefill => &self.prefill,
@@ -346,6 +386,7 @@ mod tests {
         let prefill = PhaseProfile {
             tokens: 3,
             layers: vec![counts],
+            ..PhaseProfile::default()
         };
         let domain = DomainProfile {
             prefill,

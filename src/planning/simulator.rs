@@ -1,20 +1,12 @@
 //! What a policy would have done on a recorded trace: hits, misses, copies.
 
-use super::policy::{Admit, Policy};
+use super::cache::{ExpertCache, LayerCounts};
 use super::trace::Record;
 
-/// Counts of one layer.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LayerOutcome {
-    pub hits: u64,
-    pub misses: u64,
-    pub admits: u64,
-}
-
-/// Counts per layer; simulating another stretch of the trace adds to them.
+/// Counts per layer of one or several stretches of a trace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    pub layers: Vec<LayerOutcome>,
+    pub layers: Vec<LayerCounts>,
 }
 
 impl Outcome {
@@ -26,61 +18,46 @@ impl Outcome {
         self.layers.iter().map(|l| l.misses).sum()
     }
 
+    pub fn admits(&self) -> u64 {
+        self.layers.iter().map(|l| l.admits).sum()
+    }
+
     pub fn hit_rate(&self) -> f64 {
         self.hits() as f64 / (self.hits() + self.misses()).max(1) as f64
     }
 
     /// Host to device, for all admitted experts.
     pub fn moved_bytes(&self, expert_bytes: u64) -> u64 {
-        self.layers.iter().map(|l| l.admits).sum::<u64>() * expert_bytes
+        self.admits() * expert_bytes
     }
 }
 
-impl LayerOutcome {
-    pub fn hit_rate(&self) -> f64 {
-        self.hits as f64 / (self.hits + self.misses).max(1) as f64
-    }
-}
-
-/// Runs `policy` over the picks in `records`, token by token in each layer.
+/// Drives `cache` with the picks in `records`, token by token in each layer, as the run time does.
 ///
 /// A token's picks are looked up before the policy learns of them: what it admits serves the next
 /// token. Documents follow one another without a fresh start, as in a program that keeps running.
 pub fn simulate<'a>(
-    policy: &mut dyn Policy,
+    cache: &mut ExpertCache,
     num_experts_per_tok: usize,
     records: impl IntoIterator<Item = &'a Record>,
 ) -> Outcome {
-    let mut outcome = Outcome::default();
-    let mut admits: Vec<Admit> = Vec::new();
     for record in records {
-        let Record::Picks(picks) = record else {
-            continue;
-        };
-        let layer = usize::from(picks.layer);
-        if outcome.layers.len() <= layer {
-            outcome.layers.resize(layer + 1, LayerOutcome::default());
-        }
-        let counts = &mut outcome.layers[layer];
-        for topk_ids in picks.topk_ids.chunks_exact(num_experts_per_tok) {
-            for &expert in topk_ids {
-                match policy.slot(layer, expert) {
-                    Some(_) => counts.hits += 1,
-                    None => counts.misses += 1,
-                }
+        if let Record::Picks(picks) = record {
+            for topk_ids in picks.topk_ids.chunks_exact(num_experts_per_tok) {
+                cache.on_step(usize::from(picks.layer), topk_ids);
             }
-            admits.clear();
-            policy.access(layer, topk_ids, &mut admits);
-            counts.admits += admits.len() as u64;
         }
     }
-    outcome
+    Outcome {
+        layers: cache.counts().to_vec(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
 
+    use super::super::cache::Throttle;
     use super::super::policy::{Clairvoyant, LayerSlots, PolicyConfig};
     use super::super::stats::RoutingStats;
     use super::super::trace::tests::synthetic;
@@ -88,7 +65,24 @@ mod tests {
 
     const LFU: PolicyConfig = PolicyConfig::LfuDecay {
         half_life_tokens: 20.0,
+        margin_picks: 0.0,
     };
+    const PINNED: PolicyConfig = PolicyConfig::LruPinned { pinned_share: 0.3 };
+    const THRESHOLD: PolicyConfig = PolicyConfig::LruThreshold {
+        min_picks: 1.5,
+        half_life_tokens: 20.0,
+    };
+
+    fn run(
+        config: PolicyConfig,
+        experts: usize,
+        k: usize,
+        layers: &[LayerSlots],
+        records: &[Record],
+    ) -> Outcome {
+        let mut cache = ExpertCache::build(config, experts, layers, Throttle::NONE);
+        simulate(&mut cache, k, records)
+    }
 
     fn empty(slots: usize, layers: usize) -> Vec<LayerSlots> {
         let layer = LayerSlots {
@@ -107,8 +101,7 @@ mod tests {
         for slots in 0..=16 {
             let mut hits = [0; 3];
             for document in trace.documents() {
-                let mut lru = PolicyConfig::Lru.build(16, &empty(slots, 3));
-                let outcome = simulate(lru.as_mut(), 4, document);
+                let outcome = run(PolicyConfig::Lru, 16, 4, &empty(slots, 3), document);
                 for (total, layer) in hits.iter_mut().zip(&outcome.layers) {
                     *total += layer.hits;
                 }
@@ -128,11 +121,19 @@ mod tests {
         let trace = synthetic(2, 20, 3, 6, 80);
         let hottest: Vec<u16> = (0..20).collect();
         for slots in 0..=20 {
-            for config in [PolicyConfig::Static, PolicyConfig::Lru, LFU] {
+            for config in [
+                PolicyConfig::Static,
+                PolicyConfig::Lru,
+                PolicyConfig::LeastStale,
+                PINNED,
+                THRESHOLD,
+                LFU,
+            ] {
                 let layers = vec![config.fill(slots, &hottest); 2];
-                let outcome = simulate(config.build(20, &layers).as_mut(), 3, trace.records());
+                let outcome = run(config, 20, 3, &layers, trace.records());
                 let same_start = vec![PolicyConfig::Lru.fill(slots, &hottest); 2];
-                let mut best = Clairvoyant::new(20, 3, &same_start, trace.records());
+                let best = Clairvoyant::new(20, 3, &same_start, trace.records());
+                let mut best = ExpertCache::new(Box::new(best), 2, Throttle::NONE);
                 let bound = simulate(&mut best, 3, trace.records());
                 assert!(
                     outcome.hits() <= bound.hits(),
@@ -152,7 +153,7 @@ mod tests {
     #[test]
     fn decisions_never_put_two_experts_in_a_slot_or_one_in_two() {
         let trace = synthetic(1, 12, 3, 3, 60);
-        for config in [PolicyConfig::Lru, LFU] {
+        for config in [PolicyConfig::Lru, PolicyConfig::LeastStale, THRESHOLD, LFU] {
             for (slots, pinned) in [(0, 0), (1, 0), (2, 1), (5, 0), (5, 2), (5, 5), (12, 3)] {
                 let layer = LayerSlots {
                     slots,
@@ -173,11 +174,12 @@ mod tests {
                     let Record::Picks(p) = record else { continue };
                     for ids in p.topk_ids.chunks_exact(3) {
                         let mut admits = Vec::new();
-                        policy.access(0, ids, &mut admits);
+                        policy.access(0, ids, usize::MAX, &mut admits);
                         for a in admits {
                             assert!(ids.contains(&a.expert) && !content.contains(&Some(a.expert)));
                             assert!(usize::from(a.slot) >= usize::from(pinned));
                             assert_eq!(content[usize::from(a.slot)].replace(a.expert), a.evicted);
+                            assert_eq!(policy.contents(0).len(), slots);
                             if config == PolicyConfig::Lru && slots - usize::from(pinned) >= 3 {
                                 assert!(a.evicted.is_none_or(|e| !ids.contains(&e)));
                             }
@@ -189,6 +191,90 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// LFU with decay by its definition: all picks kept, weights from their ages.
+    fn naive_lfu(tokens: &[&[u16]], slots: usize, half_life: f64) -> u64 {
+        let mut history: Vec<Vec<usize>> = vec![Vec::new(); 12];
+        let mut cache: Vec<u16> = Vec::new();
+        let mut hits = 0;
+        for (now, picks) in tokens.iter().enumerate() {
+            hits += picks.iter().filter(|e| cache.contains(e)).count() as u64;
+            picks
+                .iter()
+                .for_each(|&e| history[usize::from(e)].push(now));
+            let score = |e: u16| -> f64 {
+                let ages = history[usize::from(e)].iter().map(|t| now - t);
+                ages.map(|age| 0.5f64.powf(age as f64 / half_life)).sum()
+            };
+            let mut missed: Vec<u16> = picks.to_vec();
+            missed.retain(|e| !cache.contains(e));
+            missed.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
+            for expert in missed {
+                if cache.len() < slots {
+                    cache.push(expert);
+                    continue;
+                }
+                let worst =
+                    (0..cache.len()).min_by(|&a, &b| score(cache[a]).total_cmp(&score(cache[b])));
+                match worst {
+                    Some(i) if score(cache[i]) + 1e-9 < score(expert) => cache[i] = expert,
+                    _ => break,
+                }
+            }
+        }
+        hits
+    }
+
+    /// Admission order by its definition.
+    fn naive_least_stale(tokens: &[&[u16]], slots: usize) -> u64 {
+        let mut queue: Vec<u16> = Vec::new();
+        let mut hits = 0;
+        for picks in tokens {
+            hits += picks.iter().filter(|e| queue.contains(e)).count() as u64;
+            for &expert in *picks {
+                if queue.contains(&expert) {
+                    continue;
+                }
+                if queue.len() == slots {
+                    match queue.iter().position(|e| !picks.contains(e)) {
+                        Some(oldest) => queue.remove(oldest),
+                        None => break,
+                    };
+                }
+                queue.push(expert);
+            }
+        }
+        hits
+    }
+
+    #[test]
+    fn policies_hit_as_often_as_their_definitions_say() {
+        let trace = synthetic(1, 12, 3, 5, 90);
+        let tokens: Vec<&[u16]> = trace
+            .records()
+            .iter()
+            .filter_map(|r| match r {
+                Record::Picks(p) => Some(p.topk_ids.chunks_exact(3)),
+                _ => None,
+            })
+            .flatten()
+            .collect();
+        for slots in 1..=12 {
+            let hits = |config| run(config, 12, 3, &empty(slots, 1), trace.records()).hits();
+            assert_eq!(hits(LFU), naive_lfu(&tokens, slots, 20.0), "{slots} slots");
+            assert_eq!(
+                hits(PolicyConfig::LeastStale),
+                naive_least_stale(&tokens, slots),
+                "{slots} slots"
+            );
+            // A threshold that everyone meets is none.
+            let open = PolicyConfig::LruThreshold {
+                min_picks: 0.5,
+                half_life_tokens: 20.0,
+            };
+            assert_eq!(hits(open), hits(PolicyConfig::Lru));
         }
     }
 }

@@ -37,6 +37,18 @@ struct LayerState {
 
 impl RoutingStats {
     pub fn new(num_layers: usize, num_experts: usize, num_experts_per_tok: usize) -> Self {
+        let profile = ProfileBody::new(num_layers, num_experts, num_experts_per_tok);
+        Self::resume(profile)
+    }
+
+    /// Goes on from a profile of whole documents: the next event is of a new one.
+    pub fn resume(profile: ProfileBody) -> Self {
+        let ProfileBody {
+            num_layers,
+            num_experts,
+            num_experts_per_tok,
+            ..
+        } = profile;
         assert!(num_experts_per_tok >= 1 && num_experts_per_tok <= num_experts);
         assert!(num_experts < usize::from(NONE));
         let layer = |_| LayerState {
@@ -45,7 +57,7 @@ impl RoutingStats {
             successors: vec![NONE; num_experts * num_experts_per_tok],
         };
         RoutingStats {
-            profile: ProfileBody::new(num_layers, num_experts, num_experts_per_tok),
+            profile,
             domain: String::new(),
             layers: (0..num_layers).map(layer).collect(),
             votes: Votes::new(num_experts, num_experts_per_tok),
@@ -140,6 +152,11 @@ impl RoutingStats {
                 self.record(p.phase, p.layer.into(), &p.topk_ids, &weights);
             }
         }
+    }
+
+    /// What was counted so far, without summaries.
+    pub fn counts(&self) -> &ProfileBody {
+        &self.profile
     }
 
     /// The profile of everything recorded so far.
@@ -250,6 +267,19 @@ mod tests {
         }
         let text = serde_json::to_string(&whole).unwrap();
         assert_eq!(serde_json::from_str::<ProfileBody>(&text).unwrap(), whole);
+    }
+
+    #[test]
+    fn a_resumed_count_is_the_whole_count() {
+        let trace = synthetic(3, 24, 4, 6, 60);
+        let documents = trace.documents();
+        let whole = profile_of(&trace, documents.iter().copied());
+        let (before, after) = documents.split_at(4);
+        let first = profile_of(&trace, before.iter().copied());
+        let text = serde_json::to_string(&first).unwrap();
+        let mut stats = RoutingStats::resume(serde_json::from_str(&text).unwrap());
+        after.iter().copied().flatten().for_each(|r| stats.push(r));
+        assert_eq!(stats.profile(BTreeSet::from(["c0ffee".into()])), whole);
     }
 
     #[test]

@@ -5,19 +5,17 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::cache::{ExpertCache, Throttle};
 use super::footprint::Footprint;
-use super::policy::{Clairvoyant, PolicyConfig};
+use super::policy::{Clairvoyant, LayerSlots, PolicyConfig};
 use super::simulator::{Outcome, simulate};
 use super::trace::{Record, RoutingTrace};
 
-/// Policies a plan chooses among, the default first.
-pub(super) const CANDIDATES: [PolicyConfig; 3] = [
-    PolicyConfig::Lru,
-    PolicyConfig::LfuDecay {
-        half_life_tokens: 64.0,
-    },
-    PolicyConfig::Static,
-];
+/// Shares of the experts in slots at which policies are compared.
+pub const SHARES: [f64; 3] = [0.125, 0.25, 0.5];
+/// Picks that one simulation goes through at most: 3,000 tokens of 48 layers of 10, a fraction of
+/// a second each.
+const MOST_PICKS: usize = 1_500_000;
 
 /// Hit rates on documents that neither the slots nor the choice of policy were made from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,7 +24,18 @@ pub struct Validation {
     pub selection_documents: usize,
     pub held_out_documents: usize,
     pub held_out_tokens: u64,
-    /// Every policy on the planned slots; `belady` knows the future and bounds the others.
+    /// The policies on the planned slots; `belady` knows the future and bounds the others.
+    pub scores: Vec<PolicyScore>,
+    /// The same with equal slots in every layer.
+    #[serde(default)]
+    pub by_share: Vec<ShareScores>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShareScores {
+    /// Of the experts of each layer.
+    pub share: f64,
+    pub slots_per_layer: usize,
     pub scores: Vec<PolicyScore>,
 }
 
@@ -42,41 +51,36 @@ pub struct PolicyScore {
 pub(super) struct Split<'a> {
     trace: &'a RoutingTrace,
     pub(super) training: Vec<&'a [Record]>,
-    pub(super) selection: Vec<&'a [Record]>,
+    selection: Vec<&'a [Record]>,
     held_out: Vec<&'a [Record]>,
 }
 
 impl<'a> Split<'a> {
     pub(super) fn of(trace: &'a RoutingTrace) -> Option<Self> {
         let documents = trace.documents();
-        let part = |n| documents.iter().copied().skip(n).step_by(3).collect();
+        let part = |n| documents.iter().copied().skip(n).step_by(3);
         (documents.len() >= 3).then(|| Split {
             trace,
-            training: part(0),
-            selection: part(1),
-            held_out: part(2),
+            training: part(0).collect(),
+            selection: enough(part(1)),
+            held_out: enough(part(2)),
         })
     }
 
-    /// Every candidate on the planned slots.
-    pub(super) fn score(
+    pub(super) fn selection_tokens(&self) -> u64 {
+        self.tokens(&self.selection)
+    }
+
+    /// A policy on the documents of the choice.
+    pub(super) fn run(
         &self,
+        config: PolicyConfig,
+        throttle: Option<Throttle>,
         f: &Footprint,
         slots: &[usize],
         hottest: &[Vec<u16>],
-        documents: &[&[Record]],
-    ) -> Vec<Outcome> {
-        let run = |config: &PolicyConfig| {
-            let layers: Vec<_> = slots
-                .iter()
-                .zip(hottest)
-                .map(|(&n, h)| config.fill(n, h))
-                .collect();
-            let mut policy = config.build(f.num_experts, &layers);
-            let records = documents.iter().copied().flatten();
-            simulate(policy.as_mut(), f.num_experts_per_tok, records)
-        };
-        CANDIDATES.iter().map(run).collect()
+    ) -> Outcome {
+        on(&self.selection, config, throttle, f, slots, hottest)
     }
 
     pub(super) fn validate(
@@ -84,37 +88,105 @@ impl<'a> Split<'a> {
         f: &Footprint,
         slots: &[usize],
         hottest: &[Vec<u16>],
-        chosen: usize,
+        chosen: PolicyConfig,
+        throttle: Option<Throttle>,
     ) -> Validation {
-        let records = || self.held_out.iter().copied().flatten();
-        let tokens = self.trace.header().tokens(records());
-        let score = |policy: &str, chosen, outcome: &Outcome| PolicyScore {
-            policy: policy.into(),
-            chosen,
-            expert_hit_rate: outcome.hit_rate(),
-            h2d_bytes_per_token: outcome.moved_bytes(f.expert_bytes) as f64 / tokens.max(1) as f64,
+        let by_share = |&share: &f64| {
+            let slots_per_layer = (share * f.num_experts as f64).round() as usize;
+            let slots = vec![slots_per_layer; f.num_layers];
+            ShareScores {
+                share,
+                slots_per_layer,
+                scores: self.scores(f, &slots, hottest, chosen, throttle),
+            }
         };
-        let outcomes = self.score(f, slots, hottest, &self.held_out);
-        let mut scores: Vec<PolicyScore> = CANDIDATES
-            .iter()
-            .zip(&outcomes)
-            .enumerate()
-            .map(|(i, (config, outcome))| score(config.name(), i == chosen, outcome))
-            .collect();
-        let start: Vec<_> = slots
-            .iter()
-            .zip(hottest)
-            .map(|(&n, h)| PolicyConfig::Lru.fill(n, h))
-            .collect();
-        let k = f.num_experts_per_tok;
-        let mut belady = Clairvoyant::new(f.num_experts, k, &start, records());
-        scores.push(score("belady", false, &simulate(&mut belady, k, records())));
         Validation {
             training_documents: self.training.len(),
             selection_documents: self.selection.len(),
             held_out_documents: self.held_out.len(),
-            held_out_tokens: tokens,
-            scores,
+            held_out_tokens: self.tokens(&self.held_out),
+            scores: self.scores(f, slots, hottest, chosen, throttle),
+            by_share: SHARES.iter().map(by_share).collect(),
         }
     }
+
+    /// The static set, LRU without a byte budget, the chosen policy and the optimum, held out.
+    fn scores(
+        &self,
+        f: &Footprint,
+        slots: &[usize],
+        hottest: &[Vec<u16>],
+        chosen: PolicyConfig,
+        throttle: Option<Throttle>,
+    ) -> Vec<PolicyScore> {
+        let tokens = self.tokens(&self.held_out).max(1) as f64;
+        let score = |policy: String, is_chosen, outcome: &Outcome| PolicyScore {
+            policy,
+            chosen: is_chosen,
+            expert_hit_rate: outcome.hit_rate(),
+            h2d_bytes_per_token: outcome.moved_bytes(f.expert_bytes) as f64 / tokens,
+        };
+        let mut scores = Vec::new();
+        for config in [PolicyConfig::Static, PolicyConfig::Lru] {
+            if config != chosen {
+                let outcome = on(&self.held_out, config, None, f, slots, hottest);
+                scores.push(score(config.label(), false, &outcome));
+            }
+        }
+        let outcome = on(&self.held_out, chosen, throttle, f, slots, hottest);
+        scores.push(score(chosen.label(), true, &outcome));
+
+        let records = || self.held_out.iter().copied().flatten();
+        let start = filled(PolicyConfig::Lru, slots, hottest);
+        let k = f.num_experts_per_tok;
+        let belady = Clairvoyant::new(f.num_experts, k, &start, records());
+        let mut belady = ExpertCache::new(Box::new(belady), f.num_layers, Throttle::NONE);
+        let outcome = simulate(&mut belady, k, records());
+        scores.push(score("belady".into(), false, &outcome));
+        scores
+    }
+
+    fn tokens(&self, documents: &[&[Record]]) -> u64 {
+        self.trace
+            .header()
+            .tokens(documents.iter().copied().flatten())
+    }
+}
+
+/// Whole documents, one at least, until there are picks enough.
+fn enough<'a>(documents: impl Iterator<Item = &'a [Record]>) -> Vec<&'a [Record]> {
+    let mut picks = 0;
+    documents
+        .take_while(|document| {
+            let more = picks < MOST_PICKS;
+            let picked = |record: &Record| match record {
+                Record::Picks(p) => p.topk_ids.len(),
+                Record::Document { .. } => 0,
+            };
+            picks += document.iter().map(picked).sum::<usize>();
+            more
+        })
+        .collect()
+}
+
+fn filled(config: PolicyConfig, slots: &[usize], hottest: &[Vec<u16>]) -> Vec<LayerSlots> {
+    let layers = slots.iter().zip(hottest);
+    layers
+        .map(|(&n, hottest)| config.fill(n, hottest))
+        .collect()
+}
+
+fn on(
+    documents: &[&[Record]],
+    config: PolicyConfig,
+    throttle: Option<Throttle>,
+    f: &Footprint,
+    slots: &[usize],
+    hottest: &[Vec<u16>],
+) -> Outcome {
+    let layers = filled(config, slots, hottest);
+    let throttle = throttle.unwrap_or(Throttle::NONE);
+    let mut cache = ExpertCache::build(config, f.num_experts, &layers, throttle);
+    let records = documents.iter().copied().flatten();
+    simulate(&mut cache, f.num_experts_per_tok, records)
 }

@@ -23,7 +23,7 @@ use thiserror::Error;
 
 use crate::formats::atomic;
 
-pub use charts::{Chart, RouterPicks};
+pub use charts::{BudgetCurve, Chart, DomainMaps, RouterPicks};
 pub use doctor::doctor_report;
 pub use record::RunBody;
 pub use regression::{Regression, compare};
@@ -48,11 +48,15 @@ pub struct ReportInputs {
     pub runs: Vec<Run>,
     /// Of a profile, with the experts of a placement if there is one.
     pub router: Option<RouterPicks>,
+    /// Of the same profile, domain by domain.
+    pub domains: Option<DomainMaps>,
+    /// Of a placement: what other budgets would give.
+    pub budget: Option<BudgetCurve>,
 }
 
 #[derive(Debug, Error)]
 pub enum ReportError {
-    #[error("nothing to report: no run and no profile was given")]
+    #[error("nothing to report: no run, profile or placement was given")]
     Empty,
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: io::Error },
@@ -72,13 +76,16 @@ impl Run {
 impl ReportInputs {
     pub fn is_synthetic(&self) -> bool {
         let router = self.router.as_ref().is_some_and(|r| r.synthetic);
-        router || self.runs.iter().any(|run| run.body.labels.synthetic)
+        let budget = self.budget.as_ref().is_some_and(|b| b.synthetic);
+        router || budget || self.runs.iter().any(|run| run.body.labels.synthetic)
     }
 
     /// Every chart there is data for.
     pub fn charts(&self) -> Vec<Chart> {
         let mut charts = charts::of_runs(&self.runs);
+        charts.extend(self.budget.as_ref().and_then(charts::budget));
         charts.extend(self.router.as_ref().and_then(charts::heatmap));
+        charts.extend(self.domains.as_ref().and_then(charts::domains));
         charts
     }
 }

@@ -2,9 +2,12 @@
 
 mod bad_files;
 mod bad_flags;
+mod cache_state;
+mod exports;
 mod help;
 mod plan;
 mod program;
+mod resume;
 mod round;
 mod run;
 mod settings;

@@ -90,7 +90,7 @@ fn a_bad_settings_file_is_named_with_the_setting() {
         ),
         ("[fly]\nhigh = 1\n", ["moectl.toml", "[fly] is no verb"]),
         ("threads = \"many\"\n", ["moectl.toml", "--threads"]),
-        ("[plan]\nkv = \"fp4\"\n", ["moectl.toml", "bf16, int8"]),
+        ("[plan]\nkv = \"fp4\"\n", ["moectl.toml", "f16, int8, auto"]),
         ("seed = [1]\n", ["moectl.toml", "seed: is array, expected"]),
         ("seed = \n", ["moectl.toml", "not valid TOML"]),
     ] {

@@ -18,6 +18,7 @@ fn two_runs() -> ReportInputs {
             fixture::run("lru", &CONTEXTS, 1.2, 2),
         ],
         router: Some(fixture::picks(8, 64, 16, 3)),
+        ..ReportInputs::default()
     }
 }
 

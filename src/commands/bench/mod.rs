@@ -12,6 +12,7 @@ use clap::Args;
 use sha2::{Digest, Sha256};
 
 use super::console::Console;
+use super::machine::this_machine;
 use super::plan::{self, Kv};
 use super::profile::{self, Settings as ProfileSettings};
 use super::{Failure, check_output, load, report, workloads};
@@ -25,7 +26,7 @@ use crate::hardware::{HardwareBody, Monitor, probe};
 use crate::model::Source;
 use crate::planning::cost::{self, DecodeSituation};
 use crate::planning::footprint::{Footprint, KvDtype};
-use crate::planning::hardware::{Basis, Cpu, Hardware};
+use crate::planning::hardware::Hardware;
 use crate::planning::placement::Placement;
 use crate::planning::planner::{PlanRequest, RoutingSource};
 use crate::planning::profile::ProfileBody;
@@ -68,7 +69,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     placement: Option<PathBuf>,
     /// Type of the KV cache to plan for
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::Bf16)]
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
     kv: Kv,
     /// Held-out tokens to compare with the reference backend on; 0 skips it
     #[arg(long, value_name = "N", default_value_t = 512)]
@@ -197,7 +198,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     };
     let document = Document::new(RUN, Some(engine.model_id().clone()), body);
     document.write(&run_path)?;
-    let files = report::of_bench(&args.output, &document, profile.as_ref(), &placement.body)?;
+    let files = report::of_bench(&args.output, &document, profile.as_ref(), &placement)?;
     if console.json {
         console.result_json(&document)?;
     } else {
@@ -260,7 +261,14 @@ fn plan_here(
     let corpora = workloads::all()?;
     let settings = ProfileSettings::quick(PROFILE_RECORDS, PROFILE_TOKENS);
     let mut events = Vec::new();
-    let profile = profile::record(engine, &corpora, &settings, Some(&mut events), console)?;
+    let profile = profile::record(
+        engine,
+        &corpora,
+        &settings,
+        None,
+        Some(&mut events),
+        console,
+    )?;
     profile.write(&args.output.join("profile.json"))?;
     let (trace, _) = TraceReader::new(events.as_slice())?.read_all()?;
     let hardware = Hardware::laptop_4090();
@@ -273,7 +281,9 @@ fn plan_here(
             .unwrap_or_else(|| plan::default_budget(footprint, ctx, args.kv)),
         ram_budget_bytes: None,
         ctx_tokens: ctx,
-        kv_dtype: args.kv.into(),
+        kv_dtypes: args.kv.dtypes(),
+        heads: &[placement::Tier::Vram],
+        policy: None,
         routing: RoutingSource::Trace(&trace),
     })?;
     let placement = Document::new(PLACEMENT, Some(engine.model_id().clone()), placement);
@@ -282,32 +292,16 @@ fn plan_here(
     Ok((placement, profile))
 }
 
-/// This machine as the cost model sees it: no GPU takes part, RAM bounds everything.
-fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
-    let dram = hardware.dram.as_ref()?.all_cores.median_gb_s;
-    Some(Hardware {
-        label: hardware.summary(),
-        basis: Basis::Measured,
-        cpu: Cpu {
-            name: hardware.cpu.model_name.clone(),
-            ram_bytes: hardware.memory.usable_total_bytes(),
-            dram_read_gb_s: dram,
-            expert_kernel_gb_s: dram,
-            expert_kernel_gflops: 0.0,
-            disk_read_gb_s: 0.0,
-        },
-        gpu: None,
-    })
-}
-
 fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64) -> Prediction {
     let decode = cost::decode(
         footprint,
         machine,
         &DecodeSituation {
             ctx_tokens: ctx,
-            kv_dtype: KvDtype::Bf16,
+            kv_dtype: KvDtype::F16,
+            head: placement::Tier::Vram,
             hit_rates: &vec![0.0; footprint.num_layers],
+            promotions_per_token: 0.0,
             disk_share: 0.0,
         },
     );

@@ -22,14 +22,15 @@ pub struct RouterPicks {
 const LAYER_NAMES: f64 = 44.0;
 const SHARES: f64 = 150.0;
 /// Above this many experts a cell is too small to find by its id, and layers are sorted instead.
-const IDS_UP_TO: usize = 128;
+pub(super) const IDS_UP_TO: usize = 128;
 const LEVELS: usize = 24;
 
-struct Grid {
-    experts: usize,
-    left: f64,
-    top: f64,
-    cell: (f64, f64),
+/// Where cells lie.
+pub(super) struct Grid {
+    pub experts: usize,
+    pub left: f64,
+    pub top: f64,
+    pub cell: (f64, f64),
 }
 
 /// `None` if nothing was picked.
@@ -101,7 +102,7 @@ fn relative(picks: &[u64], by_id: bool) -> Vec<(usize, f64)> {
 }
 
 /// The darkest colour's value: the 99th percentile, so that a few favourites do not bleach all.
-fn color_cap(rows: &[Vec<(usize, f64)>]) -> Option<f64> {
+pub(super) fn color_cap(rows: &[Vec<(usize, f64)>]) -> Option<f64> {
     let values: Vec<f64> = rows.iter().flatten().map(|c| c.1).collect();
     let cap = crate::report::stats::percentile(&values, 99.0)?;
     let highest = values.iter().copied().fold(0.0, f64::max);
@@ -109,7 +110,7 @@ fn color_cap(rows: &[Vec<(usize, f64)>]) -> Option<f64> {
 }
 
 /// One path per colour: a rectangle per cell would make a file of megabytes.
-fn cells(svg: &mut Svg, grid: &Grid, rows: &[Vec<(usize, f64)>], cap: f64) {
+pub(super) fn cells(svg: &mut Svg, grid: &Grid, rows: &[Vec<(usize, f64)>], cap: f64) {
     let mut paths = vec![String::new(); LEVELS + 1];
     let level = |value: f64| ((value / cap).min(1.0) * LEVELS as f64).round() as usize;
     for (layer, row) in rows.iter().enumerate() {
@@ -247,7 +248,7 @@ fn axes(svg: &mut Svg, grid: &Grid, layers: usize, by_id: bool) {
     );
 }
 
-fn color_key(svg: &mut Svg, left: f64, cap: f64) {
+pub(super) fn color_key(svg: &mut Svg, left: f64, cap: f64) {
     let (y, width) = (TOP - 8.0, 140.0);
     let text = "picks, as multiples of an even share";
     svg.text(

@@ -4,7 +4,9 @@
 //! they are, and the footnote says which machine, model and day the numbers come from.
 
 mod axis;
+mod budget;
 mod compare;
+mod domains;
 mod heatmap;
 mod latency;
 mod memory;
@@ -15,7 +17,9 @@ mod throughput;
 use super::svg::{self, Anchor, Regular, SemiBold, Svg, Text};
 use super::{Run, units};
 
+pub use budget::{BudgetCurve, BudgetSample, budget};
 pub use compare::compare;
+pub use domains::{DomainMaps, DomainPicks, domains};
 pub use heatmap::{RouterPicks, heatmap};
 pub use latency::latency;
 pub use memory::memory;

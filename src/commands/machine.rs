@@ -1,0 +1,108 @@
+//! A machine for the cost model: from hardware.json, by name, or what was measured just now.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::formats::Document;
+use crate::formats::document::HARDWARE;
+use crate::hardware::HardwareBody;
+use crate::planning::hardware::{Cpu, Figure, Hardware, KNOWN};
+
+/// hardware.json as `doctor` writes it: what the machine is, and what plans are made from.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HardwareFile {
+    #[serde(flatten)]
+    pub facts: HardwareBody,
+    /// Absent if nothing was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Hardware>,
+}
+
+/// A machine by name or by file.
+#[derive(Clone, Debug)]
+pub enum HardwareChoice {
+    Known(&'static str),
+    File(PathBuf),
+}
+
+impl FromStr for HardwareChoice {
+    type Err = std::convert::Infallible;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let known = KNOWN.iter().find(|(known, _)| *known == name);
+        Ok(known.map_or_else(
+            || HardwareChoice::File(name.into()),
+            |(name, _)| HardwareChoice::Known(name),
+        ))
+    }
+}
+
+impl HardwareChoice {
+    /// # Errors
+    /// If the file is no hardware.json, holds no figures, or figures that cannot be.
+    pub fn load(&self) -> anyhow::Result<Hardware> {
+        match self {
+            HardwareChoice::Known(name) => Ok(Hardware::known(name).expect("it was found")),
+            HardwareChoice::File(path) => read(path),
+        }
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Hardware> {
+    /// The part that plans need: a file about another machine need not have the rest.
+    #[derive(Deserialize)]
+    struct Part {
+        machine: Option<Hardware>,
+    }
+    if !path.exists() {
+        let names: Vec<&str> = KNOWN.iter().map(|(name, _)| *name).collect();
+        bail!(
+            "{}: there is no such file, and no machine of that name; known are {}",
+            path.display(),
+            names.join(", ")
+        );
+    }
+    let file = Document::<Part>::read(path, HARDWARE)?.body;
+    let Some(machine) = file.machine else {
+        bail!(
+            "{}: holds no measured figures; write it with `moectl doctor -o {0}`",
+            path.display()
+        );
+    };
+    machine
+        .check()
+        .with_context(|| path.display().to_string())?;
+    Ok(machine)
+}
+
+/// This machine without a GPU, if its RAM was measured.
+pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
+    let dram = &hardware.dram.as_ref()?.all_cores;
+    let dram_read_gb_s = Figure {
+        mad: Some(dram.mad_gb_s),
+        ..Figure::measured(dram.median_gb_s)
+    };
+    Some(Hardware {
+        label: hardware.summary(),
+        cpu: Cpu {
+            name: hardware.cpu.model_name.clone(),
+            ram_bytes: hardware.memory.usable_total_bytes(),
+            dram_read_gb_s,
+            // The kernels wait for memory and for nothing else.
+            expert_kernel_gb_s: Figure::modelled(dram.median_gb_s),
+            expert_kernel_gflops: Figure::modelled(
+                GFLOPS_PER_CORE * hardware.cpu.usable_cores() as f64,
+            ),
+            disk_read_gb_s: Figure::modelled(DISK_GB_S),
+        },
+        gpu: None,
+    })
+}
+
+/// What the int16 kernels reached in prefill: 60 on a Xeon of 16 cores, 150 on an EPYC of 2.
+const GFLOPS_PER_CORE: f64 = 80.0;
+/// A common NVMe drive.
+const DISK_GB_S: f64 = 3.0;

@@ -1,0 +1,322 @@
+//! One token of decode: what the GPU reads, what it waits for, what promotions take away.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Term, Terms, at_rate, ms};
+use crate::planning::footprint::{Footprint, KvDtype};
+use crate::planning::hardware::{Gpu, Hardware};
+use crate::planning::placement::Tier;
+
+/// Kernels of one layer in a decode step: norm and projection, mixer, output projection, router,
+/// gate and up, down, sum.
+const KERNELS_PER_LAYER: f64 = 7.0;
+/// Share of a token's time that promotions may keep the bus busy: the rest is for misses that the
+/// GPU reads itself, and for being wrong.
+const PROMOTION_SHARE: f64 = 0.5;
+
+/// One token of decode with the context full.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DecodePrediction {
+    pub terms: Vec<Term>,
+    pub total_ms: f64,
+    pub tok_s: f64,
+    /// Picks found in VRAM, mean of the layers.
+    pub expert_hit_rate: f64,
+    pub promotion_h2d_bytes_per_token: f64,
+    /// How long the bus is busy with them: not a term, since it runs behind the computation.
+    pub promotion_h2d_ms: f64,
+}
+
+/// The situation a token is decoded in.
+#[derive(Clone, Debug)]
+pub struct DecodeSituation<'a> {
+    pub ctx_tokens: u64,
+    pub kv_dtype: KvDtype,
+    /// Where the output matrix is.
+    pub head: Tier,
+    /// Per layer, the share of picks found in VRAM.
+    pub hit_rates: &'a [f64],
+    /// Experts copied into slots per token, all layers together.
+    pub promotions_per_token: f64,
+    /// Share of the experts that RAM does not hold.
+    pub disk_share: f64,
+}
+
+/// Predicts one decode token.
+///
+/// Per layer the GPU reads its hits while the misses are read by the CPU or, where the machine has
+/// a figure for both at once, partly by the GPU over PCIe; the slower side counts. A miss outside
+/// RAM comes from disk and is paid on top, and so is the RAM bandwidth that promotions take.
+/// Without a GPU every byte is read from DRAM and hit rates do not matter.
+pub fn decode(f: &Footprint, hardware: &Hardware, at: &DecodeSituation) -> DecodePrediction {
+    let kv_bytes = at.ctx_tokens as f64 * f.kv_bytes_per_token(at.kv_dtype) as f64;
+    // The delta rule reads and writes its state.
+    let state_bytes = 2.0 * f.delta_state_bytes as f64;
+    let dram_gb_s = hardware.cpu.dram_read_gb_s.value;
+    let read_gb_s = hardware
+        .gpu
+        .as_ref()
+        .map_or(dram_gb_s, Gpu::weight_read_gb_s);
+    let head_gb_s = match at.head {
+        Tier::Vram => read_gb_s,
+        Tier::Ram | Tier::Disk => dram_gb_s,
+    };
+    let hit_rate = |layer: usize| match hardware.gpu {
+        Some(_) => at.hit_rates[layer],
+        None => 0.0,
+    };
+    let layers = || 0..f.num_layers;
+
+    let mut terms = Terms::default();
+    let dense = (f.dense_bytes + f.router_bytes) as f64;
+    terms.read("dense weights", dense, read_gb_s);
+    terms.read("lm_head", f.lm_head_bytes as f64, head_gb_s);
+    terms.read("delta-net state", state_bytes, read_gb_s);
+    terms.read("kv cache", kv_bytes, read_gb_s);
+    let mut promoted_bytes = 0.0;
+    match &hardware.gpu {
+        Some(gpu) => {
+            fixed(&mut terms, f, gpu);
+            let hit_share: f64 = layers().map(hit_rate).sum();
+            let layer_bytes = picked_bytes(f);
+            let hits_gb_s = gpu.weight_read_gb_s();
+            terms.read("experts in VRAM", hit_share * layer_bytes, hits_gb_s);
+            let wait = |l| {
+                expert_layer_ms(f, hardware, hit_rate(l)) - ms(hit_rate(l) * layer_bytes, hits_gb_s)
+            };
+            let miss_bytes = (f.num_layers as f64 - hit_share) * layer_bytes;
+            terms.add(
+                "waiting for experts in RAM",
+                layers().map(wait).sum(),
+                format!(
+                    "{}, beside the hits",
+                    at_rate(miss_bytes, miss_gb_s(hardware))
+                ),
+            );
+            if at.promotions_per_token > 0.0 {
+                promoted_bytes = at.promotions_per_token * f.expert_bytes as f64;
+                terms.read("promotions", promoted_bytes, dram_gb_s);
+            }
+        }
+        None => {
+            let bytes = f.num_layers as f64 * picked_bytes(f);
+            terms.read("experts in RAM", bytes, miss_gb_s(hardware));
+        }
+    }
+    if at.disk_share > 0.0 {
+        let disk_ms = |l| disk_layer_ms(f, hardware, hit_rate(l), at.disk_share);
+        let gb_s = hardware.cpu.disk_read_gb_s.value;
+        let total: f64 = layers().map(disk_ms).sum();
+        terms.add(
+            "experts from disk",
+            total,
+            at_rate(total * gb_s * 1e6, gb_s),
+        );
+    }
+    let total_ms = terms.total();
+    DecodePrediction {
+        terms: terms.0,
+        total_ms,
+        tok_s: 1e3 / total_ms,
+        expert_hit_rate: layers().map(hit_rate).sum::<f64>() / f.num_layers.max(1) as f64,
+        promotion_h2d_bytes_per_token: promoted_bytes,
+        promotion_h2d_ms: match &hardware.gpu {
+            Some(gpu) if promoted_bytes > 0.0 => ms(promoted_bytes, gpu.h2d_gb_s(f.expert_bytes)),
+            _ => 0.0,
+        },
+    }
+}
+
+fn fixed(terms: &mut Terms, f: &Footprint, gpu: &Gpu) {
+    let (boundary, flag) = (gpu.kernel_boundary_us.value, gpu.flag_round_trip_us.value);
+    let kernels = f.num_layers as f64 * KERNELS_PER_LAYER;
+    terms.add(
+        "kernel boundaries",
+        kernels * boundary / 1e3,
+        format!("{kernels:.0} at {boundary:.2} us"),
+    );
+    terms.add(
+        "handoffs",
+        f.num_layers as f64 * flag / 1e3,
+        format!("{} at {flag:.2} us", f.num_layers),
+    );
+}
+
+/// Routed experts of one layer and token: hits and misses overlap, the slower side counts.
+pub fn expert_layer_ms(f: &Footprint, hardware: &Hardware, hit_rate: f64) -> f64 {
+    let bytes = picked_bytes(f);
+    match &hardware.gpu {
+        Some(gpu) => ms(bytes * hit_rate, gpu.weight_read_gb_s())
+            .max(ms(bytes * (1.0 - hit_rate), miss_gb_s(hardware))),
+        None => ms(bytes, miss_gb_s(hardware)),
+    }
+}
+
+/// Waiting for the disk, in one layer and token, for the misses that RAM does not hold.
+pub fn disk_layer_ms(f: &Footprint, hardware: &Hardware, hit_rate: f64, disk_share: f64) -> f64 {
+    let bytes = picked_bytes(f) * (1.0 - hit_rate) * disk_share;
+    ms(bytes, hardware.cpu.disk_read_gb_s.value)
+}
+
+/// Expected further picks that a copy into a slot must bring to be worth its while.
+///
+/// A copy costs its bytes of RAM bandwidth, a hit saves the same bytes at the rate of misses.
+pub fn pay_back_picks(hardware: &Hardware) -> f64 {
+    let Some(gpu) = &hardware.gpu else { return 0.0 };
+    let saved = 1.0 / miss_gb_s(hardware) - 1.0 / gpu.weight_read_gb_s();
+    match saved > 0.0 {
+        true => 1.0 / hardware.cpu.dram_read_gb_s.value / saved,
+        // Hits save nothing: no copy ever pays.
+        false => f64::INFINITY,
+    }
+}
+
+/// Bytes that promotions may move per token: a share of what the bus carries in the time of a
+/// token without context in which every second pick hits.
+pub fn promotion_bytes_per_token(f: &Footprint, hardware: &Hardware) -> f64 {
+    let Some(gpu) = &hardware.gpu else { return 0.0 };
+    let at = DecodeSituation {
+        ctx_tokens: 0,
+        kv_dtype: KvDtype::F16,
+        head: Tier::Vram,
+        hit_rates: &vec![0.5; f.num_layers],
+        promotions_per_token: 0.0,
+        disk_share: 0.0,
+    };
+    let token_ms = decode(f, hardware, &at).total_ms;
+    PROMOTION_SHARE * token_ms * gpu.h2d_gb_s(f.expert_bytes) * 1e6
+}
+
+/// Bytes of a token's experts in one layer.
+fn picked_bytes(f: &Footprint) -> f64 {
+    f.num_experts_per_tok as f64 * f.expert_bytes as f64
+}
+
+/// At which missing experts are read.
+fn miss_gb_s(hardware: &Hardware) -> f64 {
+    let cpu = hardware.cpu.expert_kernel_gb_s.value;
+    let both = hardware.gpu.as_ref().and_then(|g| g.cpu_and_pcie_gb_s);
+    both.map_or(cpu, |both| both.value.max(cpu))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{laptop, near, server};
+    use super::*;
+    use crate::planning::footprint::tests::qwen3_next_80b;
+
+    fn at(hit_rates: &[f64]) -> DecodeSituation<'_> {
+        DecodeSituation {
+            ctx_tokens: 4096,
+            kv_dtype: KvDtype::F16,
+            head: Tier::Vram,
+            hit_rates,
+            promotions_per_token: 0.0,
+            disk_share: 0.0,
+        }
+    }
+
+    fn decode_tok_s(hardware: &Hardware, ctx_tokens: u64, kv_dtype: KvDtype, h: f64) -> f64 {
+        let hit_rates = [h; 48];
+        let at = DecodeSituation {
+            ctx_tokens,
+            kv_dtype,
+            ..at(&hit_rates)
+        };
+        decode(&qwen3_next_80b(), hardware, &at).tok_s
+    }
+
+    #[test]
+    fn decode_ceilings_are_those_of_the_roofline() {
+        let (laptop, server) = (laptop(), server());
+        for (h, k4, k32, k262) in [
+            (0.2, 65., 59., 44.),
+            (0.4, 78., 69., 50.),
+            (0.5, 86., 76., 53.),
+            (0.6, 96., 84., 57.),
+        ] {
+            near(decode_tok_s(&laptop, 4096, KvDtype::F16, h), k4, 0.012);
+            near(decode_tok_s(&laptop, 32_768, KvDtype::F16, h), k32, 0.012);
+            near(
+                decode_tok_s(&laptop, 262_144, KvDtype::Int8, h),
+                k262,
+                0.012,
+            );
+        }
+        for (h, k4, k32) in [
+            (0.2, 135., 130.),
+            (0.4, 164., 155.),
+            (0.5, 183., 173.),
+            (0.6, 207., 194.),
+        ] {
+            near(decode_tok_s(&server, 4096, KvDtype::F16, h), k4, 0.012);
+            near(decode_tok_s(&server, 32_768, KvDtype::F16, h), k32, 0.012);
+        }
+    }
+
+    #[test]
+    fn reading_misses_over_pcie_too_is_worth_what_the_roofline_says() {
+        let mut laptop = laptop();
+        laptop.gpu.as_mut().unwrap().cpu_and_pcie_gb_s =
+            Some(crate::planning::Figure::modelled(78.0));
+        for (h, expected) in [(0.2, 73.), (0.4, 86.), (0.5, 94.), (0.6, 104.)] {
+            near(
+                decode_tok_s(&laptop, 4096, KvDtype::F16, h),
+                expected,
+                0.015,
+            );
+        }
+    }
+
+    #[test]
+    fn without_a_gpu_every_byte_comes_from_dram() {
+        let mut hardware = laptop();
+        hardware.gpu = None;
+        let slow = decode_tok_s(&hardware, 4096, KvDtype::F16, 0.5);
+        // 1.62 + 0.15 + 0.10 GB at 76 GB/s and 0.80 GB at 65 GB/s
+        near(slow, 1e3 / (1.872e3 / 76.0 + 0.802e3 / 65.0), 0.01);
+        assert_eq!(slow, decode_tok_s(&hardware, 4096, KvDtype::F16, 0.9));
+    }
+
+    #[test]
+    fn terms_add_up_to_the_total() {
+        let hit_rates = [0.3; 48];
+        let situation = DecodeSituation {
+            promotions_per_token: 3.0,
+            disk_share: 0.1,
+            ..at(&hit_rates)
+        };
+        let p = decode(&qwen3_next_80b(), &Hardware::h100_box(), &situation);
+        near(p.terms.iter().map(|t| t.ms).sum::<f64>(), p.total_ms, 1e-12);
+        assert_eq!(p.terms.len(), 10);
+        assert!(p.terms.iter().all(|t| !t.from.is_empty()));
+        assert_eq!(p.promotion_h2d_bytes_per_token, 3.0 * 1_671_168.0);
+    }
+
+    #[test]
+    fn a_head_in_ram_costs_the_difference_of_the_bandwidths() {
+        let f = qwen3_next_80b();
+        let hit_rates = [0.5; 48];
+        let in_vram = decode(&f, &laptop(), &at(&hit_rates)).total_ms;
+        let situation = DecodeSituation {
+            head: Tier::Ram,
+            ..at(&hit_rates)
+        };
+        let in_ram = decode(&f, &laptop(), &situation).total_ms;
+        near(in_ram - in_vram, 622.3 / 76.0 - 622.3 / 461.0, 0.01);
+    }
+
+    #[test]
+    fn promotions_are_held_to_what_the_bus_has_to_spare() {
+        let f = qwen3_next_80b();
+        let machine = Hardware::laptop_4090();
+        let per_token = promotion_bytes_per_token(&f, &machine) / f.expert_bytes as f64;
+        // 11 ms a token at 23 GB/s, half of it: some 75 experts of 48 layers.
+        assert!((60.0..90.0).contains(&per_token), "{per_token}");
+        let picks = pay_back_picks(&machine);
+        assert!((1.0..1.5).contains(&picks), "{picks}");
+        let mut cpu_only = machine;
+        cpu_only.gpu = None;
+        assert_eq!(promotion_bytes_per_token(&f, &cpu_only), 0.0);
+    }
+}

@@ -1,0 +1,92 @@
+//! Frequency with a fading past, and a pay-back test before every copy.
+
+use super::counter::DecayedPicks;
+use super::slot_map::SlotMap;
+use super::{Admit, LayerPolicy, LayerSlots};
+
+#[derive(Debug)]
+pub(super) struct LfuLayer {
+    map: SlotMap,
+    picks: DecayedPicks,
+    margin_picks: f64,
+    /// The slot to give up next. All scores fade alike, so it stays the least until its expert is
+    /// picked or leaves: most misses then cost one comparison instead of a walk over the slots.
+    least: Option<u16>,
+    /// Scratch: a token's misses.
+    missed: Vec<u16>,
+}
+
+impl LfuLayer {
+    pub fn new(
+        num_experts: usize,
+        layer: &LayerSlots,
+        half_life_tokens: f64,
+        margin_picks: f64,
+    ) -> Self {
+        LfuLayer {
+            map: SlotMap::new(num_experts, layer),
+            picks: DecayedPicks::new(num_experts, half_life_tokens),
+            margin_picks,
+            least: None,
+            missed: Vec::new(),
+        }
+    }
+
+    /// The slot to give up and how often its expert was picked; none if all are pinned.
+    fn victim(&mut self) -> Option<(u16, f64)> {
+        let slot = match self.least {
+            Some(slot) => slot,
+            None => self.map.victim(|e| self.picks.picks(e))?.0,
+        };
+        self.least = Some(slot);
+        let expert = self.map.contents()[usize::from(slot)];
+        Some((
+            slot,
+            expert.map_or(f64::NEG_INFINITY, |e| self.picks.picks(e)),
+        ))
+    }
+}
+
+impl LayerPolicy for LfuLayer {
+    fn map(&self) -> &SlotMap {
+        &self.map
+    }
+
+    fn access(&mut self, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>) {
+        self.picks.count(topk_ids);
+        let mut missed = std::mem::take(&mut self.missed);
+        missed.clear();
+        for &expert in topk_ids {
+            match self.map.slot(expert) {
+                None => missed.push(expert),
+                slot if slot == self.least => self.least = None,
+                Some(_) => {}
+            }
+        }
+        // The most wanted first, so that none is copied only to make room for the next.
+        missed.sort_by(|&a, &b| self.picks.picks(b).total_cmp(&self.picks.picks(a)));
+        for &expert in missed.iter().take(room) {
+            match self.victim() {
+                // Ever so little, or experts of equal picks would take turns.
+                Some((slot, least))
+                    if self.picks.picks(expert) > least + self.margin_picks.max(1e-9) =>
+                {
+                    admits.push(self.map.place(expert, slot));
+                    self.least = None;
+                }
+                _ => break,
+            }
+        }
+        self.missed = missed;
+    }
+
+    fn worth(&self) -> Vec<f32> {
+        self.picks.all()
+    }
+
+    fn restore(&mut self, contents: &[Option<u16>], worth: &[f32]) {
+        self.map.set_contents(contents);
+        self.picks.set_all(worth);
+        self.least = None;
+    }
+}
