@@ -204,8 +204,8 @@ __device__ __forceinline__ DownTiles down_tiles(const Entries &entries, const Ex
   }
   if (shared_expert.format == NF4_TILES) {
     t.shared_tiles = blocks_of_64(shared_expert.intermediate);
-    t.shared_first =
-        address_of(entries.shared_blob) + shared_expert.down_offset + (int64_t)tile_row * t.shared_tiles * TILE_BYTES;
+    t.shared_first = address_of(entries.shared_blob) + shared_expert.down_offset +
+                     (int64_t)tile_row * t.shared_tiles * TILE_BYTES;
     t.shared_factor = entries.shared_weight * entries.shared_units[shared_expert.down_unit + tile_row];
   }
   return t;

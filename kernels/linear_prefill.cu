@@ -10,9 +10,14 @@ prefill_split        x [T, cols] f32 -> high, low [T, kblocks * 64] f16, row_sca
 
 prefill_linear       out [T, rows] f32 (+)= x w^T
 prefill_linear_fast  the same from `high` alone (low may be null)
-    launch: grid (ceil(rows / 256), ceil(T / 128)), block (256), smem 99,328 bytes (fast: 66,560).
-    Tiles have 16 * ceil(T / (16 * grid.y)) tokens, about. BF16_ROWS and F32_ROWS take x from high and
-    low, too, and f32 FMAs; the fast variant then adds low if it is there.
+    launch: grid (1 .. ceil(rows / 256), ceil(T / 128) .. ceil(T / 16)), block (256), smem 99,328 bytes
+    (fast: 66,560). Right for any grid in these ranges: a block takes row blocks x, x + grid.x, .. of
+    16 ceil(T / (16 grid.y)) tokens. Best, with r = ceil(rows / 256), t = ceil(T / 128) on n SMs:
+        r t < n:       (r, min(ceil(T / 16), max(t, n / r)))
+        r t >= 8 n:    (ceil(r / 4), t)
+        else:          (r, t)
+    BF16_ROWS and F32_ROWS take x from high and low, too, with f32 FMAs; the fast variant then adds low
+    if it is there.
 */
 #include "matmul.cuh"
 
@@ -124,7 +129,7 @@ __device__ __forceinline__ void linear_block(uint8_t *smem, const uint16_t *high
   int32_t *sources = (int32_t *)(smem + Smem::SOURCES);
   wait_for_previous_kernels();
   if (x.count <= 0) return;
-  if (threadIdx.x < x.count) {
+  if ((int)threadIdx.x < x.count) {
     scales[threadIdx.x] = row_scale[first_token + threadIdx.x];
     sources[threadIdx.x] = first_token + threadIdx.x;
   }

@@ -16,15 +16,18 @@ prefill_group_scatter  topk_ids, counts -> rows [R]: token of each row; position
     launch: grid (C), block (256), smem 8 E bytes
 
 prefill_experts_up (_fast)    h [R, h_stride] f32 = silu(gate x) * (up x), zeros from I on
-    launch: grid (ceil(h_stride / 128), tiles_bound), block (256), smem 99,328 bytes (fast: 66,560)
+    launch: grid (1 .. ceil(h_stride / 128), tiles_bound), block (256), smem 99,328 bytes (fast: 66,560).
+    Best: as many as there are.
 prefill_experts_down (_fast)  y [R, row_count] f32 = rows first_row .. of down h, unweighted
     h_high, h_low, h_scale: prefill_split of h, cols = h_stride. first_row is a multiple of 32.
-    launch: grid (ceil(row_count / 256), tiles_bound), block (256), smem 99,328 bytes (fast: 66,560)
+    launch: grid (1 .. ceil(row_count / 256), tiles_bound), block (256), smem as above. Best: half of them
+    if row_count >= 2048 and T >= 2048, else all; few launches with many rows.
 
 Both take the groups first_expert .. first_expert + num_groups of the E + 1, so the host may launch some
 while others are still on their way. tiles_bound = ceil(min(T k, T n) / 128) + n for n experts, and
 ceil(T / 128) more if the shared expert is among the groups; blocks beyond the tiles exit. blobs
 [E + 1], units [E + 1]: addresses, read for those groups only. h_stride >= I of either layout.
+The fast kernels may have null for the low terms.
 
 prefill_combine        hidden[t, first_row + r] += sum over ranks of w y + gate y_shared, r < row_count
     launch: grid (ceil(T / 4)), block (64, 4), smem 0
@@ -103,7 +106,7 @@ KERNEL prefill_group_scan(int32_t *counts, int tokens, int k, int num_experts, i
   }
   /* The last thread may be an expert's, with a tile list of its own. */
   const int picks = tokens * k;
-  if (e == blockDim.x - 1) {
+  if (e == (int)blockDim.x - 1) {
     int end = first_tile + num_tiles;
     tile_offsets[num_experts] = end;
     tile_offsets[num_experts + 1] = end + (tokens + TILE_TOKENS - 1) / TILE_TOKENS;
@@ -167,8 +170,9 @@ __device__ __forceinline__ bool find_tile(ExpertTile &tile, const int4 *tiles,
 }
 
 template <bool EXACT>
-__device__ __forceinline__ void experts_up_block(uint8_t *smem, const uint16_t *high, const uint16_t *low, const float *row_scale, const int32_t *rows,
-    const int4 *tiles, const int32_t *tile_offsets, const uint8_t *const *blobs,
+__device__ __forceinline__ void experts_up_block(
+    uint8_t *smem, const uint16_t *high, const uint16_t *low, const float *row_scale,
+    const int32_t *rows, const int4 *tiles, const int32_t *tile_offsets, const uint8_t *const *blobs,
     const float *const *units, const ExpertLayout &experts, const ExpertLayout &shared,
     int num_experts, int dim, int first_expert, int num_groups, float *h, int h_stride) {
   typedef MatmulSmem<EXACT> Smem;
@@ -187,7 +191,7 @@ __device__ __forceinline__ void experts_up_block(uint8_t *smem, const uint16_t *
   const TokenTile x = {high, low, tile.count, kblocks, kblocks};
   float *scales = (float *)(smem + Smem::SCALES);
   int32_t *sources = (int32_t *)(smem + Smem::SOURCES);
-  if (threadIdx.x < x.count) {
+  if ((int)threadIdx.x < x.count) {
     const int token = rows[tile.first_row + threadIdx.x];
     scales[threadIdx.x] = row_scale[token];
     sources[threadIdx.x] = token;
@@ -263,10 +267,12 @@ __device__ __forceinline__ void experts_up_block(uint8_t *smem, const uint16_t *
 }
 
 template <bool EXACT>
-__device__ __forceinline__ void experts_down_block(uint8_t *smem, const uint16_t *h_high, const uint16_t *h_low, const float *h_scale, const int4 *tiles,
-    const int32_t *tile_offsets, const uint8_t *const *blobs, const float *const *units,
-    const ExpertLayout &experts, const ExpertLayout &shared, int num_experts, int dim, int h_stride,
-    int first_expert, int num_groups, int first_row, int row_count, float *y) {
+__device__ __forceinline__ void experts_down_block(
+    uint8_t *smem, const uint16_t *h_high, const uint16_t *h_low, const float *h_scale,
+    const int4 *tiles, const int32_t *tile_offsets, const uint8_t *const *blobs,
+    const float *const *units, const ExpertLayout &experts, const ExpertLayout &shared,
+    int num_experts, int dim, int h_stride, int first_expert, int num_groups, int first_row,
+    int row_count, float *y) {
   typedef MatmulSmem<EXACT> Smem;
   launch_next_kernel();
   fill_matmul_table<EXACT>(smem);
@@ -284,7 +290,7 @@ __device__ __forceinline__ void experts_down_block(uint8_t *smem, const uint16_t
   const TokenTile x = {h_high, h_low, tile.count, kblocks, (h_stride + TILE_COLS - 1) / TILE_COLS};
   float *scales = (float *)(smem + Smem::SCALES);
   int32_t *sources = (int32_t *)(smem + Smem::SOURCES);
-  if (threadIdx.x < x.count) {
+  if ((int)threadIdx.x < x.count) {
     scales[threadIdx.x] = h_scale[tile.first_row + threadIdx.x];
     sources[threadIdx.x] = tile.first_row + threadIdx.x;
   }
@@ -333,8 +339,8 @@ prefill_experts_up(const uint16_t *high, const uint16_t *low, const float *row_s
                    ExpertLayout shared, int num_experts, int dim, int first_expert, int num_groups,
                    float *h, int h_stride) {
   DYNAMIC_SMEM(smem);
-  experts_up_block<true>(smem, high, low, row_scale, rows, tiles, tile_offsets, blobs, units, experts, shared,
-                         num_experts, dim, first_expert, num_groups, h, h_stride);
+  experts_up_block<true>(smem, high, low, row_scale, rows, tiles, tile_offsets, blobs, units, experts,
+                         shared, num_experts, dim, first_expert, num_groups, h, h_stride);
 }
 
 KERNEL __launch_bounds__(MATMUL_THREADS, 1)
@@ -345,7 +351,7 @@ prefill_experts_up_fast(const uint16_t *high, const uint16_t *low, const float *
                         int num_groups, float *h, int h_stride) {
   DYNAMIC_SMEM(smem);
   experts_up_block<false>(smem, high, low, row_scale, rows, tiles, tile_offsets, blobs, units, experts,
-                          shared, num_experts, dim, first_expert, num_groups, h, h_stride);
+                         shared, num_experts, dim, first_expert, num_groups, h, h_stride);
 }
 
 KERNEL __launch_bounds__(MATMUL_THREADS, 1)
@@ -355,9 +361,9 @@ prefill_experts_down(const uint16_t *h_high, const uint16_t *h_low, const float 
                      int num_experts, int dim, int h_stride, int first_expert, int num_groups,
                      int first_row, int row_count, float *y) {
   DYNAMIC_SMEM(smem);
-  experts_down_block<true>(smem, h_high, h_low, h_scale, tiles, tile_offsets, blobs, units, experts, shared,
-                           num_experts, dim, h_stride, first_expert, num_groups, first_row, row_count,
-                           y);
+  experts_down_block<true>(smem, h_high, h_low, h_scale, tiles, tile_offsets, blobs, units, experts,
+                           shared, num_experts, dim, h_stride, first_expert, num_groups, first_row,
+                           row_count, y);
 }
 
 KERNEL __launch_bounds__(MATMUL_THREADS, 1)
@@ -367,9 +373,9 @@ prefill_experts_down_fast(const uint16_t *h_high, const uint16_t *h_low, const f
                           int num_experts, int dim, int h_stride, int first_expert, int num_groups,
                           int first_row, int row_count, float *y) {
   DYNAMIC_SMEM(smem);
-  experts_down_block<false>(smem, h_high, h_low, h_scale, tiles, tile_offsets, blobs, units, experts, shared,
-                            num_experts, dim, h_stride, first_expert, num_groups, first_row, row_count,
-                            y);
+  experts_down_block<false>(smem, h_high, h_low, h_scale, tiles, tile_offsets, blobs, units, experts,
+                           shared, num_experts, dim, h_stride, first_expert, num_groups, first_row,
+                           row_count, y);
 }
 
 /* ---- prefill_combine ---- */

@@ -4,9 +4,10 @@ decode_router: chooses a token's experts, for the GPU (Decision) and for the CPU
   launch: grid (blocks(router) + blocks(shared_gate) + (handoff_x ? 1 : 0)), block (512),
     shared memory ROUTER_SMEM = 49,152 bytes; blocks(m) = ceil(rows / 16) for NF4_TILES, else ceil(rows / 4).
 
-All blocks compute logits [E + 1], the shared expert's gate last: half a tile row, or four rows of bf16 or f32
-with four warps each; all products are exact to f32. One more block writes the normed x for the CPU. The last
-block to finish decides: its first warp takes the softmax and picks, while the others fetch the slots. E <= 1024, k <= min(E, 32).
+All blocks compute logits [E + 1], the shared expert's gate last: half a tile row, or four rows of bf16 or
+f32 with four warps each; all products are exact to f32. One more block writes the normed x for the CPU. The
+last block to finish decides: its first warp takes the softmax and picks, while the others fetch the slots.
+E <= 1024, k <= min(E, 32).
 */
 #include "matvec.cuh"
 
@@ -75,8 +76,9 @@ __device__ __forceinline__ void row_logits(const Linear &m, int block, const Nor
   float *areas = (float *)(shared + TABLE_BYTES);
   float *area = areas + warp_index() * AREA_FLOATS;
   const int row = block * ROW_BLOCK_ROWS + warp_index() / WARPS_PER_ROW;
-  RowStream<FORMAT, RowFormat<FORMAT>::BYTES> stream = {row_of<FORMAT>(m.weights, row, m.rows, m.kblocks), m.kblocks * TILE_COLS,
-                                 warp_index() % WARPS_PER_ROW, WARPS_PER_ROW};
+  constexpr int DEPTH = RowFormat<FORMAT>::BYTES; /* all of 2048 columns: 2 pieces of bf16, 4 of f32 */
+  RowStream<FORMAT, DEPTH> stream = {row_of<FORMAT>(m.weights, row, m.rows, m.kblocks), m.kblocks * TILE_COLS,
+                                     warp_index() % WARPS_PER_ROW, WARPS_PER_ROW};
   start_row(stream);
   wait_for_previous_kernels();
   float squares = 0.0f;
@@ -148,7 +150,7 @@ __device__ __forceinline__ void softmax_top_k(const float *logits, int num_exper
   total = warp_sum(total);
 
   int above = 0;
-#pragma unroll
+#pragma unroll 8
   for (int i = 0; i < 32; i++) above += __shfl_sync(ALL_LANES, best, i) > best;
   const uint32_t bound = __reduce_min_sync(ALL_LANES, above < k ? best : ALL_LANES);
 
@@ -238,7 +240,15 @@ __device__ __forceinline__ int router_blocks(const Linear &m) {
   return (m.rows + rows - 1) / rows;
 }
 
-KERNEL __launch_bounds__(ROUTER_THREADS, 2)
+/* Two blocks on a multiprocessor, so that the next kernel's can wait beside this one's. Before sm_90 kernels
+   don't overlap, and ptxas needs more registers. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int ROUTER_RESIDENT = 1;
+#else
+constexpr int ROUTER_RESIDENT = 2;
+#endif
+
+KERNEL __launch_bounds__(ROUTER_THREADS, ROUTER_RESIDENT)
     decode_router(const Step *step, const float *hidden, const float *norm_scale, float eps, int dim,
                   Linear router, Linear shared_gate, int k, int norm_topk_prob, float *logits, uint32_t *counter,
                   const uint64_t *slots, const uint8_t *host_blobs, int64_t blob_bytes, const float *units,

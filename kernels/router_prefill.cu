@@ -202,7 +202,7 @@ KERNEL prefill_topk(const float *logits, const float *normed, Linear shared_gate
     if (lane == rank) kept_key = best, kept_id = id;
 #pragma unroll
     for (int i = 0; i < MAX_EXPERTS_PER_LANE; i++)
-      if (lane + 32 * i == id) key[i] = 0;
+      if (lane + 32 * i == (int)id) key[i] = 0;
   }
   if (lane < k) {
     const float weight = __uint_as_float(kept_key - 1);

@@ -8,6 +8,7 @@ use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::{bench, doctor, plan, profile, quantize, report, run, synth};
 use crate::engine::{BackendChoice, GpuOptions, Residency};
+use crate::planning::PolicyConfig;
 use crate::planning::units::parse_bytes;
 
 /// Runs large mixture-of-experts language models on one small GPU plus system RAM, and tells
@@ -98,6 +99,13 @@ pub struct ComputeArgs {
     /// Keep all experts in RAM: the CPU computes them, the GPU the rest
     #[arg(long)]
     pub cpu_moe: bool,
+    /// Placement of experts from `moectl plan`: what is in VRAM at first, and the policy that
+    /// changes it [default: as many as fit, the same number in every layer, unchanging]
+    #[arg(long, value_name = "FILE", conflicts_with = "cpu_moe")]
+    pub placement: Option<PathBuf>,
+    /// Policy of the expert cache instead of the placement's: static, lru, lfu_decay, ..
+    #[arg(long, value_name = "NAME", conflicts_with = "cpu_moe")]
+    pub policy: Option<PolicyConfig>,
     /// Of 1, 2, .. missing experts of a layer, how many the GPU reads over PCIe
     #[arg(long, value_name = "N,...", value_delimiter = ',', hide = true)]
     pub gpu_reads: Vec<i32>,

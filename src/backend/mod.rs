@@ -21,7 +21,7 @@ use thiserror::Error;
 
 pub use kv::KvDtype;
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
-pub use times::DecodeTimes;
+pub use times::{DecodeTimes, SlotChange};
 pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};
 
 /// Why a block could not be computed. None of these is the user's input: that was checked before.

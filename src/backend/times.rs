@@ -41,3 +41,11 @@ impl DecodeTimes {
         self.h2d_bytes += other.h2d_bytes;
     }
 }
+
+/// Bring `expert` into `slot` of `layer`, over what is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotChange {
+    pub layer: usize,
+    pub slot: usize,
+    pub expert: usize,
+}

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::formats::Document;
 use crate::formats::document::HARDWARE;
-use crate::hardware::HardwareBody;
+use crate::hardware::{GpuReport, HardwareBody};
 use crate::planning::hardware::{Cpu, Figure, Hardware, KNOWN};
 
 /// hardware.json as `doctor` writes it: what the machine is, and what plans are made from.
@@ -100,6 +100,32 @@ pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
         },
         gpu: None,
     })
+}
+
+/// The known machine that is most like this one, to plan for before anything is measured.
+pub fn like_this() -> Hardware {
+    let gpus = GpuReport::detect().devices;
+    let is = |part: &str| gpus.first().is_some_and(|gpu| gpu.name.contains(part));
+    match is("H100") || is("H200") || is("A100") {
+        true => Hardware::h100_box(),
+        false => Hardware::laptop_4090(),
+    }
+}
+
+/// As [`like_this`], with the RAM of this machine as it was measured. What RAM and PCIe deliver
+/// together goes with the RAM.
+pub fn with_gpu(hardware: &HardwareBody) -> Hardware {
+    let mut machine = like_this();
+    if let Some(this) = this_machine(hardware) {
+        let share = this.cpu.dram_read_gb_s.value / machine.cpu.dram_read_gb_s.value;
+        let both = machine.gpu.as_mut().and_then(|gpu| gpu.cpu_and_pcie_gb_s.as_mut());
+        if let Some(both) = both {
+            both.value *= share;
+        }
+        machine.label = format!("{}; GPU as {}", this.label, machine.label);
+        machine.cpu = this.cpu;
+    }
+    machine
 }
 
 /// What the int16 kernels reached in prefill: 60 on a Xeon of 16 cores, 150 on an EPYC of 2.

@@ -1,5 +1,6 @@
 //! The engine: a loaded model that takes tokens and gives logits, on whatever backend.
 
+pub mod experts;
 pub mod footprint;
 pub mod generate;
 pub mod sampler;
@@ -39,6 +40,20 @@ pub enum BackendChoice {
     Cpu,
     /// The GPU of this number, and the CPU beside it
     Cuda(usize),
+}
+
+impl BackendChoice {
+    /// What `auto` means on this machine, in this build; others are what they say.
+    pub fn resolve(self) -> Self {
+        match self {
+            BackendChoice::Auto => fastest(),
+            chosen => chosen,
+        }
+    }
+
+    pub fn is_cuda(self) -> bool {
+        matches!(self, BackendChoice::Cuda(_))
+    }
 }
 
 impl FromStr for BackendChoice {
@@ -222,6 +237,8 @@ fn cuda(
 /// A model in memory with one sequence.
 pub struct Engine {
     runner: Box<dyn Runner>,
+    /// Decides which experts are in VRAM, once a placement is in force
+    experts: Option<experts::ExpertManager>,
     /// What the sequence holds
     tokens: Vec<u32>,
     config: ModelConfig,
@@ -258,11 +275,7 @@ impl Engine {
                 "skipped {mtp_tensors} multi-token-prediction tensors (mtp.*)"
             ));
         }
-        let backend = match options.backend {
-            BackendChoice::Auto => fastest(),
-            chosen => chosen,
-        };
-        let runner: Box<dyn Runner> = match backend {
+        let runner: Box<dyn Runner> = match options.backend.resolve() {
             BackendChoice::Cuda(index) => cuda(index, &config, &weights, options)?,
             BackendChoice::Auto | BackendChoice::Cpu => {
                 let cpu = CpuOptions {
@@ -281,6 +294,7 @@ impl Engine {
         notes.extend(runner.notes());
         Ok(Engine {
             runner,
+            experts: None,
             tokens: Vec::new(),
             config,
             text,
@@ -376,8 +390,21 @@ impl Engine {
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
             return Err(EngineError::TokenId { id, vocab_size });
         }
-        let logits = self.runner.forward(ids, rows, on_routing)?;
+        let Some(experts) = &mut self.experts else {
+            let logits = self.runner.forward(ids, rows, on_routing)?;
+            self.tokens.extend(ids);
+            return Ok(logits);
+        };
+        let decode = ids.len() == 1;
+        let logits = self.runner.forward(ids, rows, &mut |layer, position, routing| {
+            experts.observe(layer, routing, decode);
+            on_routing(layer, position, routing);
+        })?;
         self.tokens.extend(ids);
+        let changes = experts.take_changes();
+        if !changes.is_empty() {
+            self.runner.change_slots(&changes)?;
+        }
         Ok(logits)
     }
 

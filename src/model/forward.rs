@@ -1,7 +1,7 @@
 //! The loop over blocks, the same for every backend. Routing events leave here.
 
 use crate::backend::{
-    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, Result, Routing,
+    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, Result, Routing, SlotChange,
 };
 
 /// Which positions of a chunk want logits.
@@ -56,6 +56,16 @@ pub trait Runner: Send {
     /// Bytes this process holds on the GPU, by the driver's figure.
     fn vram_bytes(&self) -> Option<u64> {
         None
+    }
+
+    /// Fills the expert slots of each layer, `[layer][slot]`; false if there are none to fill.
+    fn place(&mut self, _contents: &[Vec<Option<u16>>]) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Starts copying experts into slots; what a slot held is forgotten at once.
+    fn change_slots(&mut self, _changes: &[SlotChange]) -> Result<()> {
+        Ok(())
     }
 
     /// What the backend found out about this machine while loading.
@@ -194,6 +204,15 @@ impl Runner for crate::backend::cuda::Cuda {
 
     fn vram_bytes(&self) -> Option<u64> {
         self.used_bytes().ok()
+    }
+
+    fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<bool> {
+        self.place(contents)?;
+        Ok(true)
+    }
+
+    fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
+        self.change_slots(changes)
     }
 
     fn notes(&self) -> Vec<String> {

@@ -21,3 +21,8 @@ pub fn open_device() -> Option<Device> {
         None
     }
 }
+
+/// Whether no real GPU is there; what takes too long then, or looks at its memory, is left out.
+pub fn is_emulated(device: &Device) -> bool {
+    device.facts().name.starts_with("emulated")
+}

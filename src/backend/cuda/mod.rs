@@ -18,6 +18,7 @@ pub mod abi;
 mod arena;
 pub mod budget;
 mod calibrate;
+mod slots;
 pub mod decode;
 pub mod device;
 #[cfg(feature = "cuda")]
@@ -61,6 +62,8 @@ pub enum Residency {
     Preferred(Vec<Vec<u16>>),
     /// Exactly these (layer, expert)
     Exactly(Vec<(usize, usize)>),
+    /// `[layer][slot]`, as far as they fit: what each slot holds at first
+    Slots(Vec<Vec<Option<u16>>>),
 }
 
 #[derive(Clone, Debug, Default)]
@@ -101,6 +104,7 @@ pub struct Cuda {
     shape: ModelShape,
     options: CudaOptions,
     usage: Usage,
+    slots: slots::Slots,
     /// A failed step leaves the sequence in an unknown state.
     broken: bool,
     /// What calibration found, for who asks
@@ -198,6 +202,7 @@ impl Cuda {
             shape,
             options,
             usage,
+            slots: slots::Slots::default(),
             broken: false,
             notes: Vec::new(),
             _arena: arena,
@@ -209,51 +214,6 @@ impl Cuda {
         cuda.fill_slots()?;
         cuda.calibrate()?;
         Ok(cuda)
-    }
-
-    /// Gives the VRAM that is left to experts, as the options ask.
-    fn fill_slots(&mut self) -> Result<()> {
-        let (layers, experts) = (self.shape.num_layers(), self.shape.moe.num_experts);
-        self.decode.forget_graphs();
-        self.store.set_slots(&self.device, 0, &self.stream)?;
-        self.prefill.drop_workspace();
-        let budget = self.options.vram_bytes;
-        let mut room = self.usage.room(budget)?;
-        // Where few slots fit, prefill cannot borrow from them.
-        let workspace = self.prefill.workspace_bytes() as u64;
-        let all = (layers * experts) as u64 * self.store.slot_bytes();
-        let nothing = matches!(self.options.residency, Residency::Nothing | Residency::Exactly(_));
-        if nothing || room.min(all) < 2 * workspace {
-            self.prefill.own_workspace(&self.device, &self.stream)?;
-            room = self.usage.room(budget)?;
-        }
-        let fitting = ((room / self.store.slot_bytes()) as usize).min(layers * experts);
-        let wanted: Vec<(usize, usize)> = match &self.options.residency {
-            Residency::Nothing => Vec::new(),
-            Residency::Exactly(experts) => {
-                if experts.len() > fitting {
-                    return Err(BackendError::Other(format!(
-                        "{} experts were asked to be in VRAM, {fitting} fit",
-                        experts.len()
-                    )));
-                }
-                experts.clone()
-            }
-            Residency::Fill => spread(layers, experts, &[], fitting),
-            Residency::Preferred(lists) => spread(layers, experts, lists, fitting),
-        };
-        self.store.set_slots(&self.device, wanted.len(), &self.stream)?;
-        for (slot, (layer, expert)) in wanted.into_iter().enumerate() {
-            if layer >= layers || expert >= experts {
-                return Err(BackendError::Other(format!(
-                    "expert {expert} of layer {layer} is not in this model of {layers} layers \
-                     with {experts} experts"
-                )));
-            }
-            self.store.fetch(layer, expert, slot, &self.stream)?;
-        }
-        self.store.publish(&self.stream)?;
-        self.stream.synchronize()
     }
 
     pub fn shape(&self) -> &ModelShape {
@@ -378,6 +338,7 @@ impl Cuda {
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<Vec<f32>> {
         let mut logits = Vec::with_capacity(rows.len() * self.shape.vocab_size);
+        self.settle_slots()?;
         let model = Model {
             shape: &self.shape,
             dense: &self.dense,
@@ -401,46 +362,5 @@ impl Cuda {
             logits.extend_from_slice(row.unwrap_or_default());
         }
         Ok(logits)
-    }
-}
-
-/// `count` experts, the same number in every layer as nearly as can be: of each layer those that
-/// `preferred` names, then the lowest ids.
-fn spread(
-    layers: usize,
-    experts: usize,
-    preferred: &[Vec<u16>],
-    count: usize,
-) -> Vec<(usize, usize)> {
-    let orders: Vec<Vec<usize>> = (0..layers)
-        .map(|layer| {
-            let named = preferred.get(layer).map_or(&[][..], Vec::as_slice);
-            let mut order: Vec<usize> = Vec::with_capacity(experts);
-            let mut taken = vec![false; experts];
-            let all = named.iter().map(|&e| usize::from(e)).chain(0..experts);
-            for expert in all {
-                if expert < experts && !std::mem::replace(&mut taken[expert], true) {
-                    order.push(expert);
-                }
-            }
-            order
-        })
-        .collect();
-    (0..experts)
-        .flat_map(|rank| (0..layers).map(move |layer| (layer, rank)))
-        .take(count)
-        .map(|(layer, rank)| (layer, orders[layer][rank]))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slots_are_spread_evenly_and_preferences_come_first() {
-        let all = spread(3, 4, &[vec![3, 1], vec![], vec![2]], 7);
-        assert_eq!(all, [(0, 3), (1, 0), (2, 2), (0, 1), (1, 1), (2, 0), (0, 0)]);
-        assert_eq!(spread(2, 3, &[], 100).len(), 6);
     }
 }

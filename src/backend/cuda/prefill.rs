@@ -266,6 +266,7 @@ impl Cuda {
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<Vec<f32>> {
         let size = self.prefill.tokens;
+        self.finish_slots()?;
         let (base, borrowed) = match &self.prefill.own {
             Some(buffer) => (buffer.address(), Vec::new()),
             None => self.store.borrow(self.prefill.workspace_bytes()),

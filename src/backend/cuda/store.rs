@@ -263,14 +263,34 @@ impl ExpertStore {
         slot: usize,
         stream: &Stream,
     ) -> Result<()> {
+        self.start_fetch(layer, expert, slot, stream)?;
+        self.arrived(layer, expert, slot);
+        Ok(())
+    }
+
+    /// Starts copying an expert into `slot`, whose old content is forgotten. It counts as there only
+    /// after [`arrived`](ExpertStore::arrived); kernels that run meanwhile must not use the slot.
+    pub fn start_fetch(
+        &mut self,
+        layer: usize,
+        expert: usize,
+        slot: usize,
+        stream: &Stream,
+    ) -> Result<()> {
         self.evict(slot);
-        let address = self.slot_address(slot);
         let (from, bytes) = self.blob(layer, expert);
         // SAFETY: the blob lives as long as `self`, and the slot is `blob_bytes` long.
-        unsafe { stream.copy_to_device(address, from, bytes)? };
-        self.holds[slot] = Some((layer as u32, expert as u32));
-        self.table.as_mut_slice()[layer * self.num_experts + expert] = address;
-        Ok(())
+        unsafe { stream.copy_to_device(self.slot_address(slot), from, bytes) }
+    }
+
+    /// `slot` now holds an expert.
+    pub fn arrived(&mut self, layer: usize, expert: usize, slot: usize) {
+        // Another slot may have had it since.
+        if self.resident(layer, expert) == 0 {
+            let address = self.slot_address(slot);
+            self.holds[slot] = Some((layer as u32, expert as u32));
+            self.table.as_mut_slice()[layer * self.num_experts + expert] = address;
+        }
     }
 
     /// Forgets what `slot` holds.

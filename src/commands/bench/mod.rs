@@ -12,7 +12,7 @@ use clap::Args;
 use sha2::{Digest, Sha256};
 
 use super::console::Console;
-use super::machine::this_machine;
+use super::machine::{self, this_machine};
 use super::plan::{self, Kv};
 use super::profile::{self, Settings as ProfileSettings};
 use super::{Failure, check_output, load, report, workloads};
@@ -65,9 +65,6 @@ pub struct BenchArgs {
     /// Repetitions before those, not counted
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmups: usize,
-    /// Placement to run with [default: one made here, for --vram]
-    #[arg(long, value_name = "FILE")]
-    placement: Option<PathBuf>,
     /// Type of the KV cache to plan for
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
     kv: Kv,
@@ -119,7 +116,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let checkpoint = source.local_checkpoint()?;
     let footprint = footprint(&config, checkpoint.as_ref())?;
     let model_id = source.model_id(checkpoint.as_ref())?;
-    let given = args.placement.as_deref();
+    let given = args.compute.placement.as_deref();
     let given = given
         .map(|path| plan::read(path, &model_id, &footprint))
         .transpose()?;
@@ -141,6 +138,9 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         }
     };
 
+    if profile.is_some() {
+        load::place(&mut engine, &args.compute, &placement.body, console)?;
+    }
     let gpu = engine.backend().name;
     let gpu = gpu.strip_prefix("cuda:").and_then(|index| index.parse().ok());
     let monitor = Monitor::start(Duration::from_millis(200), gpu);
@@ -154,13 +154,20 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     // Not before: its buffer would count as the model's memory.
     let threads = engine.backend().threads;
     hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
-    let machine = this_machine(&hardware);
+    let machine = match engine.backend().name.starts_with("cuda") {
+        true => Some(machine::with_gpu(&hardware)),
+        false => this_machine(&hardware),
+    };
+    let hit_rates = match machine.as_ref().is_some_and(|m| m.gpu.is_some()) {
+        true => placement.body.expected_hit_rates.clone(),
+        false => vec![0.0; footprint.num_layers],
+    };
     for context in &mut contexts {
         let tokens = context.context_tokens;
         context.bytes_read_per_token = engine.decode_read_bytes(tokens);
         context.prediction = machine
             .as_ref()
-            .map(|m| predict(&footprint, m, tokens as u64));
+            .map(|m| predict(&footprint, m, tokens as u64, &hit_rates));
         context.compare_prediction();
     }
     let quality = match args.quality_tokens {
@@ -271,7 +278,7 @@ fn plan_here(
     )?;
     profile.write(&args.output.join("profile.json"))?;
     let (trace, _) = TraceReader::new(events.as_slice())?.read_all()?;
-    let hardware = Hardware::laptop_4090();
+    let hardware = machine::like_this();
     let placement = plan::make(&PlanRequest {
         footprint,
         hardware: &hardware,
@@ -292,7 +299,12 @@ fn plan_here(
     Ok((placement, profile))
 }
 
-fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64) -> Prediction {
+fn predict(
+    footprint: &Footprint,
+    machine: &Hardware,
+    ctx: u64,
+    hit_rates: &[f64],
+) -> Prediction {
     let decode = cost::decode(
         footprint,
         machine,
@@ -300,7 +312,7 @@ fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64) -> Prediction {
             ctx_tokens: ctx,
             kv_dtype: KvDtype::F16,
             head: placement::Tier::Vram,
-            hit_rates: &vec![0.0; footprint.num_layers],
+            hit_rates,
             promotions_per_token: 0.0,
             disk_share: 0.0,
         },

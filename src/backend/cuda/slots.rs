@@ -1,0 +1,191 @@
+//! Which experts are in VRAM: filled at first as the options ask, changed between tokens.
+//!
+//! A change takes effect in two steps. The old expert leaves the table of addresses before the next
+//! token; the new one enters it before the first token that finds its copy done. Meanwhile it is
+//! computed from RAM like any other.
+
+use super::{Cuda, Residency};
+use crate::backend::{BackendError, Result, SlotChange};
+
+/// Slots by layer, and copies under way.
+#[derive(Default)]
+pub struct Slots {
+    /// First slot of each layer, and how many it has; empty unless a placement is in force
+    layers: Vec<(usize, usize)>,
+    /// (layer, expert, slot) of copies that were started
+    pending: Vec<(usize, usize, usize)>,
+    /// Whether the host's table of addresses is newer than the device's
+    changed: bool,
+}
+
+impl Cuda {
+    /// Gives the VRAM that is left to experts, as the options ask.
+    pub(super) fn fill_slots(&mut self) -> Result<()> {
+        let (layers, experts) = (self.shape.num_layers(), self.shape.moe.num_experts);
+        self.decode.forget_graphs();
+        self.slots = Slots::default();
+        self.store.set_slots(&self.device, 0, &self.stream)?;
+        self.prefill.drop_workspace();
+        let budget = self.options.vram_bytes;
+        let mut room = self.usage.room(budget)?;
+        // Where few slots fit, prefill cannot borrow from them.
+        let workspace = self.prefill.workspace_bytes() as u64;
+        let all = (layers * experts) as u64 * self.store.slot_bytes();
+        let nothing = matches!(self.options.residency, Residency::Nothing | Residency::Exactly(_));
+        if nothing || room.min(all) < 2 * workspace {
+            self.prefill.own_workspace(&self.device, &self.stream)?;
+            room = self.usage.room(budget)?;
+        }
+        let fitting = ((room / self.store.slot_bytes()) as usize).min(layers * experts);
+        let wanted: Vec<Option<(usize, usize)>> = match &self.options.residency {
+            Residency::Nothing => Vec::new(),
+            Residency::Exactly(experts) => {
+                if experts.len() > fitting {
+                    return Err(BackendError::Other(format!(
+                        "{} experts were asked to be in VRAM, {fitting} fit",
+                        experts.len()
+                    )));
+                }
+                experts.iter().copied().map(Some).collect()
+            }
+            Residency::Slots(contents) => {
+                let (slots, experts) = in_slots(contents, fitting);
+                self.slots.layers = slots;
+                experts
+            }
+            Residency::Fill => spread(layers, experts, &[], fitting).map(Some).collect(),
+            Residency::Preferred(lists) => spread(layers, experts, lists, fitting).map(Some).collect(),
+        };
+        self.store.set_slots(&self.device, wanted.len(), &self.stream)?;
+        for (slot, wanted) in wanted.into_iter().enumerate() {
+            let Some((layer, expert)) = wanted else {
+                continue;
+            };
+            if layer >= layers || expert >= experts {
+                return Err(BackendError::Other(format!(
+                    "expert {expert} of layer {layer} is not in this model of {layers} layers \
+                     with {experts} experts"
+                )));
+            }
+            self.store.fetch(layer, expert, slot, &self.stream)?;
+        }
+        self.store.publish(&self.stream)?;
+        self.stream.synchronize()
+    }
+
+    /// Puts `[layer][slot]` experts into VRAM, as far as they fit.
+    pub fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<()> {
+        self.copies.synchronize()?;
+        self.options.residency = Residency::Slots(contents.to_vec());
+        self.fill_slots()
+    }
+
+    /// Starts copies into slots; changes of slots that did not fit are passed over.
+    pub fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
+        for change in changes {
+            let Some(&(first, count)) = self.slots.layers.get(change.layer) else {
+                continue;
+            };
+            if change.slot >= count {
+                continue;
+            }
+            let slot = first + change.slot;
+            self.slots.pending.retain(|&(_, _, other)| other != slot);
+            // No kernel runs now, and the next ones get a table without the old expert.
+            self.store.start_fetch(change.layer, change.expert, slot, &self.copies)?;
+            self.slots.pending.push((change.layer, change.expert, slot));
+            self.slots.changed = true;
+            self.decode.times.h2d_bytes += self.store.layout.blob_bytes as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes known to the device what has changed: what left, and what has arrived.
+    pub(super) fn settle_slots(&mut self) -> Result<()> {
+        if !self.slots.pending.is_empty() && self.copies.is_idle()? {
+            for (layer, expert, slot) in self.slots.pending.drain(..) {
+                self.store.arrived(layer, expert, slot);
+            }
+            self.slots.changed = true;
+        }
+        if std::mem::take(&mut self.slots.changed) {
+            self.store.publish(&self.stream)?;
+        }
+        Ok(())
+    }
+
+    /// As [`settle_slots`](Cuda::settle_slots), after waiting for all copies.
+    pub(super) fn finish_slots(&mut self) -> Result<()> {
+        self.copies.synchronize()?;
+        self.settle_slots()
+    }
+}
+
+/// `count` experts, the same number in every layer as nearly as can be: of each layer those that
+/// `preferred` names, then the lowest ids.
+fn spread(
+    layers: usize,
+    experts: usize,
+    preferred: &[Vec<u16>],
+    count: usize,
+) -> impl Iterator<Item = (usize, usize)> {
+    let orders: Vec<Vec<usize>> = (0..layers)
+        .map(|layer| {
+            let named = preferred.get(layer).map_or(&[][..], Vec::as_slice);
+            let mut order: Vec<usize> = Vec::with_capacity(experts);
+            let mut taken = vec![false; experts];
+            let all = named.iter().map(|&e| usize::from(e)).chain(0..experts);
+            for expert in all {
+                if expert < experts && !std::mem::replace(&mut taken[expert], true) {
+                    order.push(expert);
+                }
+            }
+            order
+        })
+        .collect();
+    (0..experts)
+        .flat_map(move |rank| (0..layers).map(move |layer| (layer, rank)))
+        .take(count)
+        .map(move |(layer, rank)| (layer, orders[layer][rank]))
+}
+
+/// First slot and number of slots of each layer, and what each slot holds.
+type LayerSlots = (Vec<(usize, usize)>, Vec<Option<(usize, usize)>>);
+
+/// Slots one layer after the other; where fewer fit than there are, all layers lose the same share.
+fn in_slots(contents: &[Vec<Option<u16>>], fitting: usize) -> LayerSlots {
+    let all: usize = contents.iter().map(Vec::len).sum();
+    let (mut layers, mut experts) = (Vec::new(), Vec::new());
+    let mut before = 0;
+    for (layer, slots) in contents.iter().enumerate() {
+        let first = experts.len();
+        before += slots.len();
+        let end = match fitting < all {
+            true => (before * fitting / all).min(first + slots.len()),
+            false => before,
+        };
+        let kept = slots.iter().take(end - first);
+        experts.extend(kept.map(|expert| expert.map(|e| (layer, usize::from(e)))));
+        layers.push((first, end - first));
+    }
+    (layers, experts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_spread_evenly_and_preferences_come_first() {
+        let all: Vec<_> = spread(3, 4, &[vec![3, 1], vec![], vec![2]], 7).collect();
+        assert_eq!(all, [(0, 3), (1, 0), (2, 2), (0, 1), (1, 1), (2, 0), (0, 0)]);
+        let contents = [vec![Some(1), Some(0)], vec![None, Some(2)], vec![]];
+        let (layers, experts) = in_slots(&contents, 100);
+        assert_eq!(layers, [(0, 2), (2, 2), (4, 0)]);
+        assert_eq!(experts, [Some((0, 1)), Some((0, 0)), None, Some((1, 2))]);
+        let (layers, experts) = in_slots(&contents, 2);
+        assert_eq!(layers, [(0, 1), (1, 1), (2, 0)]);
+        assert_eq!(experts, [Some((0, 1)), None]);
+        assert_eq!(spread(2, 3, &[], 100).count(), 6);
+    }
+}

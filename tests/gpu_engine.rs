@@ -1,0 +1,515 @@
+//! The cuda backend as a sequence: however a prompt is cut and wherever experts are, the same
+//! tokens; starting over, giving up, filling the context, short memory, two at once.
+//!
+//! On a machine without a GPU the emulator runs the same kernels, if it is built in.
+#![cfg(any(feature = "cuda", feature = "emulate"))]
+
+mod gpu;
+mod support;
+
+use std::sync::{Mutex, MutexGuard};
+
+use gpu::{is_emulated, open_device};
+use moectl::backend::cuda::budget::Usage;
+use moectl::backend::cuda::device::Device;
+use moectl::backend::cuda::{Cuda, CudaOptions, Residency};
+use moectl::backend::{BackendError, KvDtype, ModelShape, ModelWeights, Result};
+use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions, TextModel};
+use moectl::model::{LogitRows, Runner, Source};
+use support::*;
+
+/// Largest difference of a logit between two ways to compute it on the GPU. Sums in another order
+/// differ by 1e-6; where that moves a key or value across a rounding of f16, by 5e-4 of it.
+const SAME: f32 = 1e-3;
+/// The same where the CPU computes experts: it rounds activations to int16.
+const SAME_BESIDE_CPU: f32 = 5e-3;
+/// The driver takes pages of 2 MiB, and a little for the first launches.
+const SLACK_BYTES: u64 = 8 << 20;
+
+type Model = (ModelShape, ModelWeights);
+
+/// Tests that measure memory want the device for themselves.
+fn alone() -> MutexGuard<'static, ()> {
+    static DEVICE: Mutex<()> = Mutex::new(());
+    DEVICE.lock().unwrap_or_else(|failed| failed.into_inner())
+}
+
+fn load(
+    device: &Device,
+    options: CudaOptions,
+    model: &Model,
+    max_tokens: usize,
+) -> Result<Cuda> {
+    let (shape, weights) = (model.0.clone(), &model.1);
+    let usage = Usage::of(device, 0);
+    Cuda::on(device.clone(), 0, usage, shape, weights, options, max_tokens, &|_, _| {})
+}
+
+fn cuda(device: &Device, options: CudaOptions, model: &Model, max_tokens: usize) -> Cuda {
+    load(device, options, model, max_tokens).unwrap()
+}
+
+fn with(residency: Residency) -> CudaOptions {
+    CudaOptions {
+        residency,
+        ..CudaOptions::default()
+    }
+}
+
+/// Every `step`-th expert of the model.
+fn every(step: usize, shape: &ModelShape) -> Residency {
+    let experts = shape.moe.num_experts;
+    let all = 0..shape.num_layers() * experts;
+    Residency::Exactly(all.step_by(step).map(|i| (i / experts, i % experts)).collect())
+}
+
+fn tiny_moe_text(tokens: usize) -> Vec<u32> {
+    let source = Source::resolve(Some(tiny_moe().to_str().unwrap())).unwrap();
+    let text = TextModel::load(&source).unwrap();
+    let prose = std::fs::read_to_string(tiny_moe().with_file_name("prose.jsonl")).unwrap();
+    let first = prose.lines().next().unwrap();
+    let record: serde_json::Value = serde_json::from_str(first).unwrap();
+    let ids = text.tokenizer.encode(record["text"].as_str().unwrap()).unwrap();
+    assert!(ids.len() >= tokens);
+    ids[..tokens].to_vec()
+}
+
+fn last_row(logits: &[f32], shape: &ModelShape) -> Vec<f32> {
+    logits[logits.len() - shape.vocab_size..].to_vec()
+}
+
+/// All logits of a prompt fed in pieces, then `n` greedy tokens.
+fn answer(
+    sequence: &mut Cuda,
+    ids: &[u32],
+    piece: usize,
+    n: usize,
+    max_tokens: usize,
+) -> (Vec<f32>, Vec<u32>) {
+    Runner::reset(sequence, max_tokens).unwrap();
+    let (logits, _) = prefill(sequence, ids, piece);
+    let last = last_row(&logits, sequence.shape());
+    let tokens = greedy(sequence, &last, n);
+    assert_eq!(sequence.position(), ids.len() + n - 1);
+    (logits, tokens)
+}
+
+#[test]
+fn a_prompt_may_be_cut_anywhere() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    for &(model, layout) in &[("tiny-a", "nf4"), ("tiny-b", "nf4"), ("tiny-c", "bf16")] {
+        let golden = golden(model, layout);
+        let model = open(&golden.model_dir);
+        let prompt = golden.prompts.iter().max_by_key(|p| p.ids.len()).unwrap();
+        let mut sequence = cuda(&device, with(Residency::Fill), &model, 512);
+        let whole = prompt.ids.len();
+        let (expected, tokens) = answer(&mut sequence, &prompt.ids, whole, 16, 512);
+        assert_eq!(tokens, prompt.greedy[..16], "{} whole", golden.name);
+        let mut worst = 0.0f32;
+        for piece in [1, 7, 63, 64, 65] {
+            let (logits, cut) = answer(&mut sequence, &prompt.ids, piece, 16, 512);
+            let diff = max_diff(&logits, &expected);
+            worst = worst.max(diff);
+            assert!(diff <= SAME, "{} in pieces of {piece}: {diff}", golden.name);
+            assert_eq!(cut, tokens, "{} in pieces of {piece}", golden.name);
+        }
+        println!("{}: largest difference between two ways to cut {worst:.1e}", golden.name);
+    }
+}
+
+#[test]
+fn starting_over_gives_the_same_bits() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let golden = golden("tiny-b", "nf4");
+    let model = open(&golden.model_dir);
+    let ids = &golden.prompts.iter().find(|p| p.ids.len() == 65).unwrap().ids;
+    for residency in [Residency::Fill, every(2, &model.0)] {
+        let fresh = {
+            let mut sequence = cuda(&device, with(residency.clone()), &model, 256);
+            let (mut logits, _) = prefill(&mut sequence, ids, ids.len());
+            let next = sequence.forward(&[7], 0..1, &mut |_, _, _| {}).unwrap();
+            logits.extend(next);
+            logits
+        };
+        let mut sequence = cuda(&device, with(residency), &model, 256);
+        // What came before: other tokens, one by one and in a chunk, a longer context, a shorter one.
+        for (round, max_tokens) in [256, 200, 4096, 100, 256].into_iter().enumerate() {
+            Runner::reset(&mut sequence, max_tokens).unwrap();
+            assert_eq!(sequence.position(), 0);
+            let (mut logits, _) = prefill(&mut sequence, ids, ids.len());
+            logits.extend(sequence.forward(&[7], 0..1, &mut |_, _, _| {}).unwrap());
+            let same = logits.iter().zip(&fresh).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "round {round}, room for {max_tokens}");
+            let other: Vec<u32> = ids.iter().rev().take(20).copied().collect();
+            prefill(&mut sequence, &other, 9);
+        }
+    }
+}
+
+#[test]
+fn a_long_generation_neither_drifts_nor_leaks() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let model = open(&tiny_moe());
+    // On a GPU the model's whole context, twice in each place: 32,000 tokens.
+    let (limit, prompt) = if is_emulated(&device) { (160, 60) } else { (8192, 100) };
+    let ids = tiny_moe_text(prompt);
+    for residency in [Residency::Fill, every(3, &model.0)] {
+        let mut sequence = cuda(&device, with(residency), &model, limit);
+        let mut first: Option<(Vec<u32>, u64)> = None;
+        for round in 0..2 {
+            Runner::reset(&mut sequence, limit).unwrap();
+            let (logits, _) = prefill(&mut sequence, &ids, ids.len());
+            let mut tokens = vec![argmax(&last_row(&logits, &model.0))];
+            let error = loop {
+                let last = *tokens.last().unwrap();
+                match sequence.forward(&[last], 0..1, &mut |_, _, _| {}) {
+                    Ok(logits) => {
+                        assert!(logits.iter().all(|x| x.is_finite()), "token {}", tokens.len());
+                        tokens.push(argmax(&logits));
+                    }
+                    Err(error) => break error,
+                }
+            };
+            assert!(
+                matches!(error, BackendError::ContextFull { needed, capacity }
+                    if needed == limit + 1 && capacity == limit),
+                "{error}"
+            );
+            assert_eq!(tokens.len(), limit - prompt + 1);
+            let used = sequence.used_bytes().unwrap();
+            match &first {
+                None => first = Some((tokens, used)),
+                Some((expected, before)) => {
+                    let same = tokens.iter().zip(expected).take_while(|(a, b)| a == b).count();
+                    assert_eq!(same, tokens.len(), "round {round}: tokens part there");
+                    assert_eq!(used, *before, "bytes on the device");
+                }
+            }
+        }
+        println!("{} tokens twice, {} B held", limit - prompt + 1, first.unwrap().1);
+    }
+}
+
+#[test]
+fn dropping_a_model_gives_its_memory_back() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let golden = golden("tiny-a", "nf4");
+    let model = open(&golden.model_dir);
+    let mut held = Vec::new();
+    for _ in 0..4 {
+        let mut sequence = cuda(&device, with(every(2, &model.0)), &model, 128);
+        answer(&mut sequence, &golden.prompts[0].ids, 64, 2, 128);
+        drop(sequence);
+        held.push(Usage::of(&device, 0).now().unwrap());
+    }
+    // The first one may leave the driver's own memory behind.
+    assert!(held.iter().skip(2).all(|&bytes| bytes == held[1]), "{held:?}");
+}
+
+#[test]
+fn two_models_on_one_device_at_once() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let goldens = [("tiny-a", "nf4", 2), ("tiny-b", "nf4", 3)];
+    std::thread::scope(|scope| {
+        for (name, layout, step) in goldens {
+            let device = &device;
+            scope.spawn(move || {
+                let golden = golden(name, layout);
+                let model = open(&golden.model_dir);
+                let options = CudaOptions {
+                    threads: Some(2),
+                    ..with(every(step, &model.0))
+                };
+                let mut sequence = cuda(device, options, &model, 256);
+                for prompt in golden.prompts.iter().filter(|p| p.ids.len() < 200) {
+                    let (_, tokens) = answer(&mut sequence, &prompt.ids, 64, 16, 256);
+                    assert_eq!(tokens, prompt.greedy[..16], "{name} {}", prompt.name);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_prompt_given_up_between_chunks_leaves_a_working_sequence() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let golden = golden("tiny-a", "nf4");
+    let model = open(&golden.model_dir);
+    let long = &golden.prompts.iter().find(|p| p.ids.len() == 200).unwrap();
+    let short = &golden.prompts.iter().find(|p| p.ids.len() == 63).unwrap();
+    for residency in [Residency::Nothing, Residency::Fill] {
+        let options = CudaOptions {
+            prefill_tokens: Some(64),
+            ..with(residency)
+        };
+        let mut sequence = cuda(&device, options, &model, 256);
+        assert_eq!(sequence.prefill_chunk(), 64);
+        for given_up_after in 1..=3 {
+            Runner::reset(&mut sequence, 256).unwrap();
+            for chunk in long.ids.chunks(64).take(given_up_after) {
+                let none = sequence.forward(chunk, 0..0, &mut |_, _, _| {}).unwrap();
+                assert!(none.is_empty());
+            }
+            assert_eq!(sequence.position(), 64 * given_up_after);
+            let (_, tokens) = answer(&mut sequence, &short.ids, 64, 16, 256);
+            assert_eq!(tokens, short.greedy[..16], "after {given_up_after} chunks");
+        }
+        // And it may as well go on from there.
+        Runner::reset(&mut sequence, 256).unwrap();
+        sequence.forward(&long.ids[..64], 0..0, &mut |_, _, _| {}).unwrap();
+        let rest = sequence.forward(&long.ids[64..], 135..136, &mut |_, _, _| {}).unwrap();
+        assert_eq!(greedy(&mut sequence, &rest, 16), long.greedy[..16]);
+    }
+}
+
+/// The same through the engine, which asks between chunks whether to go on.
+#[test]
+fn the_engine_gives_up_a_prompt_when_told_to() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    // The engine opens its device itself.
+    if is_emulated(&device) && std::env::var_os("MOECTL_EMULATE").is_none() {
+        println!("skipped: no CUDA device, and MOECTL_EMULATE is not set");
+        return;
+    }
+    let ids = tiny_moe_text(150);
+    let source = Source::resolve(Some(tiny_moe().to_str().unwrap())).unwrap();
+    let options = LoadOptions {
+        backend: BackendChoice::Cuda(0),
+        threads: None,
+        cpu_precision: Default::default(),
+        gpu: GpuOptions {
+            prefill_tokens: Some(64),
+            ..GpuOptions::default()
+        },
+        kv_dtype: KvDtype::F16,
+        progress: &|_, _| {},
+        max_tokens: 256,
+    };
+    let mut engine = Engine::load(&source, &options).unwrap();
+    let run = |engine: &mut Engine| {
+        engine.reset(256).unwrap();
+        engine.prefill(&ids, &mut |_, _, _| {}, &mut |_| true).unwrap().unwrap()
+    };
+    let expected = run(&mut engine);
+    for chunks in 0..3 {
+        engine.reset(256).unwrap();
+        let mut asked = 0;
+        let given_up = engine.prefill(&ids, &mut |_, _, _| {}, &mut |done| {
+            assert_eq!(done, 64 * asked);
+            asked += 1;
+            asked <= chunks
+        });
+        assert!(given_up.unwrap().is_none());
+        assert_eq!(engine.tokens(), &ids[..64 * chunks]);
+        assert_eq!(run(&mut engine), expected, "after {chunks} chunks");
+    }
+}
+
+/// Mean over positions of KL(p || q), and the largest, of the distributions of two rows of logits.
+fn divergence(p: &[f32], q: &[f32], vocab: usize) -> (f64, f64) {
+    let log_probabilities = |row: &[f32]| -> Vec<f64> {
+        let largest = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let total: f64 = row.iter().map(|&x| (f64::from(x) - largest).exp()).sum();
+        row.iter().map(|&x| f64::from(x) - largest - total.ln()).collect()
+    };
+    let each: Vec<f64> = p
+        .chunks(vocab)
+        .zip(q.chunks(vocab))
+        .map(|(p, q)| {
+            let (p, q) = (log_probabilities(p), log_probabilities(q));
+            p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
+        })
+        .collect();
+    (each.iter().sum::<f64>() / each.len() as f64, each.iter().copied().fold(0.0, f64::max))
+}
+
+#[test]
+fn int8_keys_and_values_stay_close_to_f16() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let model = open(&tiny_moe());
+    let ids = tiny_moe_text(if is_emulated(&device) { 120 } else { 1000 });
+    // In one chunk, and token by token at the end: both kernels write and read the cache.
+    let run = |kv_dtype: KvDtype| {
+        let options = CudaOptions {
+            kv_dtype,
+            ..with(Residency::Fill)
+        };
+        let mut sequence = cuda(&device, options, &model, 1024);
+        let (chunk, rest) = ids.split_at(ids.len() - 20);
+        let (mut logits, _) = prefill(&mut sequence, chunk, chunk.len());
+        logits.extend(prefill(&mut sequence, rest, 1).0);
+        (logits, sequence.used_bytes().unwrap())
+    };
+    let (exact, f16_bytes) = run(KvDtype::F16);
+    let (rounded, int8_bytes) = run(KvDtype::Int8);
+    let (mean, largest) = divergence(&exact, &rounded, model.0.vocab_size);
+    println!("KL of int8 from f16: {mean:.1e} on average, {largest:.1e} at most");
+    // Half a percent of each key and value.
+    assert!(mean > 0.0 && mean < 1e-3 && largest < 2e-2, "{mean} {largest}");
+    if is_emulated(&device) {
+        assert!(int8_bytes < f16_bytes, "{int8_bytes} of {f16_bytes} bytes");
+    }
+}
+
+#[test]
+fn the_budget_is_a_ceiling_or_an_error_with_both_numbers() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let golden = golden("tiny-a", "nf4");
+    let model = open(&golden.model_dir);
+    let prompt = golden.prompts.iter().find(|p| p.ids.len() == 65).unwrap();
+    let run = |vram_bytes: Option<u64>, residency: Residency| -> Result<(u64, u64, usize)> {
+        let options = CudaOptions {
+            vram_bytes,
+            prefill_tokens: Some(64),
+            ..with(residency)
+        };
+        let mut sequence = load(&device, options, &model, 256)?;
+        let loaded = sequence.used_bytes()?;
+        let (_, tokens) = answer(&mut sequence, &prompt.ids, 65, 16, 256);
+        assert_eq!(tokens, prompt.greedy[..16], "{vram_bytes:?}");
+        Ok((loaded, sequence.used_bytes()?, sequence.resident_experts()))
+    };
+    // The least that must be there, with an expert or two and without.
+    let (bare, ..) = run(None, Residency::Nothing).unwrap();
+    for budget in [1, 1 << 20, bare / 2] {
+        match run(Some(budget), Residency::Fill) {
+            Err(error @ BackendError::DoesNotFit { needed, budget: told }) => {
+                assert_eq!(told, budget);
+                assert!(needed > budget, "{error}");
+                let text = error.to_string();
+                assert!(text.contains(&needed.to_string()), "{text}");
+                assert!(text.contains(&budget.to_string()), "{text}");
+            }
+            other => panic!("{other:?} within {budget}"),
+        }
+    }
+    let experts = model.0.num_layers() * model.0.moe.num_experts;
+    let mut residents = Vec::new();
+    for more in [48 << 20, (48 << 20) + 500_000, 64 << 20, 256 << 20] {
+        let budget = bare + more;
+        let (loaded, used, resident) = run(Some(budget), Residency::Fill).unwrap();
+        assert!(loaded <= budget && used <= budget, "{loaded}, then {used} of {budget}");
+        assert!(used <= loaded + SLACK_BYTES, "{loaded}, then {used}");
+        residents.push(resident);
+    }
+    assert!(residents.is_sorted(), "{residents:?}");
+    assert_eq!(residents.last(), Some(&experts));
+    // More experts asked for than fit is an error too.
+    let error = run(Some(bare + (48 << 20)), every(1, &model.0)).unwrap_err();
+    if is_emulated(&device) {
+        assert!(error.to_string().contains(&experts.to_string()), "{error}");
+    }
+}
+
+#[test]
+fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let model = open(&tiny_moe());
+    let (layers, experts) = (model.0.num_layers(), model.0.moe.num_experts);
+    let ids = tiny_moe_text(75);
+    let all = layers * experts;
+    let small = |residency: Residency| CudaOptions {
+        prefill_tokens: Some(24),
+        ..with(residency)
+    };
+    let run = |options: CudaOptions| {
+        let mut sequence = cuda(&device, options, &model, 128);
+        let used = sequence.used_bytes().unwrap();
+        let resident = sequence.resident_experts();
+        let first = answer(&mut sequence, &ids, ids.len(), 6, 128);
+        // What prefill borrowed is back.
+        assert_eq!(sequence.resident_experts(), resident);
+        assert_eq!(sequence.used_bytes().unwrap(), used);
+        let second = answer(&mut sequence, &ids, ids.len(), 6, 128);
+        let same = first.0.iter().zip(&second.0).all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same && first.1 == second.1, "a second time");
+        (first, used, resident)
+    };
+    // All experts in slots, and a workspace beside them.
+    let ((expected, tokens), own_used, resident) = run(small(every(1, &model.0)));
+    assert_eq!(resident, all);
+    let check = |name: &str, options: CudaOptions, count: Option<usize>| -> (u64, usize) {
+        let ((logits, found), used, resident) = run(options);
+        let bound = if resident == all { SAME } else { SAME_BESIDE_CPU };
+        let diff = max_diff(&logits, &expected);
+        println!("{name}: {resident} of {all} in VRAM, logits differ by {diff:.1e}");
+        assert!(diff <= bound, "{name}: logits differ by {diff}");
+        assert_eq!(found, tokens, "{name}");
+        assert!(count.is_none_or(|count| count == resident), "{name}: {resident} resident");
+        (used, resident)
+    };
+    // As many slots, but the workspace is borrowed from them.
+    let (borrowed_used, _) = check("borrowed workspace", small(Residency::Fill), Some(all));
+    if is_emulated(&device) {
+        assert!(borrowed_used < own_used, "{borrowed_used} of {own_used}: nothing is borrowed");
+    }
+    check("none", small(Residency::Nothing), Some(0));
+    check("an empty list", small(Residency::Exactly(Vec::new())), Some(0));
+    check("every third", small(every(3, &model.0)), Some(all.div_ceil(3)));
+    let last_layer = (0..experts).map(|e| (layers - 1, e)).collect();
+    check("one layer", small(Residency::Exactly(last_layer)), Some(experts));
+    let chunk = CudaOptions {
+        prefill_tokens: Some(512),
+        ..with(Residency::Fill)
+    };
+    check("one chunk", chunk, Some(all));
+
+    // The least wanted ones are left out, and what prefill borrows is in use; so many slots are
+    // there that it borrows.
+    let lists: Vec<Vec<u16>> =
+        (0..layers).map(|l| (0..experts as u16).rev().filter(|e| e % 3 != l as u16 % 3).collect()).collect();
+    let per_expert = (own_used - {
+        let sequence = cuda(&device, small(Residency::Nothing), &model, 128);
+        sequence.used_bytes().unwrap()
+    }) / all as u64;
+    let budget = borrowed_used + (48 << 20) - 30 * per_expert;
+    let options = CudaOptions {
+        vram_bytes: Some(budget),
+        ..small(Residency::Preferred(lists))
+    };
+    let (used, resident) = check("most wanted ones", options, None);
+    assert!(used <= budget, "{used} of {budget}");
+    if is_emulated(&device) {
+        assert!(resident < all && resident > all - 40, "{resident} of {all}");
+    }
+    check("not all of few", CudaOptions { vram_bytes: Some(budget - 150 * per_expert), ..small(Residency::Fill) }, None);
+}
+
+#[test]
+fn a_full_context_and_bad_calls_are_errors() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let golden = golden("tiny-c", "bf16");
+    let model = open(&golden.model_dir);
+    let mut sequence = cuda(&device, with(Residency::Fill), &model, 70);
+    let ids = &golden.prompts.iter().find(|p| p.ids.len() == 66).unwrap().ids;
+    let (logits, _) = prefill(&mut sequence, ids, 66);
+    for (count, rows) in [(5, LogitRows::Last), (70, LogitRows::None)] {
+        let error = Runner::forward(&mut sequence, &ids[..count.min(66)], rows, &mut |_, _, _| {});
+        assert!(matches!(error, Err(BackendError::ContextFull { capacity: 70, .. })), "{error:?}");
+    }
+    // It was refused before anything was done: the sequence goes on, to the last place.
+    assert_eq!(sequence.position(), 66);
+    let tokens = greedy(&mut sequence, &last_row(&logits, &model.0), 5);
+    assert_eq!(sequence.position(), 70);
+    assert_eq!(tokens.len(), 5);
+
+    let missing = Residency::Exactly(vec![(0, model.0.moe.num_experts)]);
+    let error = load(&device, with(missing), &model, 64).err().expect("there is no such expert");
+    assert!(error.to_string().contains("is not in this model"), "{error}");
+    let options = CudaOptions {
+        kv_dtype: KvDtype::F32,
+        ..CudaOptions::default()
+    };
+    assert!(load(&device, options, &model, 64).is_err());
+}
