@@ -35,7 +35,7 @@ impl Throttle {
         burst_admits: f64::INFINITY,
     };
 
-    /// From bytes per token for all layers; half a second's worth of tokens may be saved up.
+    /// From bytes per token for all layers; what sixteen tokens may copy may be saved up.
     pub fn of_bytes(bytes_per_token: f64, expert_bytes: u64, num_layers: usize) -> Self {
         let per_step = bytes_per_token / (expert_bytes.max(1) as f64 * num_layers.max(1) as f64);
         Throttle {

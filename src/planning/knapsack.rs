@@ -71,6 +71,25 @@ impl Solved {
     }
 }
 
+impl Solved {
+    /// [`Solved::slots`] of 0, 1, .. `most`, in turn.
+    pub fn for_each(&self, most: usize, mut visit: impl FnMut(&[usize])) {
+        match &self.way {
+            Way::Order(order) => {
+                let mut slots = vec![0; self.layers];
+                visit(&slots);
+                for i in 0..most {
+                    if let Some(&layer) = order.get(i) {
+                        slots[usize::from(layer)] += 1;
+                    }
+                    visit(&slots);
+                }
+            }
+            Way::Table(_) => (0..=most).for_each(|capacity| visit(&self.slots(capacity))),
+        }
+    }
+}
+
 /// Up to rounding.
 fn is_convex(costs: &[f64]) -> bool {
     let tolerance = 1e-12 * costs.iter().copied().fold(0.0, f64::max);
@@ -222,8 +241,11 @@ mod tests {
         #[test]
         fn one_solution_answers_for_every_capacity(costs in layers(any_costs())) {
             let all = solve(&costs, 24);
+            let mut in_turn = Vec::new();
+            all.for_each(24, |slots| in_turn.push(slots.to_vec()));
             let mut last = f64::INFINITY;
-            for capacity in 0..24 {
+            for (capacity, in_turn) in in_turn.iter().enumerate() {
+                prop_assert_eq!(in_turn, &all.slots(capacity));
                 let alone = solve(&costs, capacity).slots(capacity);
                 let slots = all.slots(capacity);
                 prop_assert!(slots.iter().sum::<usize>() <= capacity);

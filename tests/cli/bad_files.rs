@@ -297,3 +297,44 @@ fn report_refuses_what_is_no_run() {
         .fails(1, &["run.json", "moectl.run"]);
     assert_eq!(sandbox.files(), ["run.json"]);
 }
+
+#[test]
+fn a_placement_that_is_newer_foreign_or_contradicts_itself_is_refused() {
+    let sandbox = Sandbox::new();
+    let model = small_model();
+    sandbox.run(&format!("plan -m {}", model.display())).ok();
+    let good = sandbox.json("placement.json");
+    let bench = format!(
+        "bench --placement placement.json --ctx 64 -n 4 -m {}",
+        model.display()
+    );
+    let refused = |edit: &dyn Fn(&mut Value), parts: &[&str]| {
+        let mut bad = good.clone();
+        edit(&mut bad);
+        sandbox.write("placement.json", bad.to_string());
+        let outcome = sandbox.run(&bench);
+        outcome.fails(1, &[&["placement.json"], parts].concat());
+        assert!(!sandbox.path("bench-out/run.json").exists());
+    };
+    refused(
+        &|p| p["schema_version"] = json!(8),
+        &["version 8", "update moectl"],
+    );
+    refused(
+        &|p| p["schema"] = json!("moectl.profile"),
+        &["moectl.profile", "moectl.placement"],
+    );
+    refused(
+        &|p| p["policy"]["name"] = json!("crystal_ball"),
+        &["crystal_ball"],
+    );
+    refused(
+        &|p| p["layers"][0]["slots"] = json!(9999),
+        &["layer 0: 9999 slots"],
+    );
+    refused(
+        &|p| p["layers"][0]["pinned_experts"] = json!([0, 0]),
+        &["layer 0"],
+    );
+    refused(&|p| p["layers"] = json!([]), &["number of layers is 0"]);
+}

@@ -110,6 +110,9 @@ pub struct Planner<'a> {
     request: PlanRequest<'a>,
     learnt: Learnt<'a>,
     solved: Solved,
+    /// `[capacity + 1]` how many of so many slots to use. Copies cost time of their own, and a few
+    /// slots may bring less than their content costs.
+    useful: Vec<usize>,
     in_ram: u64,
     disk_share: f64,
 }
@@ -149,8 +152,10 @@ impl<'a> Planner<'a> {
             .iter()
             .map(|c| layer_costs(request, c, disk_share))
             .collect();
+        let solved = solve(&costs, f.total_experts());
         Ok(Planner {
-            solved: solve(&costs, f.total_experts()),
+            useful: useful(request, &learnt, &costs, &solved),
+            solved,
             request: request.clone(),
             learnt,
             in_ram,
@@ -237,7 +242,7 @@ impl<'a> Planner<'a> {
                 .vram_bytes
                 .checked_sub(smallest_bytes(f, budget.ctx_tokens, kv_dtype, head))?;
         let capacity = (free / f.expert_bytes.max(1)).min(budget.most_slots as u64) as usize;
-        let slots = self.solved.slots(capacity);
+        let slots = self.solved.slots(self.useful[capacity]);
         let each = || slots.iter().enumerate();
         let hit_rates: Vec<f64> = each()
             .map(|(layer, &n)| self.learnt.curves[layer].hit_rate(n))
@@ -316,6 +321,32 @@ fn layer_costs(request: &PlanRequest, curve: &HitCurve, disk_share: f64) -> Vec<
         None => 1.0 - hit_rate,
     };
     curve.as_slice().iter().map(cost).collect()
+}
+
+/// For every capacity the one, of it and all smaller ones, that takes the least time with what is
+/// copied into the slots counted in: so more memory never predicts slower.
+fn useful(
+    request: &PlanRequest,
+    learnt: &Learnt,
+    costs: &[Vec<f64>],
+    solved: &Solved,
+) -> Vec<usize> {
+    let f = request.footprint;
+    let copy_ms = match request.hardware.gpu {
+        Some(_) => f.expert_bytes as f64 / (request.hardware.cpu.dram_read_gb_s.value * 1e6),
+        None => 0.0,
+    };
+    let mut best = (0, f64::INFINITY);
+    let mut useful = Vec::with_capacity(f.total_experts() + 1);
+    solved.for_each(f.total_experts(), |slots| {
+        let layer = |(l, &n): (usize, &usize)| costs[l][n] + learnt.admits[l][n] * copy_ms;
+        let time: f64 = slots.iter().enumerate().map(layer).sum();
+        if time < best.1 {
+            best = (useful.len(), time);
+        }
+        useful.push(best.0);
+    });
+    useful
 }
 
 /// How many experts the RAM budget holds beside the embedding.

@@ -350,3 +350,20 @@ fn the_run_time_cache_hits_exactly_as_often_as_the_plan_simulated() {
     let chosen = scores.iter().find(|s| s.chosen).unwrap();
     assert_eq!(chosen.expert_hit_rate, hits as f64 / (hits + misses) as f64);
 }
+
+#[test]
+fn the_first_slots_are_left_empty_rather_than_predict_slower() {
+    let (f, laptop) = (qwen3_next_80b(), Hardware::laptop_4090());
+    let base = request(&f, &laptop);
+    let planner = Planner::new(&base).unwrap();
+    let smallest = smallest_bytes(&f, base.ctx_tokens, KvDtype::F16, Tier::Vram);
+    for step in [1, 13, 480] {
+        let budgets = (0..100).map(|i| smallest + i * step * f.expert_bytes);
+        let points = planner.sweep(budgets);
+        assert_eq!(points.len(), 100);
+        for pair in points.windows(2) {
+            let [less, more] = [&pair[0], &pair[1]].map(|p| p.decode_tok_s);
+            assert!(more >= less * (1.0 - 1e-12), "{pair:?}");
+        }
+    }
+}
