@@ -60,7 +60,7 @@ pub struct Decode {
     attention_partial: u64,
     attention_counters: u64,
     attention: AttentionParts,
-    multiprocessors: usize,
+    resident_blocks: usize,
     logits: u64,
     /// `[k + 1]`: of m misses, how many the GPU reads over PCIe
     split: u64,
@@ -134,7 +134,7 @@ impl Decode {
             attention_partial: floats(parts.partial)?,
             attention_counters: floats(parts.counters)?,
             attention: parts,
-            multiprocessors,
+            resident_blocks: geometry::resident_blocks(&device.facts()),
             logits: floats(shape.vocab_size)?,
             split: floats(k + 1)?,
             split_host: vec![0; k + 1],
@@ -288,7 +288,7 @@ impl Decode {
         unsafe {
             model.stream.launch(
                 "decode_norm_linear",
-                geometry::norm_linear([&dense.lm_head, &none, &none], self.multiprocessors),
+                geometry::norm_linear([&dense.lm_head, &none, &none], self.resident_blocks),
                 args![
                     self.step, hidden, dense.norm, eps, dense.lm_head, none, none, self.logits,
                     0u64, 0u64, 0i32
@@ -499,7 +499,7 @@ impl Decode {
                     let dims = (s.key_head_dim as i32, s.value_head_dim as i32);
                     launch(
                         "decode_norm_linear",
-                        geometry::norm_linear([&net.qkvz, &net.ba, &none], self.multiprocessors),
+                        geometry::norm_linear([&net.qkvz, &net.ba, &none], self.resident_blocks),
                         args![
                             self.step, self.hidden, layer.input_norm, eps, net.qkvz, net.ba, none,
                             ring, self.projected[1], 0u64, taps
@@ -530,7 +530,7 @@ impl Decode {
                     let s = &shape.attention;
                     launch(
                         "decode_norm_linear",
-                        geometry::norm_linear([&net.q, &net.k, &net.v], self.multiprocessors),
+                        geometry::norm_linear([&net.q, &net.k, &net.v], self.resident_blocks),
                         args![
                             self.step, self.hidden, layer.input_norm, eps, net.q, net.k, net.v,
                             self.projected[0], self.projected[1], self.projected[2], 0i32

@@ -29,6 +29,8 @@ unsafe extern "C" {
         shared_bytes: u32,
         arguments: *mut *mut c_void,
     ) -> c_int;
+    /// Number of parameters, and the bytes of each of the first `max`; -1 for no such kernel
+    fn moectl_emulate_params(kernel: *const c_char, sizes: *mut u32, max: c_int) -> c_int;
 }
 
 /// One piece of work, repeatable because graphs are launched many times.
@@ -348,6 +350,14 @@ impl Driver for Emulated {
         _: bool,
         stream: Handle,
     ) -> Result<()> {
+        let mut sizes = [0; 64];
+        let name = CString::new(kernel).expect("kernel names have no NUL");
+        // SAFETY: the name ends with NUL, `sizes` is as long as said.
+        let count = unsafe { moectl_emulate_params(name.as_ptr(), sizes.as_mut_ptr(), 64) };
+        if count >= 0 {
+            let sizes: Vec<usize> = sizes[..count as usize].iter().map(|&s| s as usize).collect();
+            assert_eq!(args.sizes(), sizes, "arguments of {kernel}");
+        }
         let args = Mutex::new(args);
         self.push(
             stream,

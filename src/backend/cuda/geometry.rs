@@ -1,7 +1,7 @@
 //! Grid, block and shared memory of each kernel: what the head comments in `kernels/*.cu` ask for.
 
 use super::abi::{ExpertLayout, Format, Linear};
-use super::device::Geometry;
+use super::device::{DeviceFacts, Geometry};
 use crate::backend::{AttentionShape, DeltaNetShape, ModelShape};
 
 fn geometry(x: usize, block: usize, shared_bytes: usize) -> Geometry {
@@ -16,12 +16,23 @@ pub fn begin(dim: usize) -> Geometry {
     geometry(dim.div_ceil(1024), 256, 0)
 }
 
-/// The first matrix, if it is rows of bf16 or f32, is gone through in a loop by a few blocks.
-pub fn norm_linear(linears: [&Linear; 3], multiprocessors: usize) -> Geometry {
+/// Blocks of [`norm_linear`] that the GPU holds at once: their shared memory limits them.
+pub fn resident_blocks(facts: &DeviceFacts) -> usize {
+    let per_multiprocessor = match facts.compute_capability {
+        // Ada, consumer Ampere and Blackwell have 100 KB of shared memory, datacentre chips more.
+        (8, 6 | 9) | (12, _) => 2,
+        _ => 3,
+    };
+    per_multiprocessor * facts.multiprocessors as usize
+}
+
+/// The first matrix, if it is rows of bf16 or f32, is gone through in a loop by blocks that are all
+/// on the GPU at once.
+pub fn norm_linear(linears: [&Linear; 3], resident_blocks: usize) -> Geometry {
     let blocks = |i: usize| match linears[i] {
         Linear { weights: 0, .. } => 0,
         m if m.format == Format::Nf4Tiles as i32 => (m.rows as usize).div_ceil(32),
-        m if i == 0 => (m.rows as usize).div_ceil(8).min(4 * multiprocessors),
+        m if i == 0 => (m.rows as usize).div_ceil(8).min(resident_blocks),
         m => (m.rows as usize).div_ceil(8),
     };
     geometry(blocks(0) + blocks(1) + blocks(2), 256, 40_960)
@@ -53,7 +64,7 @@ pub struct AttentionParts {
 pub fn attention_parts(s: &AttentionShape, multiprocessors: usize) -> AttentionParts {
     let group = s.num_attention_heads / s.num_key_value_heads.max(1);
     let head_blocks = s.num_key_value_heads * group.div_ceil(8);
-    let splits = (multiprocessors / head_blocks.max(1)).clamp(1, 1024);
+    let splits = (multiprocessors / head_blocks.max(1)).clamp(1, 256);
     AttentionParts {
         splits,
         head_blocks,
@@ -110,8 +121,17 @@ pub fn tiles(rows: usize, tokens: usize, shared_bytes: usize) -> Geometry {
     }
 }
 
-pub fn matmul(rows: usize, tokens: usize) -> Geometry {
-    tiles(rows.div_ceil(256), tokens.div_ceil(128), MATMUL_SHARED_BYTES)
+/// Shared out so that few multiprocessors idle, and large products keep their tokens.
+pub fn matmul(rows: usize, tokens: usize, multiprocessors: usize) -> Geometry {
+    let (r, t) = (rows.div_ceil(256), tokens.div_ceil(128));
+    let (r, t) = match r * t {
+        blocks if blocks < multiprocessors => {
+            (r, tokens.div_ceil(16).min(t.max(multiprocessors / r)))
+        }
+        blocks if blocks >= 8 * multiprocessors => (r.div_ceil(4), t),
+        _ => (r, t),
+    };
+    tiles(r, t, MATMUL_SHARED_BYTES)
 }
 
 pub fn prefill_conv(s: &DeltaNetShape, tokens: usize) -> Geometry {
@@ -129,8 +149,17 @@ pub fn prefill_ring(s: &DeltaNetShape, tokens: usize) -> Geometry {
     tiles(s.qkvz_rows().div_ceil(256), tokens.min(s.conv_kernel_dim), 0)
 }
 
-pub fn prefill_router(experts: usize, tokens: usize) -> Geometry {
-    tiles(tokens.div_ceil(128), experts.div_ceil(64) + 1, 0)
+pub fn prefill_router(experts: usize, tokens: usize, multiprocessors: usize) -> Geometry {
+    let tokens = tokens.div_ceil(128);
+    let wide = tokens * experts.div_ceil(128);
+    let per_block = if 4 * wide >= 3 * multiprocessors { 128 } else { 64 };
+    tiles(tokens, experts.div_ceil(per_block), 0)
+}
+
+pub fn prefill_experts_down(rows: usize, tokens: usize, bound: usize) -> Geometry {
+    let blocks = rows.div_ceil(256);
+    let blocks = if rows >= 2048 && tokens >= 2048 { blocks / 2 } else { blocks };
+    tiles(blocks, bound, MATMUL_SHARED_BYTES)
 }
 
 /// Counting and scattering of the sort by expert.

@@ -84,6 +84,7 @@ impl Bump {
 
 pub struct Prefill {
     tokens: usize,
+    multiprocessors: usize,
     places: Places,
     /// `[layers, 2, E + 1]`: addresses of blobs for gate and up, and for down
     blobs: Buffer,
@@ -155,7 +156,7 @@ impl Places {
         let rows = t * (k + 1);
         let stride = stride(layouts);
         p.normed = at.floats(t * dim);
-        p.logits = at.floats(t * (experts + 1));
+        p.logits = at.floats(t * experts);
         p.topk_ids = at.floats(t * k);
         p.topk_weights = at.floats(t * k);
         p.gates = at.floats(t);
@@ -219,6 +220,7 @@ impl Prefill {
         let events = || (0..RING).map(|_| device.new_event()).collect::<Result<Vec<_>>>();
         Ok(Prefill {
             tokens,
+            multiprocessors: device.facts().multiprocessors as usize,
             places: Places::new(shape, layouts, tokens, ring),
             blobs: device.alloc(8 * layers * 2 * (experts + 1), stream)?,
             host_blobs: device.alloc_host(layers * 2 * (experts + 1))?,
@@ -425,6 +427,10 @@ impl Chunk<'_> {
         self.base + place as u64
     }
 
+    fn multiprocessors(&self) -> usize {
+        self.cuda.prefill.multiprocessors
+    }
+
     fn launch(
         &self,
         kernel: &'static str,
@@ -477,7 +483,7 @@ impl Chunk<'_> {
     fn linear(&self, [high, low, scale]: [u64; 3], w: &Linear, out: u64, add: bool) -> Result<()> {
         self.launch(
             "prefill_linear",
-            geometry::matmul(w.rows as usize, self.tokens),
+            geometry::matmul(w.rows as usize, self.tokens, self.multiprocessors()),
             args![high, low, scale, self.tokens as i32, *w, out, add as i32],
         )
     }
@@ -589,15 +595,15 @@ impl Chunk<'_> {
         let logits = self.at(p.logits);
         self.launch(
             "prefill_router",
-            geometry::prefill_router(experts, self.tokens),
-            args![normed, layer.router, layer.shared_gate, logits, t],
+            geometry::prefill_router(experts, self.tokens, self.multiprocessors()),
+            args![normed, layer.router, logits, t],
         )?;
         let norm_topk = shape.moe.norm_topk_prob as i32;
         let (ids, weights, gates) = (self.at(p.topk_ids), self.at(p.topk_weights), self.at(p.gates));
         self.launch(
             "prefill_topk",
             geometry::rows(self.tokens.div_ceil(8), 256),
-            args![logits, t, e, top, norm_topk, ids, weights, gates],
+            args![logits, normed, layer.shared_gate, t, e, top, norm_topk, ids, weights, gates],
         )?;
         let start = index * cuda.prefill.tokens * k;
         let bytes = 4 * self.tokens * k;
@@ -657,7 +663,7 @@ impl Chunk<'_> {
                 } else {
                     self.launch(
                         "prefill_experts_down",
-                        geometry::tiles(dim.div_ceil(256), bound, MATMUL_SHARED_BYTES),
+                        geometry::prefill_experts_down(dim, self.tokens, bound),
                         args![
                             split_h[0], split_h[1], split_h[2], tiles, tile_offsets, table(1),
                             units, layout, shared, e, dim as i32, stride as i32, first, count,
