@@ -18,8 +18,8 @@ block in turn; a warp works alone until the end. Its K and V tiles come through 
 memory of its own (cp.async), two or more under way.
   S = Q K^T: the A operand has the queries' high halves as rows 0-7 and their low halves as rows
      8-15, so one MMA per 16 dims and 8 keys computes both.
-  O^T += V^T P: P's values, scaled up into f16's range, are split into two f16 and cost two MMAs. S comes out
-     of the accumulators exactly as P goes into the B operand.
+  O^T += V^T P: P's values, scaled up into f16's range, are split into two f16 and cost two MMAs. S
+     comes out of the accumulators exactly as P goes into the B operand.
 int8: K's and V's integers are exact in f16; scales of K multiply partial sums of 32 dims in f32, those
 of V are put on P before it is split.
 Blocks that got no keys exit. The last block of a KV head to finish merges; from 17 blocks on in two

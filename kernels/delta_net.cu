@@ -21,7 +21,7 @@ constexpr int MAX_TAPS = 8;
 constexpr float L2_NORM_EPS = 1e-6f; /* the model's, whatever rms_norm_eps is */
 
 /* Sums each of N values over groups of LANES lanes, and leaves the i-th in the group's lanes
-   i * LANES / N ..: N - 1 + log2(LANES / N) shuffles where N butterflies would take N log2(LANES). */
+   i * LANES / N ..: N - 1 + log2(LANES / N) shuffles where butterflies would take N log2(LANES). */
 template <int N, int LANES>
 __device__ __forceinline__ float sum_and_scatter(float (&v)[N]) {
   int offset = LANES / 2;
@@ -51,12 +51,13 @@ struct DeltaShared {
 };
 
 template <int DK>
-__device__ __forceinline__ void delta_step(DeltaShared &shared, const Step *step, const float *ring, int taps,
-                                           int qkvz_rows, const float *ba, const float *conv,
+__device__ __forceinline__ void delta_step(DeltaShared &shared, const Step *step,
+                                           const float *ring, int taps, int qkvz_rows,
+                                           const float *ba, const float *conv,
                                            const float *negative_a, const float *dt_bias,
                                            float *state, float *o, int num_key_heads,
                                            int num_value_heads, int dv) {
-  constexpr int LANES = DK / 4;     /* of a row */
+  constexpr int LANES = DK / 4;       /* of a row */
   constexpr int ABREAST = 32 / LANES; /* rows that a warp has in one load */
   constexpr int COLUMNS = DELTA_WARPS * ABREAST * ROWS_PER_LANE;
   static_assert(COLUMNS == 4096 / DK, "the launch geometry says so");

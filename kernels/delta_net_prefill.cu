@@ -21,8 +21,8 @@ prefill_gated_norm: out = rms_norm(o) * norm * silu(z), per value head.
 prefill_ring: keeps the last rows of qkvz for what follows; after prefill_conv.
   launch: grid (ceil(qkvz_rows / 256), min(T, taps)), block 256.
 
-None uses dynamic shared memory. taps <= 8, dk 32, 64 or 128, dv a multiple of 32 up to 128. Arrays are f32
-and start at multiples of 16 bytes.
+None uses dynamic shared memory. taps <= 8, dk 32, 64 or 128, dv a multiple of 32 up to 128. Arrays are
+f32 and start at multiples of 16 bytes.
 */
 #include "common.cuh"
 

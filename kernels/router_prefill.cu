@@ -9,8 +9,8 @@ prefill_topk    logits -> topk_ids, topk_weights [T, k]: best first, equal ones 
                 normed, shared_gate [1, D] -> shared_gates [T] = sigmoid(shared_gate x)
     launch: grid (ceil(T / 8)), block (256), smem 0. E <= 1024.
 
-The gate is prefill_topk's because a block for it beside the router's would push one of those onto an
-SM that has one already: half as much again for all.
+The gate is prefill_topk's because blocks for it beside the router's push some of those onto an SM that
+has one already, and 4096 tokens times 512 experts make just one block of 128 x 128 per SM.
 */
 #include "common.cuh"
 

@@ -101,7 +101,7 @@ pub struct ComputeArgs {
     pub cpu_moe: bool,
     /// Placement of experts from `moectl plan`: what is in VRAM at first, and the policy that
     /// changes it [default: as many as fit, the same number in every layer, unchanging]
-    #[arg(long, value_name = "FILE", conflicts_with = "cpu_moe")]
+    #[arg(long, value_name = "FILE")]
     pub placement: Option<PathBuf>,
     /// Policy of the expert cache instead of the placement's: static, lru, lfu_decay, ..
     #[arg(long, value_name = "NAME", conflicts_with = "cpu_moe")]

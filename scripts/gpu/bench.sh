@@ -1,19 +1,51 @@
 #!/usr/bin/env bash
-# Benchmarks on a machine with a GPU and no cargo: the binary comes from elsewhere.
+# The benchmarks of reports/, on a machine with a GPU and no cargo: the binary comes from elsewhere.
 #
-#   scripts/gpu/bench.sh BINARY OUT [bench flags...]
+#   scripts/gpu/bench.sh BINARY OUT [NAME...]
 #
-# Writes OUT/<name>/run.json, tables and charts per configuration. Without flags: the full 80B shape
-# with synthetic weights at several budgets.
-set -euo pipefail
+# Writes OUT/NAME/ (run.json, tables, charts) and OUT/NAME.log for each configuration, all of the full
+# 80B shape with synthetic weights but `tiny`. MOECTL_TINY_MOE names the built-in model's folder if the
+# binary does not hold it.
+set -uo pipefail
 binary=$1 out=$2
 shift 2
 mkdir -p "$out"
-if (($#)); then
-  "$binary" bench -o "$out/run" "$@" 2>&1 | tee "$out/run.log"
-  exit
-fi
-model='synth:qwen3-next-80b-a3b?locality=0'
-"$binary" doctor --json >"$out/doctor.json" || true
-"$binary" bench --model "$model" --vram 14G --ctx 4k,32k -n 128 --repetitions 5 --quality-tokens 0 \
-  -o "$out/14G" 2>&1 | tee "$out/14G.log"
+uniform='synth:qwen3-next-80b-a3b?locality=0'
+skewed='synth:qwen3-next-80b-a3b'
+
+bench() {
+  local name=$1
+  shift
+  "$binary" bench -v -o "$out/$name" "$@" >"$out/$name.log" 2>&1 || echo "$name: exit $?"
+  grep -A4 prefill_tok_s "$out/$name.log"
+}
+
+run() {
+  case $1 in
+    tiny) bench tiny ;;
+    # No help from the router: every expert as likely as any other.
+    uniform-14g)
+      "$binary" plan --model "$uniform" --vram 14G --ctx 32k -o "$out/uniform.json" -q >/dev/null
+      bench uniform-14g --model "$uniform" --placement "$out/uniform.json" --vram 14G --ctx 4k,32k \
+        -n 128 --quality-tokens 0 ;;
+    uniform-ram)
+      bench uniform-ram --model "$uniform" --placement "$out/uniform.json" --vram 14G --cpu-moe \
+        --ctx 4k -n 128 --quality-tokens 0 ;;
+    uniform-vram)
+      bench uniform-vram --model "$uniform" --placement "$out/uniform.json" --ctx 4k -n 128 \
+        --quality-tokens 0 ;;
+    # Routing as skewed as a sibling's; profile, plan and the planned policy.
+    planned-14g)
+      bench planned-14g --model "$skewed" --vram 14G --ctx 4k -n 128 --repetitions 3 \
+        --quality-tokens 0 ;;
+    static-14g)
+      bench static-14g --model "$skewed" --placement "$out/planned-14g/placement.json" \
+        --policy static --vram 14G --ctx 4k -n 128 --repetitions 3 --quality-tokens 0 ;;
+    *) echo "$1: no such configuration" >&2 && return 2 ;;
+  esac
+}
+
+(($#)) || set -- uniform-14g uniform-vram uniform-ram tiny planned-14g static-14g
+for name; do
+  run "$name"
+done

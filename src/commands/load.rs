@@ -1,8 +1,8 @@
 //! Loading a model the way the flags ask, with a progress bar.
 
+use crate::backend::{BackendError, KvDtype};
 use crate::cli::ComputeArgs;
 use crate::commands::console::{Console, Unit};
-use crate::backend::{BackendError, KvDtype};
 use crate::commands::{Failure, plan};
 use crate::engine::footprint::footprint;
 use crate::engine::{BackendChoice, Engine, EngineError, LoadOptions};
@@ -95,7 +95,10 @@ fn check_budget(
         BackendChoice::Cuda(index) => index,
         _ => 0,
     };
-    let free = GpuReport::detect().devices.get(index).and_then(|gpu| gpu.memory_free_bytes);
+    let free = GpuReport::detect()
+        .devices
+        .get(index)
+        .and_then(|gpu| gpu.memory_free_bytes);
     if let Some(budget) = compute.vram {
         if budget < needed {
             return Err(Failure::DoesNotFit(format!(
@@ -152,7 +155,11 @@ pub fn place(
             }
         })
         .collect();
-    engine.place(policy, &layers, placement.throttle.unwrap_or(Throttle::NONE))?;
+    engine.place(
+        policy,
+        &layers,
+        placement.throttle.unwrap_or(Throttle::NONE),
+    )?;
     if engine.experts().is_some() {
         let slots: usize = layers.iter().map(|layer| layer.slots).sum();
         console.note(format!("experts: {slots} slots, policy {}", policy.label()));

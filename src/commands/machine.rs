@@ -118,7 +118,10 @@ pub fn with_gpu(hardware: &HardwareBody) -> Hardware {
     let mut machine = like_this();
     if let Some(this) = this_machine(hardware) {
         let share = this.cpu.dram_read_gb_s.value / machine.cpu.dram_read_gb_s.value;
-        let both = machine.gpu.as_mut().and_then(|gpu| gpu.cpu_and_pcie_gb_s.as_mut());
+        let both = machine
+            .gpu
+            .as_mut()
+            .and_then(|gpu| gpu.cpu_and_pcie_gb_s.as_mut());
         if let Some(both) = both {
             both.value *= share;
         }

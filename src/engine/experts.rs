@@ -32,7 +32,9 @@ impl ExpertManager {
 
     /// `[layer][slot]`: the expert that each slot starts with.
     pub fn contents(&self, layers: usize) -> Vec<Vec<Option<u16>>> {
-        (0..layers).map(|layer| self.cache.contents(layer).to_vec()).collect()
+        (0..layers)
+            .map(|layer| self.cache.contents(layer).to_vec())
+            .collect()
     }
 
     /// Tells what the router chose in `layer`: one token is a decode step, more are prefill, which

@@ -396,10 +396,12 @@ impl Engine {
             return Ok(logits);
         };
         let decode = ids.len() == 1;
-        let logits = self.runner.forward(ids, rows, &mut |layer, position, routing| {
-            experts.observe(layer, routing, decode);
-            on_routing(layer, position, routing);
-        })?;
+        let logits = self
+            .runner
+            .forward(ids, rows, &mut |layer, position, routing| {
+                experts.observe(layer, routing, decode);
+                on_routing(layer, position, routing);
+            })?;
         self.tokens.extend(ids);
         let changes = experts.take_changes();
         if !changes.is_empty() {

@@ -63,8 +63,13 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
         "dim {dim}, {:?} {:?}, {count} of {k}, host {}, {:?}",
         case.intermediate, case.formats, case.in_host, case.kind
     );
-    let routed =
-        Experts::random(&mut rng, count.max(1), dim, case.intermediate[0], case.formats[0]);
+    let routed = Experts::random(
+        &mut rng,
+        count.max(1),
+        dim,
+        case.intermediate[0],
+        case.formats[0],
+    );
     let shared = Experts::random(&mut rng, 1, dim, case.intermediate[1], case.formats[1]);
     let mut decision: Decision = bytemuck::Zeroable::zeroed();
     decision.count = count as i32 + 1;
@@ -84,7 +89,11 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
             buffers.last().unwrap().address()
         };
         decision.units[e] = routed_units.at(4 * e * routed.layout.num_units as usize);
-        decision.weight[e] = if e == 1 { 1e-6 } else { 0.05 + 0.1 * rng.uniform() };
+        decision.weight[e] = if e == 1 {
+            1e-6
+        } else {
+            0.05 + 0.1 * rng.uniform()
+        };
     }
     let (shared_blob, shared_units) = (gpu.up(&shared.blobs()), gpu.up(&shared.units()));
     decision.blob[count] = shared_blob.address();
@@ -94,30 +103,53 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
 
     let x = rng.vector(dim, case.kind);
     let scale = rng.factors(dim);
-    let stride = case.intermediate[0].max(case.intermediate[1]).next_multiple_of(64);
+    let stride = case.intermediate[0]
+        .max(case.intermediate[1])
+        .next_multiple_of(64);
     let h = gpu.nans((k + 1) * stride);
     let (hidden, norm) = (gpu.up(&x), gpu.up(&scale));
     gpu.launch(
         "decode_experts_up",
         geometry::experts_up(&shape(dim, 16, k), [&routed.layout, &shared.layout]),
         args![
-            hidden.address(), norm.address(), EPS, dim as i32, decision_on_device.address(),
-            routed.layout, shared.layout, h.address(), stride as i32
+            hidden.address(),
+            norm.address(),
+            EPS,
+            dim as i32,
+            decision_on_device.address(),
+            routed.layout,
+            shared.layout,
+            h.address(),
+            stride as i32
         ],
     );
     let normed = rms_norm(&x, &scale);
     let found: Vec<f32> = gpu.down(&h);
-    let of = |e: usize| if e < count { (&routed, e) } else { (&shared, 0) };
+    let of = |e: usize| {
+        if e < count {
+            (&routed, e)
+        } else {
+            (&shared, 0)
+        }
+    };
     for (e, row) in found.chunks_exact(stride).enumerate() {
         let used = match e {
             _ if e > count => 0,
             _ => of(e).0.layout.intermediate as usize,
         };
-        assert!(row[used..].iter().all(|x| x.is_nan()), "{what}: h beyond {used} of {e}");
+        assert!(
+            row[used..].iter().all(|x| x.is_nan()),
+            "{what}: h beyond {used} of {e}"
+        );
         if used > 0 {
             let (experts, i) = of(e);
             let expected = experts.hidden(i, &normed);
-            check(&format!("{what}: h of {e}"), &row[..used], &expected, TOLERANCE);
+            check(
+                &format!("{what}: h of {e}"),
+                &row[..used],
+                &expected,
+                TOLERANCE,
+            );
         }
     }
 
@@ -127,26 +159,48 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
         "decode_experts_down",
         geometry::experts_down(dim),
         args![
-            h.address(), stride as i32, decision_on_device.address(), routed.layout,
-            shared.layout, dim as i32, out.address(), case.add as i32
+            h.address(),
+            stride as i32,
+            decision_on_device.address(),
+            routed.layout,
+            shared.layout,
+            dim as i32,
+            out.address(),
+            case.add as i32
         ],
     );
-    let mut expected = if case.add { wide(&before) } else { vec![0.0; dim] };
+    let mut expected = if case.add {
+        wide(&before)
+    } else {
+        vec![0.0; dim]
+    };
     for e in 0..=count {
         let (experts, i) = of(e);
         let down = &experts.each[i][2];
         let h = wide(&found[e * stride..e * stride + down.cols]);
         let weight = f64::from(decision.weight[e]);
-        expected.iter_mut().zip(down.times(&h)).for_each(|(y, x)| *y += weight * x);
+        expected
+            .iter_mut()
+            .zip(down.times(&h))
+            .for_each(|(y, x)| *y += weight * x);
     }
-    check(&format!("{what}: down"), &gpu.down::<f32>(&out), &expected, TOLERANCE);
+    check(
+        &format!("{what}: down"),
+        &gpu.down::<f32>(&out),
+        &expected,
+        TOLERANCE,
+    );
 }
 
 #[test]
 fn experts_of_every_format_place_and_number() {
     let Some(gpu) = Gpu::open() else { return };
     let sizes = [
-        (64, [64, 64]), (128, [64, 128]), (320, [192, 64]), (192, [512, 320]), (2048, [64, 64]),
+        (64, [64, 64]),
+        (128, [64, 128]),
+        (320, [192, 64]),
+        (192, [512, 320]),
+        (2048, [64, 64]),
         (100, [36, 100]),
     ];
     let mut seed = 0;
@@ -154,7 +208,10 @@ fn experts_of_every_format_place_and_number() {
         for (f, format) in FORMATS.into_iter().enumerate() {
             for shared_format in [format, FORMATS[(f + 1) % 3]] {
                 let all = [dim, intermediate[0], intermediate[1]];
-                if ![format, shared_format].iter().all(|&f| all.iter().all(|&n| fits(f, n))) {
+                if ![format, shared_format]
+                    .iter()
+                    .all(|&f| all.iter().all(|&n| fits(f, n)))
+                {
                     continue;
                 }
                 for (c, count) in [0, 1, 4, 10].into_iter().enumerate() {
@@ -206,15 +263,25 @@ fn combine_adds_both_parts_and_takes_the_flag_back() {
                 "decode_combine",
                 geometry::combine(dim),
                 args![
-                    if with_gpu { from_gpu.address() } else { 0 }, cpu.at(0),
-                    if with_flag { flag.at(0) } else { 0 }, hidden.address(), dim as i32
+                    if with_gpu { from_gpu.address() } else { 0 },
+                    cpu.at(0),
+                    if with_flag { flag.at(0) } else { 0 },
+                    hidden.address(),
+                    dim as i32
                 ],
             );
             assert_eq!(flag.as_slice(), [u32::from(!with_flag)]);
             let expected: Vec<f64> = (0..dim)
-                .map(|i| f64::from(c[i]) + f64::from(b[i]) + if with_gpu { a[i].into() } else { 0.0 })
+                .map(|i| {
+                    f64::from(c[i]) + f64::from(b[i]) + if with_gpu { a[i].into() } else { 0.0 }
+                })
                 .collect();
-            check(&format!("{dim}"), &gpu.down::<f32>(&hidden), &expected, 1e-6);
+            check(
+                &format!("{dim}"),
+                &gpu.down::<f32>(&hidden),
+                &expected,
+                1e-6,
+            );
         }
     }
 }

@@ -3,9 +3,7 @@
 use moectl::backend::cuda::abi::{Format, Linear, Step};
 use moectl::backend::cuda::geometry;
 
-use crate::{
-    EPS, FORMATS, Gpu, KINDS, Kind, Matrix, Rng, args, check, fits, rms_norm, silu, wide,
-};
+use crate::{EPS, FORMATS, Gpu, KINDS, Kind, Matrix, Rng, args, check, fits, rms_norm, silu, wide};
 
 /// Sums of f32 in another order, and norms: 2^-22 or so of the largest term.
 const TOLERANCE: f64 = 2e-5;
@@ -44,7 +42,13 @@ fn begin_copies_embedding_and_step() {
         gpu.launch(
             "decode_begin",
             geometry::begin(dim),
-            args![embedding.at(0), host_step.at(0), hidden.address(), step.address(), dim as i32],
+            args![
+                embedding.at(0),
+                host_step.at(0),
+                hidden.address(),
+                step.address(),
+                dim as i32
+            ],
         );
         assert_eq!(gpu.down::<f32>(&hidden), values);
         let step = gpu.down::<Step>(&step)[0];
@@ -66,7 +70,11 @@ fn norm_linear_of_every_format_and_size() {
             let count = index % 3;
             let mut matrices = vec![Matrix::random(&mut rng, rows, cols, format, 0.05)];
             for &(rows, format) in others.iter().take(count) {
-                let format = if fits(format, cols) { format } else { Format::F32Rows };
+                let format = if fits(format, cols) {
+                    format
+                } else {
+                    Format::F32Rows
+                };
                 matrices.push(Matrix::random(&mut rng, rows, cols, format, 0.05));
             }
             let kind = KINDS[(index + i) % KINDS.len()];
@@ -108,7 +116,11 @@ fn norm_linear_of_every_format_and_size() {
                     slots as i32
                 ],
             );
-            let x = if with_norm { rms_norm(&x, &scale) } else { wide(&x) };
+            let x = if with_norm {
+                rms_norm(&x, &scale)
+            } else {
+                wide(&x)
+            };
             for (m, (matrix, out)) in matrices.iter().zip(&out).enumerate() {
                 let what = format!("{rows} x {cols} {format:?} {kind:?} norm {with_norm}: {m}");
                 let mut found: Vec<f32> = gpu.down(out);
@@ -149,12 +161,26 @@ fn a_long_head_is_gone_through_by_few_blocks() {
                 "decode_norm_linear",
                 geometry::norm_linear([&uploaded.linear, &none, &none], blocks),
                 args![
-                    step.address(), hidden.address(), norm.address(), EPS, uploaded.linear, none,
-                    none, out.address(), 0u64, 0u64, 0i32
+                    step.address(),
+                    hidden.address(),
+                    norm.address(),
+                    EPS,
+                    uploaded.linear,
+                    none,
+                    none,
+                    out.address(),
+                    0u64,
+                    0u64,
+                    0i32
                 ],
             );
             let expected = matrix.times(&rms_norm(&x, &scale));
-            check(&format!("{rows} x {cols}"), &gpu.down::<f32>(&out), &expected, TOLERANCE);
+            check(
+                &format!("{rows} x {cols}"),
+                &gpu.down::<f32>(&out),
+                &expected,
+                TOLERANCE,
+            );
         }
     }
 }
@@ -180,7 +206,10 @@ fn linear_add_adds() {
                 args![on_device.address(), uploaded.linear, hidden.address()],
             );
             let mut expected = matrix.times(&wide(&x));
-            expected.iter_mut().zip(&before).for_each(|(y, &x)| *y += f64::from(x));
+            expected
+                .iter_mut()
+                .zip(&before)
+                .for_each(|(y, &x)| *y += f64::from(x));
             let what = format!("{rows} x {cols} {format:?} {kind:?}");
             check(&what, &gpu.down::<f32>(&hidden), &expected, TOLERANCE);
         }
@@ -190,7 +219,13 @@ fn linear_add_adds() {
 #[test]
 fn delta_out_norms_gates_and_adds() {
     let Some(gpu) = Gpu::open() else { return };
-    let shapes = [(1, 1, 32, 32), (2, 4, 32, 32), (1, 3, 64, 64), (2, 4, 128, 128), (4, 8, 32, 64)];
+    let shapes = [
+        (1, 1, 32, 32),
+        (2, 4, 32, 32),
+        (1, 3, 64, 64),
+        (2, 4, 128, 128),
+        (4, 8, 32, 64),
+    ];
     for (index, (key_heads, value_heads, dk, dv)) in shapes.into_iter().enumerate() {
         for (i, format) in FORMATS.into_iter().enumerate() {
             let cols = value_heads * dv;
@@ -218,14 +253,16 @@ fn delta_out_norms_gates_and_adds() {
             let mut x = Vec::new();
             for head in 0..value_heads {
                 let normed = rms_norm(&o[head * dv..(head + 1) * dv], &norm);
-                let at = head / share * (2 * dk + 2 * share * dv)
-                    + 2 * dk
-                    + (share + head % share) * dv;
+                let at =
+                    head / share * (2 * dk + 2 * share * dv) + 2 * dk + (share + head % share) * dv;
                 let z = &projection[at..at + dv];
                 x.extend(normed.iter().zip(z).map(|(x, &z)| x * silu(f64::from(z))));
             }
             let mut expected = matrix.times(&x);
-            expected.iter_mut().zip(&before).for_each(|(y, &x)| *y += f64::from(x));
+            expected
+                .iter_mut()
+                .zip(&before)
+                .for_each(|(y, &x)| *y += f64::from(x));
 
             let uploaded = matrix.upload(&gpu);
             let (o, ring, norm) = (gpu.up(&o), gpu.up(&ring), gpu.up(&norm));
@@ -234,9 +271,19 @@ fn delta_out_norms_gates_and_adds() {
                 "decode_delta_out",
                 geometry::linear_add(&uploaded.linear),
                 args![
-                    step.address(), o.address(), ring.address(), taps as i32, qkvz_rows as i32,
-                    norm.address(), EPS, key_heads as i32, value_heads as i32, dk as i32,
-                    dv as i32, uploaded.linear, hidden.address()
+                    step.address(),
+                    o.address(),
+                    ring.address(),
+                    taps as i32,
+                    qkvz_rows as i32,
+                    norm.address(),
+                    EPS,
+                    key_heads as i32,
+                    value_heads as i32,
+                    dk as i32,
+                    dv as i32,
+                    uploaded.linear,
+                    hidden.address()
                 ],
             );
             let what = format!("{value_heads} heads of {dv}, {rows} rows {format:?}");
@@ -266,7 +313,12 @@ fn linear_small_of_up_to_eight_tokens() {
             gpu.launch(
                 "linear_small",
                 geometry::linear_small(&uploaded.linear),
-                args![on_device.address(), tokens as i32, uploaded.linear, out.address()],
+                args![
+                    on_device.address(),
+                    tokens as i32,
+                    uploaded.linear,
+                    out.address()
+                ],
             );
             let found: Vec<f32> = gpu.down(&out);
             for (t, x) in x.iter().enumerate() {

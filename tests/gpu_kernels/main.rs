@@ -18,8 +18,8 @@ use bytemuck::{Pod, Zeroable};
 use half::bf16;
 use moectl::backend::cpu::layout::{TILE_COLS, TILE_ROWS, Tile, column, pack_tile_row};
 use moectl::backend::cuda::abi::{self, ExpertLayout, Format};
-use moectl::backend::cuda::geometry;
 use moectl::backend::cuda::device::{Args, Buffer, Device, Geometry, Stream};
+use moectl::backend::cuda::geometry;
 use moectl::formats::Bytes;
 use moectl::formats::nf4::{Absmax, CODE_BOOK, Nf4Matrix};
 
@@ -47,18 +47,17 @@ pub(crate) use args;
 #[cfg(feature = "emulate")]
 fn check_parameters(kernel: &str, args: &Args) {
     unsafe extern "C" {
-        fn moectl_emulate_params(
-            kernel: *const std::ffi::c_char,
-            sizes: *mut u32,
-            max: i32,
-        ) -> i32;
+        fn moectl_emulate_params(kernel: *const std::ffi::c_char, sizes: *mut u32, max: i32)
+        -> i32;
     }
     let name = std::ffi::CString::new(kernel).unwrap();
     let mut sizes = [0u32; 64];
     // SAFETY: there is room for `max` sizes.
     let count = unsafe { moectl_emulate_params(name.as_ptr(), sizes.as_mut_ptr(), 64) };
-    let expected: Vec<usize> =
-        sizes[..count.max(0) as usize].iter().map(|&size| size as usize).collect();
+    let expected: Vec<usize> = sizes[..count.max(0) as usize]
+        .iter()
+        .map(|&size| size as usize)
+        .collect();
     assert_eq!(args.sizes(), expected, "sizes of the arguments of {kernel}");
 }
 #[cfg(not(feature = "emulate"))]
@@ -175,8 +174,13 @@ pub enum Kind {
     Sparse,
 }
 
-pub const KINDS: [Kind; 5] =
-    [Kind::Normal, Kind::Outliers, Kind::Zeros, Kind::Tiny, Kind::Sparse];
+pub const KINDS: [Kind; 5] = [
+    Kind::Normal,
+    Kind::Outliers,
+    Kind::Zeros,
+    Kind::Tiny,
+    Kind::Sparse,
+];
 
 /// A matrix as kernels read it, and its values.
 pub struct Matrix {
@@ -214,7 +218,9 @@ impl Matrix {
                     .collect();
                 let matrix = Nf4Matrix {
                     packed: Bytes::from(
-                        (0..rows * cols / 2).map(|_| rng.next() as u8).collect::<Vec<u8>>(),
+                        (0..rows * cols / 2)
+                            .map(|_| rng.next() as u8)
+                            .collect::<Vec<u8>>(),
                     ),
                     absmax: Absmax::Plain(Bytes::from(
                         bytemuck::cast_slice::<f32, u8>(&absmax).to_vec(),
@@ -258,7 +264,11 @@ impl Matrix {
                 for row in 0..rows {
                     for c in 0..kblocks * TILE_COLS {
                         let outlier = if rng.below(97) == 0 { 8.0 } else { 1.0 };
-                        let value = if c < cols { rng.gauss() * scale * outlier } else { 0.0 };
+                        let value = if c < cols {
+                            rng.gauss() * scale * outlier
+                        } else {
+                            0.0
+                        };
                         let value = match format {
                             Format::Bf16Rows => {
                                 let value = bf16::from_f32(value);
@@ -293,7 +303,11 @@ impl Matrix {
         Uploaded {
             linear: abi::Linear {
                 weights: weights.address(),
-                units: if self.units.is_empty() { 0 } else { units.address() },
+                units: if self.units.is_empty() {
+                    0
+                } else {
+                    units.address()
+                },
                 rows: self.rows as i32,
                 cols: self.cols as i32,
                 kblocks: self.cols.div_ceil(TILE_COLS) as i32,
@@ -309,6 +323,15 @@ impl Matrix {
         assert_eq!(x.len(), self.cols);
         let dot = |row: &[f64]| row.iter().zip(x).map(|(w, x)| w * x).sum();
         self.values.chunks_exact(self.cols).map(dot).collect()
+    }
+
+    /// `|W| |x|`, the largest of its rows: what rounded factors are measured by.
+    pub fn largest_sum(&self, x: &[f64]) -> f64 {
+        let sum = |row: &[f64]| row.iter().zip(x).map(|(w, x)| (w * x).abs()).sum();
+        self.values
+            .chunks_exact(self.cols)
+            .map(sum)
+            .fold(0.0, f64::max)
     }
 }
 
@@ -359,7 +382,10 @@ impl Experts {
     }
 
     pub fn blob(&self, expert: usize) -> Vec<u8> {
-        self.each[expert].iter().flat_map(|m| m.bytes.iter().copied()).collect()
+        self.each[expert]
+            .iter()
+            .flat_map(|m| m.bytes.iter().copied())
+            .collect()
     }
 
     /// Of all experts, side by side.
@@ -368,8 +394,12 @@ impl Experts {
     }
 
     pub fn units(&self) -> Vec<f32> {
-        let mut units: Vec<f32> =
-            self.each.iter().flatten().flat_map(|m| m.units.iter().copied()).collect();
+        let mut units: Vec<f32> = self
+            .each
+            .iter()
+            .flatten()
+            .flat_map(|m| m.units.iter().copied())
+            .collect();
         units.push(0.0);
         units
     }
@@ -377,7 +407,11 @@ impl Experts {
     /// `silu(gate x) * (up x)`
     pub fn hidden(&self, expert: usize, x: &[f64]) -> Vec<f64> {
         let [gate, up, _] = &self.each[expert];
-        gate.times(x).iter().zip(up.times(x)).map(|(&g, u)| silu(g) * u).collect()
+        gate.times(x)
+            .iter()
+            .zip(up.times(x))
+            .map(|(&g, u)| silu(g) * u)
+            .collect()
     }
 }
 
@@ -397,14 +431,23 @@ pub fn wide(x: &[f32]) -> Vec<f64> {
 pub fn rms_norm(x: &[f32], scale: &[f32]) -> Vec<f64> {
     let squares: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
     let factor = 1.0 / (squares / x.len() as f64 + f64::from(EPS)).sqrt();
-    x.iter().zip(scale).map(|(&x, &s)| f64::from(x) * factor * f64::from(s)).collect()
+    x.iter()
+        .zip(scale)
+        .map(|(&x, &s)| f64::from(x) * factor * f64::from(s))
+        .collect()
 }
 
 /// Values differ by at most `tolerance` times the largest expected one.
 #[track_caller]
 pub fn check(what: &str, found: &[f32], expected: &[f64], tolerance: f64) {
-    assert_eq!(found.len(), expected.len(), "{what}");
     let largest = expected.iter().fold(0.0f64, |max, x| max.max(x.abs()));
+    check_by(what, found, expected, tolerance, largest);
+}
+
+/// As [`check`], of `largest` instead.
+#[track_caller]
+pub fn check_by(what: &str, found: &[f32], expected: &[f64], tolerance: f64, largest: f64) {
+    assert_eq!(found.len(), expected.len(), "{what}");
     for (i, (&a, &b)) in found.iter().zip(expected).enumerate() {
         let diff = (f64::from(a) - b).abs();
         assert!(

@@ -4,15 +4,13 @@ use bytemuck::{Pod, Zeroable};
 use moectl::backend::cuda::abi::{DECISION_BYTES, Format, Handoff, MAX_TOP_K, Step};
 use moectl::backend::cuda::geometry;
 
-use crate::{
-    EPS, FORMATS, Gpu, Kind, Matrix, Rng, args, check, fits, rms_norm, sigmoid,
-};
+use crate::{EPS, FORMATS, Gpu, Kind, Matrix, Rng, args, check, fits, rms_norm, sigmoid};
 
 /// Logits are exact to f32, and so are the weights made of them.
 const TOLERANCE: f64 = 2e-5;
 
 /// `Decision` of `common.cuh`.
-#[derive(Clone, Copy, Pod, Zeroable)]
+#[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Decision {
     pub count: i32,
@@ -22,6 +20,11 @@ pub struct Decision {
     pub weight: [f32; MAX_TOP_K + 1],
     pub padding: [f32; 1],
 }
+
+// SAFETY: plain numbers, all of which may be zero.
+unsafe impl Zeroable for Decision {}
+// SAFETY: any bytes are numbers, and there is no padding: the sizes below add up.
+unsafe impl Pod for Decision {}
 
 #[test]
 fn a_decision_has_the_bytes_of_the_kernels_one() {
@@ -35,8 +38,10 @@ pub fn top_k(logits: &[f64], k: usize, norm: bool) -> (Vec<usize>, Vec<f64>) {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
     order.truncate(k);
-    let mut weights: Vec<f64> =
-        order.iter().map(|&e| (logits[e] - largest).exp() / total).collect();
+    let mut weights: Vec<f64> = order
+        .iter()
+        .map(|&e| (logits[e] - largest).exp() / total)
+        .collect();
     if norm {
         let sum: f64 = weights.iter().sum();
         weights.iter_mut().for_each(|w| *w /= sum);
@@ -65,7 +70,9 @@ struct Case {
 
 fn run(gpu: &Gpu, case: &Case, seed: u64) {
     let mut rng = Rng::new(seed);
-    let Case { experts, k, dim, .. } = *case;
+    let Case {
+        experts, k, dim, ..
+    } = *case;
     let what = format!(
         "{k} of {experts} experts, dim {dim}, {:?} {:?} {:?} norm {}",
         case.format, case.gate_format, case.kind, case.norm
@@ -119,19 +126,40 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
             "decode_router",
             geometry::router(&w.linear, &g.linear, case.with_handoff),
             args![
-                step.address(), hidden.address(), norm.address(), EPS, dim as i32, w.linear,
-                g.linear, k as i32, case.norm as i32, out.address(), counter.address(),
-                slots_on_device.address(), if case.with_blobs { host_blobs } else { 0 },
-                blob_bytes, units, num_units, shared_blob, shared_units,
-                split_on_device.address(), decision.address(),
+                step.address(),
+                hidden.address(),
+                norm.address(),
+                EPS,
+                dim as i32,
+                w.linear,
+                g.linear,
+                k as i32,
+                case.norm as i32,
+                out.address(),
+                counter.address(),
+                slots_on_device.address(),
+                if case.with_blobs { host_blobs } else { 0 },
+                blob_bytes,
+                units,
+                num_units,
+                shared_blob,
+                shared_units,
+                split_on_device.address(),
+                decision.address(),
                 if case.with_handoff { handoff.at(0) } else { 0 },
-                if case.with_handoff { handed_x.at(0) } else { 0 }, case.signal as i32
+                if case.with_handoff { handed_x.at(0) } else { 0 },
+                case.signal as i32
             ],
         );
         assert_eq!(gpu.down::<u32>(&counter), [0], "{what} round {round}");
     }
     let found: Vec<f32> = gpu.down(&out);
-    check(&format!("{what}: logits"), &found[..experts], &logits, TOLERANCE);
+    check(
+        &format!("{what}: logits"),
+        &found[..experts],
+        &logits,
+        TOLERANCE,
+    );
 
     // Who does what, as the heads of router.cu and decode.rs say.
     let misses: Vec<usize> = (0..k).filter(|&rank| slots[ids[rank]] == 0).collect();
@@ -151,29 +179,65 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
             slot => slot,
         };
         assert_eq!(decision.blob[i], blob, "{what}: expert {id}");
-        assert_eq!(decision.units[i], units + 4 * (num_units * id as i32) as u64, "{what}");
+        assert_eq!(
+            decision.units[i],
+            units + 4 * (num_units * id as i32) as u64,
+            "{what}"
+        );
     }
     let last = on_gpu.len();
-    assert_eq!((decision.blob[last], decision.units[last]), (shared_blob, shared_units), "{what}");
+    assert_eq!(
+        (decision.blob[last], decision.units[last]),
+        (shared_blob, shared_units),
+        "{what}"
+    );
     let mut expected: Vec<f64> = on_gpu.iter().map(|&rank| weights[rank]).collect();
     check(&what, &decision.weight[..last], &expected, TOLERANCE);
-    check(&what, &decision.weight[last..=last], &[shared_weight], TOLERANCE);
+    check(
+        &what,
+        &decision.weight[last..=last],
+        &[shared_weight],
+        TOLERANCE,
+    );
 
     if !case.with_handoff {
         return;
     }
     let handoff = handoff.as_slice()[0];
-    assert_eq!(handoff.ready, if case.signal { number } else { 5 }, "{what}");
+    assert_eq!(
+        handoff.ready,
+        if case.signal { number } else { 5 },
+        "{what}"
+    );
     assert_eq!(handoff.num_cpu as usize, on_cpu.len(), "{what}");
-    let topk: Vec<usize> = handoff.topk_ids[..k].iter().map(|&id| id as usize).collect();
+    let topk: Vec<usize> = handoff.topk_ids[..k]
+        .iter()
+        .map(|&id| id as usize)
+        .collect();
     assert_eq!(topk, ids, "{what}");
     check(&what, &handoff.topk_weights[..k], &weights, TOLERANCE);
-    let cpu_ids: Vec<usize> =
-        handoff.cpu_ids[..on_cpu.len()].iter().map(|&id| id as usize).collect();
-    assert_eq!(cpu_ids, on_cpu.iter().map(|&rank| ids[rank]).collect::<Vec<_>>(), "{what}");
+    let cpu_ids: Vec<usize> = handoff.cpu_ids[..on_cpu.len()]
+        .iter()
+        .map(|&id| id as usize)
+        .collect();
+    assert_eq!(
+        cpu_ids,
+        on_cpu.iter().map(|&rank| ids[rank]).collect::<Vec<_>>(),
+        "{what}"
+    );
     expected = on_cpu.iter().map(|&rank| weights[rank]).collect();
-    check(&what, &handoff.cpu_weights[..on_cpu.len()], &expected, TOLERANCE);
-    check(&format!("{what}: x"), handed_x.as_slice(), &normed, TOLERANCE);
+    check(
+        &what,
+        &handoff.cpu_weights[..on_cpu.len()],
+        &expected,
+        TOLERANCE,
+    );
+    check(
+        &format!("{what}: x"),
+        handed_x.as_slice(),
+        &normed,
+        TOLERANCE,
+    );
 }
 
 #[test]
@@ -181,8 +245,21 @@ fn router_chooses_and_hands_over() {
     let Some(gpu) = Gpu::open() else { return };
     let splits: [fn(usize) -> i32; 3] = [|_| 0, |m| m as i32, |m| m as i32 / 2];
     let sizes = [
-        (2, 1), (2, 2), (3, 2), (4, 1), (5, 3), (8, 8), (10, 3), (16, 4), (16, 10), (15, 10),
-        (33, 10), (64, 8), (512, 10), (513, 10), (1024, 32),
+        (2, 1),
+        (2, 2),
+        (3, 2),
+        (4, 1),
+        (5, 3),
+        (8, 8),
+        (10, 3),
+        (16, 4),
+        (16, 10),
+        (15, 10),
+        (33, 10),
+        (64, 8),
+        (512, 10),
+        (513, 10),
+        (1024, 32),
     ];
     for (i, (experts, k)) in sizes.into_iter().enumerate() {
         for (f, format) in FORMATS.into_iter().enumerate() {

@@ -78,12 +78,17 @@ impl Emulated {
 
     fn push(&self, stream: Handle, op: Op) -> Result<()> {
         let mut streams = self.streams.lock().unwrap();
-        let stream = streams.get_mut(&stream).ok_or_else(|| error("emulator: no such stream"))?;
+        let stream = streams
+            .get_mut(&stream)
+            .ok_or_else(|| error("emulator: no such stream"))?;
         match &mut stream.capturing {
             Some(ops) => ops.push(op),
             None => {
                 stream.sent += 1;
-                stream.ops.send(op).map_err(|_| error("emulator: the stream has ended"))?;
+                stream
+                    .ops
+                    .send(op)
+                    .map_err(|_| error("emulator: the stream has ended"))?;
             }
         }
         Ok(())
@@ -193,7 +198,9 @@ impl Driver for Emulated {
     fn synchronize(&self, stream: Handle) -> Result<()> {
         let (progress, sent) = {
             let streams = self.streams.lock().unwrap();
-            let stream = streams.get(&stream).ok_or_else(|| error("emulator: no such stream"))?;
+            let stream = streams
+                .get(&stream)
+                .ok_or_else(|| error("emulator: no such stream"))?;
             (Arc::clone(&stream.progress), stream.sent)
         };
         let state = progress.state.lock().unwrap();
@@ -206,7 +213,9 @@ impl Driver for Emulated {
 
     fn is_idle(&self, stream: Handle) -> Result<bool> {
         let streams = self.streams.lock().unwrap();
-        let stream = streams.get(&stream).ok_or_else(|| error("emulator: no such stream"))?;
+        let stream = streams
+            .get(&stream)
+            .ok_or_else(|| error("emulator: no such stream"))?;
         let state = stream.progress.state.lock().unwrap();
         match &state.1 {
             Some(message) => Err(error(message.clone())),
@@ -355,7 +364,10 @@ impl Driver for Emulated {
         // SAFETY: the name ends with NUL, `sizes` is as long as said.
         let count = unsafe { moectl_emulate_params(name.as_ptr(), sizes.as_mut_ptr(), 64) };
         if count >= 0 {
-            let sizes: Vec<usize> = sizes[..count as usize].iter().map(|&s| s as usize).collect();
+            let sizes: Vec<usize> = sizes[..count as usize]
+                .iter()
+                .map(|&s| s as usize)
+                .collect();
             assert_eq!(args.sizes(), sizes, "arguments of {kernel}");
         }
         let args = Mutex::new(args);
@@ -386,15 +398,22 @@ impl Driver for Emulated {
 
     fn begin_capture(&self, stream: Handle) -> Result<()> {
         let mut streams = self.streams.lock().unwrap();
-        let stream = streams.get_mut(&stream).ok_or_else(|| error("emulator: no such stream"))?;
+        let stream = streams
+            .get_mut(&stream)
+            .ok_or_else(|| error("emulator: no such stream"))?;
         stream.capturing = Some(Vec::new());
         Ok(())
     }
 
     fn end_capture(&self, stream: Handle) -> Result<Handle> {
         let mut streams = self.streams.lock().unwrap();
-        let stream = streams.get_mut(&stream).ok_or_else(|| error("emulator: no such stream"))?;
-        let ops = stream.capturing.take().ok_or_else(|| error("emulator: nothing recorded"))?;
+        let stream = streams
+            .get_mut(&stream)
+            .ok_or_else(|| error("emulator: no such stream"))?;
+        let ops = stream
+            .capturing
+            .take()
+            .ok_or_else(|| error("emulator: nothing recorded"))?;
         let handle = self.handle();
         self.graphs.lock().unwrap().insert(handle, ops);
         Ok(handle)

@@ -42,10 +42,24 @@ pub fn linear_add(linear: &Linear) -> Geometry {
     geometry((linear.rows as usize).div_ceil(16), 512, 49_152)
 }
 
+/// Above 4096 rows of bf16 or f32, a warp takes four.
+pub fn linear_small(linear: &Linear) -> Geometry {
+    let rows = linear.rows as usize;
+    let per_block = match linear.format == Format::Nf4Tiles as i32 || rows > 4096 {
+        true => 32,
+        false => 8,
+    };
+    geometry(rows.div_ceil(per_block), 256, 40_960)
+}
+
 pub fn delta_net(s: &DeltaNetShape) -> Geometry {
     Geometry {
         block: [288, 1],
-        ..tiles(s.value_head_dim.div_ceil(4096 / s.key_head_dim), s.num_value_heads, 0)
+        ..tiles(
+            s.value_head_dim.div_ceil(4096 / s.key_head_dim),
+            s.num_value_heads,
+            0,
+        )
     }
 }
 
@@ -91,7 +105,11 @@ pub fn router(router: &Linear, shared_gate: &Linear, with_x: bool) -> Geometry {
         true => (m.rows as usize).div_ceil(16),
         false => (m.rows as usize).div_ceil(4),
     };
-    geometry(blocks(router) + blocks(shared_gate) + usize::from(with_x), 512, 49_152)
+    geometry(
+        blocks(router) + blocks(shared_gate) + usize::from(with_x),
+        512,
+        49_152,
+    )
 }
 
 pub fn experts_up(shape: &ModelShape, layouts: [&ExpertLayout; 2]) -> Geometry {
@@ -135,30 +153,50 @@ pub fn matmul(rows: usize, tokens: usize, multiprocessors: usize) -> Geometry {
 }
 
 pub fn prefill_conv(s: &DeltaNetShape, tokens: usize) -> Geometry {
-    tiles(tokens.div_ceil(16), (2 * s.num_key_heads + s.num_value_heads).div_ceil(8), 0)
+    tiles(
+        tokens.div_ceil(16),
+        (2 * s.num_key_heads + s.num_value_heads).div_ceil(8),
+        0,
+    )
 }
 
 pub fn prefill_delta_rule(s: &DeltaNetShape) -> Geometry {
     Geometry {
         block: [128, 1],
-        ..tiles(s.value_head_dim.div_ceil(4096 / s.key_head_dim), s.num_value_heads, 0)
+        ..tiles(
+            s.value_head_dim.div_ceil(4096 / s.key_head_dim),
+            s.num_value_heads,
+            0,
+        )
     }
 }
 
 pub fn prefill_ring(s: &DeltaNetShape, tokens: usize) -> Geometry {
-    tiles(s.qkvz_rows().div_ceil(256), tokens.min(s.conv_kernel_dim), 0)
+    tiles(
+        s.qkvz_rows().div_ceil(256),
+        tokens.min(s.conv_kernel_dim),
+        0,
+    )
 }
 
 pub fn prefill_router(experts: usize, tokens: usize, multiprocessors: usize) -> Geometry {
     let tokens = tokens.div_ceil(128);
     let wide = tokens * experts.div_ceil(128);
-    let per_block = if 4 * wide >= 3 * multiprocessors { 128 } else { 64 };
+    let per_block = if 4 * wide >= 3 * multiprocessors {
+        128
+    } else {
+        64
+    };
     tiles(tokens, experts.div_ceil(per_block), 0)
 }
 
 pub fn prefill_experts_down(rows: usize, tokens: usize, bound: usize) -> Geometry {
     let blocks = rows.div_ceil(256);
-    let blocks = if rows >= 2048 && tokens >= 2048 { blocks / 2 } else { blocks };
+    let blocks = if rows >= 2048 && tokens >= 2048 {
+        blocks / 2
+    } else {
+        blocks
+    };
     tiles(blocks, bound, MATMUL_SHARED_BYTES)
 }
 

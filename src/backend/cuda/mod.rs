@@ -18,7 +18,6 @@ pub mod abi;
 mod arena;
 pub mod budget;
 mod calibrate;
-mod slots;
 pub mod decode;
 pub mod device;
 #[cfg(feature = "cuda")]
@@ -27,6 +26,7 @@ pub mod driver;
 pub mod emulated;
 pub mod geometry;
 mod prefill;
+mod slots;
 pub mod state;
 mod store;
 mod weights;
@@ -43,8 +43,8 @@ use state::SequenceState;
 use store::ExpertStore;
 use weights::{DenseWeights, Loaded};
 
-use super::cpu::{CpuPrecision, Progress};
 use super::cpu::offload::Offload;
+use super::cpu::{CpuPrecision, Progress};
 use super::{
     BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, Result, Routing,
 };
@@ -131,7 +131,9 @@ impl Cuda {
     ) -> Result<Self> {
         let device = Device::open(index)?;
         let usage = Usage::of(&device, index);
-        Self::on(device, index, usage, shape, weights, options, max_tokens, progress)
+        Self::on(
+            device, index, usage, shape, weights, options, max_tokens, progress,
+        )
     }
 
     /// As [`new`](Cuda::new), on a device that is open.
@@ -188,8 +190,15 @@ impl Cuda {
             decode.look_ahead(true, &device)?;
         }
         let state = SequenceState::new(&device, &shape, options.kv_dtype, max_tokens, &stream)?;
-        let prefill =
-            Prefill::new(&device, &shape, &store, &shared_layout, &dense, &options, &stream)?;
+        let prefill = Prefill::new(
+            &device,
+            &shape,
+            &store,
+            &shared_layout,
+            &dense,
+            &options,
+            &stream,
+        )?;
         let mut cuda = Cuda {
             prefill,
             decode,

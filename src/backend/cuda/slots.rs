@@ -31,7 +31,10 @@ impl Cuda {
         // Where few slots fit, prefill cannot borrow from them.
         let workspace = self.prefill.workspace_bytes() as u64;
         let all = (layers * experts) as u64 * self.store.slot_bytes();
-        let nothing = matches!(self.options.residency, Residency::Nothing | Residency::Exactly(_));
+        let nothing = matches!(
+            self.options.residency,
+            Residency::Nothing | Residency::Exactly(_)
+        );
         if nothing || room.min(all) < 2 * workspace {
             self.prefill.own_workspace(&self.device, &self.stream)?;
             room = self.usage.room(budget)?;
@@ -54,9 +57,12 @@ impl Cuda {
                 experts
             }
             Residency::Fill => spread(layers, experts, &[], fitting).map(Some).collect(),
-            Residency::Preferred(lists) => spread(layers, experts, lists, fitting).map(Some).collect(),
+            Residency::Preferred(lists) => {
+                spread(layers, experts, lists, fitting).map(Some).collect()
+            }
         };
-        self.store.set_slots(&self.device, wanted.len(), &self.stream)?;
+        self.store
+            .set_slots(&self.device, wanted.len(), &self.stream)?;
         for (slot, wanted) in wanted.into_iter().enumerate() {
             let Some((layer, expert)) = wanted else {
                 continue;
@@ -92,7 +98,8 @@ impl Cuda {
             let slot = first + change.slot;
             self.slots.pending.retain(|&(_, _, other)| other != slot);
             // No kernel runs now, and the next ones get a table without the old expert.
-            self.store.start_fetch(change.layer, change.expert, slot, &self.copies)?;
+            self.store
+                .start_fetch(change.layer, change.expert, slot, &self.copies)?;
             self.slots.pending.push((change.layer, change.expert, slot));
             self.slots.changed = true;
             self.decode.times.h2d_bytes += self.store.layout.blob_bytes as u64;
@@ -178,7 +185,10 @@ mod tests {
     #[test]
     fn slots_are_spread_evenly_and_preferences_come_first() {
         let all: Vec<_> = spread(3, 4, &[vec![3, 1], vec![], vec![2]], 7).collect();
-        assert_eq!(all, [(0, 3), (1, 0), (2, 2), (0, 1), (1, 1), (2, 0), (0, 0)]);
+        assert_eq!(
+            all,
+            [(0, 3), (1, 0), (2, 2), (0, 1), (1, 1), (2, 0), (0, 0)]
+        );
         let contents = [vec![Some(1), Some(0)], vec![None, Some(2)], vec![]];
         let (layers, experts) = in_slots(&contents, 100);
         assert_eq!(layers, [(0, 2), (2, 2), (4, 0)]);

@@ -128,7 +128,11 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         name if name.starts_with("cuda") => format!("{name} + cpu"),
         name => name,
     };
-    console.note(format!("{} on {}, by {executed_on}", source.id(), hardware.summary()));
+    console.note(format!(
+        "{} on {}, by {executed_on}",
+        source.id(),
+        hardware.summary()
+    ));
 
     let (placement, profile) = match given {
         Some(placement) => (placement, None),
@@ -142,14 +146,19 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         load::place(&mut engine, &args.compute, &placement.body, console)?;
     }
     let gpu = engine.backend().name;
-    let gpu = gpu.strip_prefix("cuda:").and_then(|index| index.parse().ok());
+    let gpu = gpu
+        .strip_prefix("cuda:")
+        .and_then(|index| index.parse().ok());
     let monitor = Monitor::start(Duration::from_millis(200), gpu);
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
     if console.verbose {
         let times = engine.kernel_times()?;
         let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
-        console.detail(format!("kernels of a step: {}", lines.collect::<Vec<_>>().join(", ")));
+        console.detail(format!(
+            "kernels of a step: {}",
+            lines.collect::<Vec<_>>().join(", ")
+        ));
     }
     // Not before: its buffer would count as the model's memory.
     let threads = engine.backend().threads;
@@ -299,12 +308,7 @@ fn plan_here(
     Ok((placement, profile))
 }
 
-fn predict(
-    footprint: &Footprint,
-    machine: &Hardware,
-    ctx: u64,
-    hit_rates: &[f64],
-) -> Prediction {
+fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64, hit_rates: &[f64]) -> Prediction {
     let decode = cost::decode(
         footprint,
         machine,
