@@ -24,7 +24,17 @@ const DECIDED_GAP: f64 = 1e-3;
 fn cuda(device: &Device, options: CudaOptions, model: &(ModelShape, ModelWeights)) -> Cuda {
     let (shape, weights) = (model.0.clone(), &model.1);
     let usage = Usage::alone(device);
-    Cuda::on(device.clone(), 0, usage, shape, weights, options, 512, &|_, _| {}).unwrap()
+    Cuda::on(
+        device.clone(),
+        0,
+        usage,
+        shape,
+        weights,
+        options,
+        512,
+        &|_, _| {},
+    )
+    .unwrap()
 }
 
 fn with(residency: Residency) -> CudaOptions {
@@ -58,12 +68,19 @@ fn logits_routing_and_greedy_tokens_equal_transformers() {
             assert!(diff <= TOLERANCE, "{what}: logits differ by {diff}");
             for (layer, routing) in routing.iter().enumerate() {
                 let ids = golden.i32s(&format!("router.{}.{layer}.idx", prompt.name));
-                assert_eq!(unequal_expert_sets(routing, &ids), 0, "{what} layer {layer}");
+                assert_eq!(
+                    unequal_expert_sets(routing, &ids),
+                    0,
+                    "{what} layer {layer}"
+                );
             }
             let last = &logits[logits.len() - vocab..];
             assert_eq!(greedy(&mut sequence, last, 32), prompt.greedy, "{what}");
         }
-        println!("{}: largest difference of a logit {worst:.1e} ({worst_name})", golden.name);
+        println!(
+            "{}: largest difference of a logit {worst:.1e} ({worst_name})",
+            golden.name
+        );
     }
 }
 
@@ -75,9 +92,16 @@ fn every_placement_of_experts_gives_the_same_tokens() {
         let model = open(&golden.model_dir);
         let (layers, experts) = (model.0.num_layers(), model.0.moe.num_experts);
         let some = |step: usize| -> Vec<(usize, usize)> {
-            (0..layers * experts).step_by(step).map(|i| (i / experts, i % experts)).collect()
+            (0..layers * experts)
+                .step_by(step)
+                .map(|i| (i / experts, i % experts))
+                .collect()
         };
-        let prompt = golden.prompts.iter().find(|p| p.router_gap >= DECIDED_GAP).unwrap();
+        let prompt = golden
+            .prompts
+            .iter()
+            .find(|p| p.router_gap >= DECIDED_GAP)
+            .unwrap();
         let placements = [
             (with(Residency::Nothing), "all in RAM"),
             (with(Residency::Exactly(some(2))), "every other one in VRAM"),

@@ -81,7 +81,10 @@ fn best_of(scores: &[f32]) -> Result<u32, SampleError> {
         }
         if max > best_score {
             best_score = max;
-            let at = chunk.iter().position(|&s| s == max).expect("one of them is the largest");
+            let at = chunk
+                .iter()
+                .position(|&s| s == max)
+                .expect("one of them is the largest");
             best = Some((i * CHUNK + at) as u32);
         }
     }

@@ -129,11 +129,7 @@ pub fn open(dir: &std::path::Path) -> (ModelShape, ModelWeights) {
 }
 
 /// Logits of every prompt token and the routing per layer, fed in pieces of at most `piece`.
-pub fn prefill(
-    sequence: &mut impl Runner,
-    ids: &[u32],
-    piece: usize,
-) -> (Vec<f32>, Vec<Routing>) {
+pub fn prefill(sequence: &mut impl Runner, ids: &[u32], piece: usize) -> (Vec<f32>, Vec<Routing>) {
     let mut logits = Vec::new();
     let mut routing: Vec<Routing> = Vec::new();
     for piece in ids.chunks(piece) {

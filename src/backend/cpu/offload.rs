@@ -120,7 +120,9 @@ impl Offload {
         }
         if let Some(id) = ids.iter().find(|&&id| id as usize >= experts.len()) {
             let count = experts.len();
-            return Err(BackendError::Other(format!("expert {id} of {count} was asked for")));
+            return Err(BackendError::Other(format!(
+                "expert {id} of {count} was asked for"
+            )));
         }
         let chosen: Vec<&Expert> = ids.iter().map(|&id| &experts[id as usize]).collect();
         let isa = self.isa;
@@ -130,7 +132,8 @@ impl Offload {
         let integers = chosen[0].down.reads_integers();
         self.hidden.resize(ids.len() * blocks, [0.0; TILE_COLS]);
         self.hidden_integers.resize(ids.len() * blocks, integers);
-        self.halves.resize_with(ids.len() * blocks, AtomicU32::default);
+        self.halves
+            .resize_with(ids.len() * blocks, AtomicU32::default);
         let view = self.x.view();
         {
             let hidden = Parts::new(self.hidden.as_flattened_mut());
@@ -266,9 +269,9 @@ fn gate_and_up(isa: Isa, expert: &Expert, tile_row: usize, x: View, out: &mut [f
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Routing;
     use crate::backend::cpu::experts::{Buffers, add_experts};
     use crate::backend::cpu::tests::{random_nf4, random_vector};
-    use crate::backend::Routing;
 
     fn layer(count: usize, dim: usize, inner: usize) -> Vec<ExpertWeights> {
         (0..count as u64)
@@ -289,7 +292,9 @@ mod tests {
                 let weights = layer(count, dim, inner);
                 let layer = load_layer(offload.pool(), &weights, CpuPrecision::Int16).unwrap();
                 assert!(layer.arena.is_some());
-                let mut shared = load_layer(offload.pool(), &weights[..1], CpuPrecision::Int16).unwrap().experts;
+                let mut shared = load_layer(offload.pool(), &weights[..1], CpuPrecision::Int16)
+                    .unwrap()
+                    .experts;
                 let x = random_vector(dim, 5);
                 let ids = [count as i32 - 1, 0, 2];
                 let topk_weights = vec![0.5, 0.3, 0.2];
@@ -333,8 +338,14 @@ mod tests {
         let layer = load_layer(offload.pool(), &layer(2, 64, 64), CpuPrecision::Int16).unwrap();
         let mut out = vec![1.0; 64];
         let x = vec![0.0; 64];
-        offload.compute(&layer.experts, &[], &[], &x, &mut out).unwrap();
+        offload
+            .compute(&layer.experts, &[], &[], &x, &mut out)
+            .unwrap();
         assert!(out.iter().all(|&v| v == 0.0));
-        assert!(offload.compute(&layer.experts, &[2], &[1.0], &x, &mut out).is_err());
+        assert!(
+            offload
+                .compute(&layer.experts, &[2], &[1.0], &x, &mut out)
+                .is_err()
+        );
     }
 }

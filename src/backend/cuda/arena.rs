@@ -31,12 +31,19 @@ impl Arena {
     /// `bytes` zeroed bytes; the address stays valid while the arena lives.
     pub fn alloc(&mut self, bytes: usize, stream: &Stream) -> Result<u64> {
         let bytes = bytes.next_multiple_of(ALIGN).max(ALIGN);
-        let room = self.chunks.iter_mut().find(|(b, used)| b.bytes() - *used >= bytes);
+        let room = self
+            .chunks
+            .iter_mut()
+            .find(|(b, used)| b.bytes() - *used >= bytes);
         let (buffer, used) = match room {
             Some(found) => found,
             None => {
                 // What is nearly a chunk gets an allocation of just its size.
-                let size = if 2 * bytes > self.chunk_bytes { bytes } else { self.chunk_bytes };
+                let size = if 2 * bytes > self.chunk_bytes {
+                    bytes
+                } else {
+                    self.chunk_bytes
+                };
                 self.chunks.push((self.device.alloc(size, stream)?, 0));
                 self.chunks.last_mut().expect("just pushed")
             }

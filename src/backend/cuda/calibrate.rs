@@ -47,7 +47,12 @@ impl Cuda {
         }
         self.set_pcie_share(share)?;
         self.decode.look_ahead(false, &self.device)?;
-        if self.time_steps(&mut tried, 99, &format!("{share}% over PCIe, nothing ahead"))? < best {
+        if self.time_steps(
+            &mut tried,
+            99,
+            &format!("{share}% over PCIe, nothing ahead"),
+        )? < best
+        {
             ahead = false;
         }
         self.decode.look_ahead(ahead, &self.device)?;
@@ -55,7 +60,11 @@ impl Cuda {
         self.take_times();
         self.notes = vec![format!(
             "of missing experts the GPU reads {share}% over PCIe{} (median of steps: {})",
-            if ahead { ", the CPU fetches its own ahead" } else { "" },
+            if ahead {
+                ", the CPU fetches its own ahead"
+            } else {
+                ""
+            },
             tried.join("; ")
         )];
         Ok(())

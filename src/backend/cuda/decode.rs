@@ -211,7 +211,9 @@ impl Decode {
         let index = match self.graphs.iter().position(|(k, _)| *k == kind) {
             Some(index) => index,
             None => {
-                let graph = model.stream.capture(|| self.record(model, state, kind, None))?;
+                let graph = model
+                    .stream
+                    .capture(|| self.record(model, state, kind, None))?;
                 self.graphs.push((kind, graph));
                 self.graphs.len() - 1
             }
@@ -249,7 +251,9 @@ impl Decode {
         };
         for (layer, handoff) in self.handoffs.as_slice().iter().enumerate() {
             routing.topk_ids.clear();
-            routing.topk_ids.extend(handoff.topk_ids[..k].iter().map(|&id| id as u16));
+            routing
+                .topk_ids
+                .extend(handoff.topk_ids[..k].iter().map(|&id| id as u16));
             routing.topk_weights.clear();
             routing.topk_weights.extend(&handoff.topk_weights[..k]);
             let cpu = handoff.num_cpu as u64;
@@ -290,12 +294,23 @@ impl Decode {
                 "decode_norm_linear",
                 geometry::norm_linear([&dense.lm_head, &none, &none], self.multiprocessors),
                 args![
-                    self.step, hidden, dense.norm, eps, dense.lm_head, none, none, self.logits,
-                    0u64, 0u64, 0i32
+                    self.step,
+                    hidden,
+                    dense.norm,
+                    eps,
+                    dense.lm_head,
+                    none,
+                    none,
+                    self.logits,
+                    0u64,
+                    0u64,
+                    0i32
                 ],
                 true,
             )?;
-            model.stream.copy_to_host(to, self.logits, 4 * model.shape.vocab_size)
+            model
+                .stream
+                .copy_to_host(to, self.logits, 4 * model.shape.vocab_size)
         }
     }
 
@@ -321,9 +336,8 @@ impl Decode {
             let count = (handoff.num_cpu.max(0) as usize).min(handoff.cpu_ids.len());
             if count > 0 {
                 // SAFETY: as above; `[layers, dim]` floats.
-                let x = unsafe {
-                    std::slice::from_raw_parts(self.handoff_x.pointer(layer * dim), dim)
-                };
+                let x =
+                    unsafe { std::slice::from_raw_parts(self.handoff_x.pointer(layer * dim), dim) };
                 // SAFETY: the GPU reads this only after `done` is set below.
                 let out = unsafe {
                     std::slice::from_raw_parts_mut(self.cpu_out.pointer(layer * dim), dim)
@@ -431,7 +445,9 @@ impl Decode {
         };
         let mut times = Vec::new();
         for name in KERNELS {
-            let graph = model.stream.capture(|| self.record(model, state, kind, Some(name)))?;
+            let graph = model
+                .stream
+                .capture(|| self.record(model, state, kind, Some(name)))?;
             for round in 0..=ROUNDS {
                 if round == 1 {
                     model.stream.record(&start)?;
@@ -441,7 +457,10 @@ impl Decode {
             }
             model.stream.record(&end)?;
             model.stream.synchronize()?;
-            times.push((name, f64::from(end.ms_since(&start)?) * 1e3 / f64::from(ROUNDS)));
+            times.push((
+                name,
+                f64::from(end.ms_since(&start)?) * 1e3 / f64::from(ROUNDS),
+            ));
         }
         Ok(times)
     }
@@ -476,17 +495,41 @@ impl Decode {
         launch(
             "decode_begin",
             geometry::begin(dim),
-            args![self.embedding.at(0), self.host_step.at(0), self.hidden, self.step, dim as i32],
+            args![
+                self.embedding.at(0),
+                self.host_step.at(0),
+                self.hidden,
+                self.step,
+                dim as i32
+            ],
             false,
         )?;
         let router_args = |index: usize, scratch: RouterScratch, handoff: u64, x: u64| {
             let (layer, layer_store) = (&dense.layers[index], &store.layers[index]);
             args![
-                self.step, self.hidden, layer.expert_norm, eps, dim as i32, layer.router,
-                layer.shared_gate, k as i32, shape.moe.norm_topk_prob as i32, scratch.logits,
-                scratch.counter, store.device_table(index), layer_store.mapped, layout.blob_bytes,
-                layer_store.units, layout.num_units, layer.shared_blob, layer.shared_units,
-                self.split, scratch.decision, handoff, x, kind.hybrid as i32
+                self.step,
+                self.hidden,
+                layer.expert_norm,
+                eps,
+                dim as i32,
+                layer.router,
+                layer.shared_gate,
+                k as i32,
+                shape.moe.norm_topk_prob as i32,
+                scratch.logits,
+                scratch.counter,
+                store.device_table(index),
+                layer_store.mapped,
+                layout.blob_bytes,
+                layer_store.units,
+                layout.num_units,
+                layer.shared_blob,
+                layer.shared_units,
+                self.split,
+                scratch.decision,
+                handoff,
+                x,
+                kind.hybrid as i32
             ]
         };
         for (index, layer) in dense.layers.iter().enumerate() {
@@ -501,8 +544,17 @@ impl Decode {
                         "decode_norm_linear",
                         geometry::norm_linear([&net.qkvz, &net.ba, &none], self.multiprocessors),
                         args![
-                            self.step, self.hidden, layer.input_norm, eps, net.qkvz, net.ba, none,
-                            ring, self.projected[1], 0u64, taps
+                            self.step,
+                            self.hidden,
+                            layer.input_norm,
+                            eps,
+                            net.qkvz,
+                            net.ba,
+                            none,
+                            ring,
+                            self.projected[1],
+                            0u64,
+                            taps
                         ],
                         true,
                     )?;
@@ -510,9 +562,20 @@ impl Decode {
                         "decode_delta_net",
                         geometry::delta_net(s),
                         args![
-                            self.step, ring, taps, rows, self.projected[1], net.conv,
-                            net.negative_a, net.dt_bias, memory, self.mixed, heads.0, heads.1,
-                            dims.0, dims.1
+                            self.step,
+                            ring,
+                            taps,
+                            rows,
+                            self.projected[1],
+                            net.conv,
+                            net.negative_a,
+                            net.dt_bias,
+                            memory,
+                            self.mixed,
+                            heads.0,
+                            heads.1,
+                            dims.0,
+                            dims.1
                         ],
                         true,
                     )?;
@@ -520,8 +583,19 @@ impl Decode {
                         "decode_delta_out",
                         geometry::linear_add(&net.out),
                         args![
-                            self.step, self.mixed, ring, taps, rows, net.norm, eps, heads.0,
-                            heads.1, dims.0, dims.1, net.out, self.hidden
+                            self.step,
+                            self.mixed,
+                            ring,
+                            taps,
+                            rows,
+                            net.norm,
+                            eps,
+                            heads.0,
+                            heads.1,
+                            dims.0,
+                            dims.1,
+                            net.out,
+                            self.hidden
                         ],
                         true,
                     )?;
@@ -532,8 +606,17 @@ impl Decode {
                         "decode_norm_linear",
                         geometry::norm_linear([&net.q, &net.k, &net.v], self.multiprocessors),
                         args![
-                            self.step, self.hidden, layer.input_norm, eps, net.q, net.k, net.v,
-                            self.projected[0], self.projected[1], self.projected[2], 0i32
+                            self.step,
+                            self.hidden,
+                            layer.input_norm,
+                            eps,
+                            net.q,
+                            net.k,
+                            net.v,
+                            self.projected[0],
+                            self.projected[1],
+                            self.projected[2],
+                            0i32
                         ],
                         true,
                     )?;
@@ -541,12 +624,23 @@ impl Decode {
                         "decode_attention",
                         geometry::attention(s, &self.attention, cache.format == 1),
                         args![
-                            self.step, self.projected[0], self.projected[1], self.projected[2],
-                            net.q_norm, net.k_norm, eps, dense.inverse_frequencies,
-                            s.rotary_dim as i32, *cache, s.num_attention_heads as i32,
-                            s.num_key_value_heads as i32, s.head_dim as i32,
-                            self.attention.splits as i32, self.attention_partial,
-                            self.attention_counters, self.mixed
+                            self.step,
+                            self.projected[0],
+                            self.projected[1],
+                            self.projected[2],
+                            net.q_norm,
+                            net.k_norm,
+                            eps,
+                            dense.inverse_frequencies,
+                            s.rotary_dim as i32,
+                            *cache,
+                            s.num_attention_heads as i32,
+                            s.num_key_value_heads as i32,
+                            s.head_dim as i32,
+                            self.attention.splits as i32,
+                            self.attention_partial,
+                            self.attention_counters,
+                            self.mixed
                         ],
                         true,
                     )?;
@@ -585,19 +679,36 @@ impl Decode {
                 "decode_experts_up",
                 geometry::experts_up(shape, [&layout, &shared_layout]),
                 args![
-                    self.hidden, layer.expert_norm, eps, dim as i32, self.router.decision, layout,
-                    shared_layout, self.expert_hidden, self.expert_hidden_stride as i32
+                    self.hidden,
+                    layer.expert_norm,
+                    eps,
+                    dim as i32,
+                    self.router.decision,
+                    layout,
+                    shared_layout,
+                    self.expert_hidden,
+                    self.expert_hidden_stride as i32
                 ],
                 true,
             )?;
             // Alone, the GPU adds to the residual stream at once; else it waits for the CPU first.
-            let (out, add) = if kind.hybrid { (self.moe, 0i32) } else { (self.hidden, 1i32) };
+            let (out, add) = if kind.hybrid {
+                (self.moe, 0i32)
+            } else {
+                (self.hidden, 1i32)
+            };
             launch(
                 "decode_experts_down",
                 geometry::experts_down(dim),
                 args![
-                    self.expert_hidden, self.expert_hidden_stride as i32, self.router.decision, layout,
-                    shared_layout, dim as i32, out, add
+                    self.expert_hidden,
+                    self.expert_hidden_stride as i32,
+                    self.router.decision,
+                    layout,
+                    shared_layout,
+                    dim as i32,
+                    out,
+                    add
                 ],
                 true,
             )?;
@@ -610,7 +721,10 @@ impl Decode {
                     "decode_combine",
                     geometry::combine(dim),
                     args![
-                        self.moe, self.cpu_out.at(index * dim), self.done.at(index), self.hidden,
+                        self.moe,
+                        self.cpu_out.at(index * dim),
+                        self.done.at(index),
+                        self.hidden,
                         dim as i32
                     ],
                     false,

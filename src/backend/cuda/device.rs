@@ -147,13 +147,8 @@ pub trait Driver: Send + Sync {
     ) -> Result<()>;
     /// # Safety
     /// As [`copy_to_device`](Driver::copy_to_device).
-    unsafe fn copy_on_device(
-        &self,
-        to: u64,
-        from: u64,
-        bytes: usize,
-        stream: Handle,
-    ) -> Result<()>;
+    unsafe fn copy_on_device(&self, to: u64, from: u64, bytes: usize, stream: Handle)
+    -> Result<()>;
     /// # Safety
     /// As [`copy_to_device`](Driver::copy_to_device).
     unsafe fn fill_zero(&self, address: u64, bytes: usize, stream: Handle) -> Result<()>;

@@ -47,7 +47,9 @@ fn check(result: CUresult, what: &str) -> Result<()> {
     let described = unsafe { sys::cuGetErrorString(result, &mut text) };
     let reason = if described == CUresult::CUDA_SUCCESS && !text.is_null() {
         // SAFETY: a C string that lives as long as the driver.
-        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+        unsafe { CStr::from_ptr(text) }
+            .to_string_lossy()
+            .into_owned()
     } else {
         format!("{result:?}")
     };
@@ -89,7 +91,10 @@ impl Gpu {
             check(sys::cuDeviceGet(&mut device, index as i32), "open device")?;
             // The engine waits for single steps: spinning answers soonest.
             let spin = sys::CUctx_flags_enum::CU_CTX_SCHED_SPIN as u32;
-            check(sys::cuDevicePrimaryCtxSetFlags_v2(device, spin), "set flags")?;
+            check(
+                sys::cuDevicePrimaryCtxSetFlags_v2(device, spin),
+                "set flags",
+            )?;
             check(
                 sys::cuDevicePrimaryCtxRetain(&mut context, device),
                 "make a context",
@@ -116,7 +121,10 @@ impl Gpu {
     /// Every thread that calls the driver needs the context.
     fn bind(&self) -> Result<()> {
         // SAFETY: the context lives as long as `self`.
-        check(unsafe { sys::cuCtxSetCurrent(self.context) }, "use the context")
+        check(
+            unsafe { sys::cuCtxSetCurrent(self.context) },
+            "use the context",
+        )
     }
 
     /// A kernel that takes `args`.
@@ -141,7 +149,11 @@ impl Gpu {
                 if !found {
                     return Err(BackendError::Other(format!("CUDA: no kernel `{name}`")));
                 }
-                (Function(function), DEFAULT_SHARED_BYTES, parameter_sizes(function))
+                (
+                    Function(function),
+                    DEFAULT_SHARED_BYTES,
+                    parameter_sizes(function),
+                )
             }
         };
         // The driver reads as many arguments as the kernel has, wherever they lie.
@@ -152,7 +164,10 @@ impl Gpu {
             // SAFETY: the function is loaded.
             let set =
                 unsafe { sys::cuFuncSetAttribute(function.0, attribute, shared_bytes as i32) };
-            check(set, &format!("{shared_bytes} B of shared memory for {name}"))?;
+            check(
+                set,
+                &format!("{shared_bytes} B of shared memory for {name}"),
+            )?;
             shared_bytes
         } else {
             allowed
@@ -182,7 +197,10 @@ fn facts(device: sys::CUdevice) -> Result<DeviceFacts> {
     let attribute = |a| -> Result<u32> {
         let mut value = 0;
         // SAFETY: the device exists.
-        check(unsafe { sys::cuDeviceGetAttribute(&mut value, a, device) }, "read attributes")?;
+        check(
+            unsafe { sys::cuDeviceGetAttribute(&mut value, a, device) },
+            "read attributes",
+        )?;
         Ok(value as u32)
     };
     let mut name = [0u8; 256];
@@ -193,7 +211,10 @@ fn facts(device: sys::CUdevice) -> Result<DeviceFacts> {
             sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, device),
             "read the name",
         )?;
-        check(sys::cuDeviceTotalMem_v2(&mut total_bytes, device), "read the size")?;
+        check(
+            sys::cuDeviceTotalMem_v2(&mut total_bytes, device),
+            "read the size",
+        )?;
     }
     let name = CStr::from_bytes_until_nul(&name).unwrap_or_default();
     Ok(DeviceFacts {
@@ -237,7 +258,10 @@ impl Driver for Gpu {
         self.bind()?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: outputs are ours.
-        check(unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) }, "read free memory")?;
+        check(
+            unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) },
+            "read free memory",
+        )?;
         Ok((free as u64, total as u64))
     }
 
@@ -312,7 +336,10 @@ impl Driver for Gpu {
         let mut stream = ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the output is ours.
-        check(unsafe { sys::cuStreamCreate(&mut stream, flags) }, "make a stream")?;
+        check(
+            unsafe { sys::cuStreamCreate(&mut stream, flags) },
+            "make a stream",
+        )?;
         Ok(stream as Handle)
     }
 
@@ -326,7 +353,10 @@ impl Driver for Gpu {
     fn synchronize(&self, handle: Handle) -> Result<()> {
         self.bind()?;
         // SAFETY: the stream exists.
-        check(unsafe { sys::cuStreamSynchronize(stream(handle)) }, "run kernels")
+        check(
+            unsafe { sys::cuStreamSynchronize(stream(handle)) },
+            "run kernels",
+        )
     }
 
     fn is_idle(&self, handle: Handle) -> Result<bool> {
@@ -342,7 +372,10 @@ impl Driver for Gpu {
         self.bind()?;
         let mut event = ptr::null_mut();
         // SAFETY: the output is ours.
-        check(unsafe { sys::cuEventCreate(&mut event, 0) }, "make an event")?;
+        check(
+            unsafe { sys::cuEventCreate(&mut event, 0) },
+            "make an event",
+        )?;
         Ok(event as Handle)
     }
 
@@ -356,7 +389,10 @@ impl Driver for Gpu {
     fn record(&self, handle: Handle, on: Handle) -> Result<()> {
         self.bind()?;
         // SAFETY: both exist.
-        check(unsafe { sys::cuEventRecord(event(handle), stream(on)) }, "record an event")
+        check(
+            unsafe { sys::cuEventRecord(event(handle), stream(on)) },
+            "record an event",
+        )
     }
 
     fn wait_event(&self, on: Handle, handle: Handle) -> Result<()> {
@@ -417,7 +453,10 @@ impl Driver for Gpu {
             Height: rows,
         };
         // SAFETY: the caller's promise.
-        check(unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream(on)) }, "copy rows to the device")
+        check(
+            unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream(on)) },
+            "copy rows to the device",
+        )
     }
 
     unsafe fn copy_to_host(&self, to: *mut u8, from: u64, bytes: usize, on: Handle) -> Result<()> {
@@ -491,7 +530,10 @@ impl Driver for Gpu {
         self.bind()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream exists.
-        check(unsafe { sys::cuStreamBeginCapture_v2(stream(on), mode) }, "record a graph")
+        check(
+            unsafe { sys::cuStreamBeginCapture_v2(stream(on), mode) },
+            "record a graph",
+        )
     }
 
     fn end_capture(&self, on: Handle) -> Result<Handle> {
@@ -499,7 +541,10 @@ impl Driver for Gpu {
         let (mut graph, mut exec) = (ptr::null_mut(), ptr::null_mut());
         // SAFETY: outputs are ours; the graph is not needed once it is instantiated.
         unsafe {
-            check(sys::cuStreamEndCapture(stream(on), &mut graph), "record a graph")?;
+            check(
+                sys::cuStreamEndCapture(stream(on), &mut graph),
+                "record a graph",
+            )?;
             let made = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0);
             sys::cuGraphDestroy(graph);
             check(made, "make a graph")?;
@@ -510,7 +555,10 @@ impl Driver for Gpu {
     unsafe fn launch_graph(&self, graph: Handle, on: Handle) -> Result<()> {
         self.bind()?;
         // SAFETY: the caller's promise.
-        check(unsafe { sys::cuGraphLaunch(graph as sys::CUgraphExec, stream(on)) }, "start a graph")
+        check(
+            unsafe { sys::cuGraphLaunch(graph as sys::CUgraphExec, stream(on)) },
+            "start a graph",
+        )
     }
 
     fn free_graph(&self, graph: Handle) {

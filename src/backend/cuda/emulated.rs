@@ -76,12 +76,17 @@ impl Emulated {
 
     fn push(&self, stream: Handle, op: Op) -> Result<()> {
         let mut streams = self.streams.lock().unwrap();
-        let stream = streams.get_mut(&stream).ok_or_else(|| error("emulator: no such stream"))?;
+        let stream = streams
+            .get_mut(&stream)
+            .ok_or_else(|| error("emulator: no such stream"))?;
         match &mut stream.capturing {
             Some(ops) => ops.push(op),
             None => {
                 stream.sent += 1;
-                stream.ops.send(op).map_err(|_| error("emulator: the stream has ended"))?;
+                stream
+                    .ops
+                    .send(op)
+                    .map_err(|_| error("emulator: the stream has ended"))?;
             }
         }
         Ok(())
@@ -191,7 +196,9 @@ impl Driver for Emulated {
     fn synchronize(&self, stream: Handle) -> Result<()> {
         let (progress, sent) = {
             let streams = self.streams.lock().unwrap();
-            let stream = streams.get(&stream).ok_or_else(|| error("emulator: no such stream"))?;
+            let stream = streams
+                .get(&stream)
+                .ok_or_else(|| error("emulator: no such stream"))?;
             (Arc::clone(&stream.progress), stream.sent)
         };
         let state = progress.state.lock().unwrap();
@@ -204,7 +211,9 @@ impl Driver for Emulated {
 
     fn is_idle(&self, stream: Handle) -> Result<bool> {
         let streams = self.streams.lock().unwrap();
-        let stream = streams.get(&stream).ok_or_else(|| error("emulator: no such stream"))?;
+        let stream = streams
+            .get(&stream)
+            .ok_or_else(|| error("emulator: no such stream"))?;
         let state = stream.progress.state.lock().unwrap();
         match &state.1 {
             Some(message) => Err(error(message.clone())),
@@ -376,15 +385,22 @@ impl Driver for Emulated {
 
     fn begin_capture(&self, stream: Handle) -> Result<()> {
         let mut streams = self.streams.lock().unwrap();
-        let stream = streams.get_mut(&stream).ok_or_else(|| error("emulator: no such stream"))?;
+        let stream = streams
+            .get_mut(&stream)
+            .ok_or_else(|| error("emulator: no such stream"))?;
         stream.capturing = Some(Vec::new());
         Ok(())
     }
 
     fn end_capture(&self, stream: Handle) -> Result<Handle> {
         let mut streams = self.streams.lock().unwrap();
-        let stream = streams.get_mut(&stream).ok_or_else(|| error("emulator: no such stream"))?;
-        let ops = stream.capturing.take().ok_or_else(|| error("emulator: nothing recorded"))?;
+        let stream = streams
+            .get_mut(&stream)
+            .ok_or_else(|| error("emulator: no such stream"))?;
+        let ops = stream
+            .capturing
+            .take()
+            .ok_or_else(|| error("emulator: nothing recorded"))?;
         let handle = self.handle();
         self.graphs.lock().unwrap().insert(handle, ops);
         Ok(handle)

@@ -34,7 +34,11 @@ pub fn linear_add(linear: &Linear) -> Geometry {
 pub fn delta_net(s: &DeltaNetShape) -> Geometry {
     Geometry {
         block: [288, 1],
-        ..tiles(s.value_head_dim.div_ceil(4096 / s.key_head_dim), s.num_value_heads, 0)
+        ..tiles(
+            s.value_head_dim.div_ceil(4096 / s.key_head_dim),
+            s.num_value_heads,
+            0,
+        )
     }
 }
 
@@ -80,7 +84,11 @@ pub fn router(router: &Linear, shared_gate: &Linear, with_x: bool) -> Geometry {
         true => (m.rows as usize).div_ceil(16),
         false => (m.rows as usize).div_ceil(4),
     };
-    geometry(blocks(router) + blocks(shared_gate) + usize::from(with_x), 512, 49_152)
+    geometry(
+        blocks(router) + blocks(shared_gate) + usize::from(with_x),
+        512,
+        49_152,
+    )
 }
 
 pub fn experts_up(shape: &ModelShape, layouts: [&ExpertLayout; 2]) -> Geometry {
@@ -111,22 +119,38 @@ pub fn tiles(rows: usize, tokens: usize, shared_bytes: usize) -> Geometry {
 }
 
 pub fn matmul(rows: usize, tokens: usize) -> Geometry {
-    tiles(rows.div_ceil(256), tokens.div_ceil(128), MATMUL_SHARED_BYTES)
+    tiles(
+        rows.div_ceil(256),
+        tokens.div_ceil(128),
+        MATMUL_SHARED_BYTES,
+    )
 }
 
 pub fn prefill_conv(s: &DeltaNetShape, tokens: usize) -> Geometry {
-    tiles(tokens.div_ceil(16), (2 * s.num_key_heads + s.num_value_heads).div_ceil(8), 0)
+    tiles(
+        tokens.div_ceil(16),
+        (2 * s.num_key_heads + s.num_value_heads).div_ceil(8),
+        0,
+    )
 }
 
 pub fn prefill_delta_rule(s: &DeltaNetShape) -> Geometry {
     Geometry {
         block: [128, 1],
-        ..tiles(s.value_head_dim.div_ceil(4096 / s.key_head_dim), s.num_value_heads, 0)
+        ..tiles(
+            s.value_head_dim.div_ceil(4096 / s.key_head_dim),
+            s.num_value_heads,
+            0,
+        )
     }
 }
 
 pub fn prefill_ring(s: &DeltaNetShape, tokens: usize) -> Geometry {
-    tiles(s.qkvz_rows().div_ceil(256), tokens.min(s.conv_kernel_dim), 0)
+    tiles(
+        s.qkvz_rows().div_ceil(256),
+        tokens.min(s.conv_kernel_dim),
+        0,
+    )
 }
 
 pub fn prefill_router(experts: usize, tokens: usize) -> Geometry {

@@ -42,8 +42,8 @@ use state::SequenceState;
 use store::ExpertStore;
 use weights::{DenseWeights, Loaded};
 
-use super::cpu::{CpuPrecision, Progress};
 use super::cpu::offload::Offload;
+use super::cpu::{CpuPrecision, Progress};
 use super::{
     BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, Result, Routing,
 };
@@ -127,7 +127,9 @@ impl Cuda {
     ) -> Result<Self> {
         let device = Device::open(index)?;
         let usage = Usage::of(&device, index);
-        Self::on(device, index, usage, shape, weights, options, max_tokens, progress)
+        Self::on(
+            device, index, usage, shape, weights, options, max_tokens, progress,
+        )
     }
 
     /// As [`new`](Cuda::new), on a device that is open.
@@ -184,8 +186,15 @@ impl Cuda {
             decode.look_ahead(true, &device)?;
         }
         let state = SequenceState::new(&device, &shape, options.kv_dtype, max_tokens, &stream)?;
-        let prefill =
-            Prefill::new(&device, &shape, &store, &shared_layout, &dense, &options, &stream)?;
+        let prefill = Prefill::new(
+            &device,
+            &shape,
+            &store,
+            &shared_layout,
+            &dense,
+            &options,
+            &stream,
+        )?;
         let mut cuda = Cuda {
             prefill,
             decode,
@@ -222,7 +231,10 @@ impl Cuda {
         // Where few slots fit, prefill cannot borrow from them.
         let workspace = self.prefill.workspace_bytes() as u64;
         let all = (layers * experts) as u64 * self.store.slot_bytes();
-        let nothing = matches!(self.options.residency, Residency::Nothing | Residency::Exactly(_));
+        let nothing = matches!(
+            self.options.residency,
+            Residency::Nothing | Residency::Exactly(_)
+        );
         if nothing || room.min(all) < 2 * workspace {
             self.prefill.own_workspace(&self.device, &self.stream)?;
             room = self.usage.room(budget)?;
@@ -242,7 +254,8 @@ impl Cuda {
             Residency::Fill => spread(layers, experts, &[], fitting),
             Residency::Preferred(lists) => spread(layers, experts, lists, fitting),
         };
-        self.store.set_slots(&self.device, wanted.len(), &self.stream)?;
+        self.store
+            .set_slots(&self.device, wanted.len(), &self.stream)?;
         for (slot, (layer, expert)) in wanted.into_iter().enumerate() {
             if layer >= layers || expert >= experts {
                 return Err(BackendError::Other(format!(
@@ -440,7 +453,10 @@ mod tests {
     #[test]
     fn slots_are_spread_evenly_and_preferences_come_first() {
         let all = spread(3, 4, &[vec![3, 1], vec![], vec![2]], 7);
-        assert_eq!(all, [(0, 3), (1, 0), (2, 2), (0, 1), (1, 1), (2, 0), (0, 0)]);
+        assert_eq!(
+            all,
+            [(0, 3), (1, 0), (2, 2), (0, 1), (1, 1), (2, 0), (0, 0)]
+        );
         assert_eq!(spread(2, 3, &[], 100).len(), 6);
     }
 }

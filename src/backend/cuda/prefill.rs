@@ -216,7 +216,11 @@ impl Prefill {
             units.extend((0..experts as u64).map(|e| layer.units + e * stride));
             units.push(dense.shared_units);
         }
-        let events = || (0..RING).map(|_| device.new_event()).collect::<Result<Vec<_>>>();
+        let events = || {
+            (0..RING)
+                .map(|_| device.new_event())
+                .collect::<Result<Vec<_>>>()
+        };
         Ok(Prefill {
             tokens,
             places: Places::new(shape, layouts, tokens, ring),
@@ -406,7 +410,10 @@ impl Cuda {
         let bytes = size_of_val(&*blobs);
         let from = blobs.as_ptr().cast();
         // SAFETY: both tables have this size; the host's changes after the chunk's last wait only.
-        unsafe { self.stream.copy_to_device(prefill.blobs.address(), from, bytes)? };
+        unsafe {
+            self.stream
+                .copy_to_device(prefill.blobs.address(), from, bytes)?
+        };
         Ok(all)
     }
 }
@@ -469,7 +476,17 @@ impl Chunk<'_> {
         self.launch(
             "prefill_split",
             geometry::rows(rows.div_ceil(8), 256),
-            args![x, norm, eps, high, low, scale, normed, rows as i32, cols as i32],
+            args![
+                x,
+                norm,
+                eps,
+                high,
+                low,
+                scale,
+                normed,
+                rows as i32,
+                cols as i32
+            ],
         )
     }
 
@@ -511,8 +528,25 @@ impl Chunk<'_> {
                     "prefill_conv",
                     geometry::prefill_conv(s, self.tokens),
                     args![
-                        qkvz, ba, ring, taps, start, net.conv, net.negative_a, net.dt_bias, q, k,
-                        v, decay, beta, t, heads.0, heads.1, dims.0, dims.1, taps
+                        qkvz,
+                        ba,
+                        ring,
+                        taps,
+                        start,
+                        net.conv,
+                        net.negative_a,
+                        net.dt_bias,
+                        q,
+                        k,
+                        v,
+                        decay,
+                        beta,
+                        t,
+                        heads.0,
+                        heads.1,
+                        dims.0,
+                        dims.1,
+                        taps
                     ],
                 )?;
                 self.launch(
@@ -551,9 +585,23 @@ impl Chunk<'_> {
                     "prefill_qkv",
                     geometry::prefill_qkv(s, self.tokens),
                     args![
-                        q, k, v, net.q_norm, net.k_norm, eps, cuda.dense.inverse_frequencies,
-                        s.rotary_dim as i32, start, t, *cache, q_high, q_low, q_scales, heads.0,
-                        heads.1, hd
+                        q,
+                        k,
+                        v,
+                        net.q_norm,
+                        net.k_norm,
+                        eps,
+                        cuda.dense.inverse_frequencies,
+                        s.rotary_dim as i32,
+                        start,
+                        t,
+                        *cache,
+                        q_high,
+                        q_low,
+                        q_scales,
+                        heads.0,
+                        heads.1,
+                        hd
                     ],
                 )?;
                 self.launch(
@@ -592,7 +640,11 @@ impl Chunk<'_> {
             args![normed, layer.router, layer.shared_gate, logits, t],
         )?;
         let norm_topk = shape.moe.norm_topk_prob as i32;
-        let (ids, weights, gates) = (self.at(p.topk_ids), self.at(p.topk_weights), self.at(p.gates));
+        let (ids, weights, gates) = (
+            self.at(p.topk_ids),
+            self.at(p.topk_weights),
+            self.at(p.gates),
+        );
         self.launch(
             "prefill_topk",
             geometry::rows(self.tokens.div_ceil(8), 256),
@@ -628,14 +680,21 @@ impl Chunk<'_> {
         let stride = cuda.prefill.expert_hidden_stride;
         let all_rows = self.tokens * (k + 1);
         let h = self.at(p.expert_hidden);
-        let split_h =
-            [p.expert_high, p.expert_low, p.expert_scale].map(|place| self.at(place));
+        let split_h = [p.expert_high, p.expert_low, p.expert_scale].map(|place| self.at(place));
         let y = self.at(p.expert_out);
         let units = cuda.prefill.units.at(8 * index * (experts + 1));
-        let table = |part: usize| cuda.prefill.blobs.at(8 * (2 * index + part) * (experts + 1));
+        let table = |part: usize| {
+            cuda.prefill
+                .blobs
+                .at(8 * (2 * index + part) * (experts + 1))
+        };
         let tiles_bound = |count: usize, with_shared: bool| {
             let picks = self.tokens * k.min(count);
-            let shared = if with_shared { self.tokens.div_ceil(128) } else { 0 };
+            let shared = if with_shared {
+                self.tokens.div_ceil(128)
+            } else {
+                0
+            };
             picks.div_ceil(128) + count + shared
         };
         for part in 0..2 {
@@ -649,8 +708,22 @@ impl Chunk<'_> {
                         "prefill_experts_up",
                         geometry::tiles(stride.div_ceil(128), bound, MATMUL_SHARED_BYTES),
                         args![
-                            x[0], x[1], x[2], rows, tiles, tile_offsets, table(0), units, layout,
-                            shared, e, dim as i32, first, count, h, stride as i32
+                            x[0],
+                            x[1],
+                            x[2],
+                            rows,
+                            tiles,
+                            tile_offsets,
+                            table(0),
+                            units,
+                            layout,
+                            shared,
+                            e,
+                            dim as i32,
+                            first,
+                            count,
+                            h,
+                            stride as i32
                         ],
                     )
                 } else {
@@ -658,9 +731,23 @@ impl Chunk<'_> {
                         "prefill_experts_down",
                         geometry::tiles(dim.div_ceil(256), bound, MATMUL_SHARED_BYTES),
                         args![
-                            split_h[0], split_h[1], split_h[2], tiles, tile_offsets, table(1),
-                            units, layout, shared, e, dim as i32, stride as i32, first, count,
-                            0i32, dim as i32, y
+                            split_h[0],
+                            split_h[1],
+                            split_h[2],
+                            tiles,
+                            tile_offsets,
+                            table(1),
+                            units,
+                            layout,
+                            shared,
+                            e,
+                            dim as i32,
+                            stride as i32,
+                            first,
+                            count,
+                            0i32,
+                            dim as i32,
+                            y
                         ],
                     )
                 }
@@ -682,7 +769,9 @@ impl Chunk<'_> {
         self.launch(
             "prefill_combine",
             geometry::prefill_combine(self.tokens),
-            args![y, positions, weights, gates, hidden, t, top, 0i32, dim as i32, dim as i32],
+            args![
+                y, positions, weights, gates, hidden, t, top, 0i32, dim as i32, dim as i32
+            ],
         )
     }
 

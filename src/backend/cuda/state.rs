@@ -54,10 +54,18 @@ fn pieces(shape: &ModelShape, format: KvDtype, capacity: usize, kind: MixerKind)
         ],
         MixerKind::GatedAttention => {
             let (values, scales) = kv_bytes(format, shape);
-            vec![values * capacity, values * capacity, scales * capacity, scales * capacity]
+            vec![
+                values * capacity,
+                values * capacity,
+                scales * capacity,
+                scales * capacity,
+            ]
         }
     };
-    sizes.into_iter().map(|bytes| bytes.next_multiple_of(256)).collect()
+    sizes
+        .into_iter()
+        .map(|bytes| bytes.next_multiple_of(256))
+        .collect()
 }
 
 impl SequenceState {

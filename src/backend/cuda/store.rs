@@ -164,7 +164,11 @@ impl LayerStore {
         let bytes = experts.len() * blob_bytes;
         let (memory, host) = match tiles {
             Some(tiles) => {
-                assert_eq!(size_of_val::<[_]>(&tiles), bytes, "experts lie side by side");
+                assert_eq!(
+                    size_of_val::<[_]>(&tiles),
+                    bytes,
+                    "experts lie side by side"
+                );
                 let host = tiles.as_ptr().cast::<u8>();
                 (Memory::Tiles(tiles), host)
             }
@@ -312,7 +316,10 @@ impl ExpertStore {
         let bytes = self.layout.blob_bytes as usize;
         assert!(expert < self.num_experts);
         // SAFETY: the layer has `num_experts` blobs there.
-        (unsafe { self.layers[layer].host.add(expert * bytes) }, bytes)
+        (
+            unsafe { self.layers[layer].host.add(expert * bytes) },
+            bytes,
+        )
     }
 
     /// Sends the table of addresses to the device, behind the copies before it on `stream`.
@@ -328,6 +335,7 @@ impl ExpertStore {
 
     /// Device address of a layer's `[E]` slot addresses.
     pub fn device_table(&self, layer: usize) -> u64 {
-        self.device_table.at(layer * self.num_experts * size_of::<u64>())
+        self.device_table
+            .at(layer * self.num_experts * size_of::<u64>())
     }
 }

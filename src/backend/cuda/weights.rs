@@ -106,11 +106,13 @@ pub fn load(
     };
     let layer_bytes = |layer: &LayerWeights| -> usize {
         let experts = (layer.moe.experts.iter()).flat_map(matrices);
-        let bytes = experts.chain(dense_matrices(layer)).map(|m| m.stored_bytes());
+        let bytes = experts
+            .chain(dense_matrices(layer))
+            .map(|m| m.stored_bytes());
         bytes.sum()
     };
-    let total = (weights.layers.iter().map(layer_bytes)).sum::<usize>()
-        + weights.lm_head.stored_bytes();
+    let total =
+        (weights.layers.iter().map(layer_bytes)).sum::<usize>() + weights.lm_head.stored_bytes();
     let mut done = 0;
     progress(done, total);
 
@@ -197,7 +199,8 @@ impl Loader<'_> {
         let (router, shared_gate) = (next(), next());
         let shared = self.expert(shared)?;
         let shared_layout = layout_of(&shared)?;
-        let loaded = offload::load_layer(self.offload.pool(), &weights.moe.experts, self.precision)?;
+        let loaded =
+            offload::load_layer(self.offload.pool(), &weights.moe.experts, self.precision)?;
         let first = loaded.experts.first();
         let first = first.ok_or_else(|| BackendError::Other("a layer has no experts".into()))?;
         let layout = match layouts {

@@ -131,7 +131,11 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         name if name.starts_with("cuda") => format!("{name} + cpu"),
         name => name,
     };
-    console.note(format!("{} on {}, by {executed_on}", source.id(), hardware.summary()));
+    console.note(format!(
+        "{} on {}, by {executed_on}",
+        source.id(),
+        hardware.summary()
+    ));
 
     let (placement, profile) = match given {
         Some(placement) => (placement, None),
@@ -142,14 +146,19 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     };
 
     let gpu = engine.backend().name;
-    let gpu = gpu.strip_prefix("cuda:").and_then(|index| index.parse().ok());
+    let gpu = gpu
+        .strip_prefix("cuda:")
+        .and_then(|index| index.parse().ok());
     let monitor = Monitor::start(Duration::from_millis(200), gpu);
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
     if console.verbose {
         let times = engine.kernel_times()?;
         let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
-        console.detail(format!("kernels of a step: {}", lines.collect::<Vec<_>>().join(", ")));
+        console.detail(format!(
+            "kernels of a step: {}",
+            lines.collect::<Vec<_>>().join(", ")
+        ));
     }
     // Not before: its buffer would count as the model's memory.
     let threads = engine.backend().threads;
