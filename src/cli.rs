@@ -88,11 +88,11 @@ pub struct ComputeArgs {
     /// Arithmetic of NF4 weights on the CPU
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Precision::Int16)]
     pub cpu_precision: Precision,
-    /// Type of the cache of keys and values: f32, f16 or int8
+    /// Type of the cache of keys and values: f32, f16 or int8 [default: f16 on a GPU, else f32]
     ///
-    /// int8 keeps one f16 scale per 32 values. The reference backend has f32 only.
-    #[arg(long, value_name = "TYPE", default_value_t)]
-    pub kv_dtype: KvDtype,
+    /// int8 keeps one f16 scale per 32 values. The reference backend has f32 only, a GPU the others.
+    #[arg(long, value_name = "TYPE")]
+    pub kv_dtype: Option<KvDtype>,
     /// GPU memory that the process may hold, CUDA context included [default: all that is free]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub vram: Option<u64>,

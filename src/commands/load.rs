@@ -86,7 +86,7 @@ fn check_budget(
     max_tokens: usize,
 ) -> anyhow::Result<()> {
     let kv = match compute.kv_dtype {
-        KvDtype::Int8 => planning::KvDtype::Int8,
+        Some(KvDtype::Int8) => planning::KvDtype::Int8,
         _ => planning::KvDtype::F16,
     };
     let kv_bytes = max_tokens as u64 * footprint.kv_bytes_per_token(kv);

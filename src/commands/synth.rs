@@ -13,7 +13,6 @@ use super::checkpoint_folder::{CheckpointFolder, Job};
 use super::console::{Console, Unit};
 use super::profile::{Settings, record};
 use super::{Failure, interrupt, workloads};
-use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
 use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use crate::formats::writer::Planned;
@@ -235,7 +234,7 @@ fn probe(spec: &Spec, console: &Console) -> anyhow::Result<RoutingProbe> {
         threads: None,
         cpu_precision: CpuPrecision::Int16,
         gpu: GpuOptions::default(),
-        kv_dtype: KvDtype::default(),
+        kv_dtype: None,
         progress: &|_, _| {},
         max_tokens: TOKENS,
     };

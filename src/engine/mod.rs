@@ -121,8 +121,8 @@ pub struct LoadOptions<'a> {
     pub threads: Option<usize>,
     pub cpu_precision: CpuPrecision,
     pub gpu: GpuOptions,
-    /// Of backends that have a choice
-    pub kv_dtype: KvDtype,
+    /// Of backends that have a choice; their own default if `None`
+    pub kv_dtype: Option<KvDtype>,
     /// Told the stored bytes packed so far and in all
     pub progress: Progress<'a>,
     /// Room for this many tokens, prompt and answer together
@@ -281,7 +281,7 @@ impl Engine {
                 let cpu = CpuOptions {
                     threads: options.threads,
                     precision: options.cpu_precision,
-                    kv_dtype: options.kv_dtype,
+                    kv_dtype: options.kv_dtype.unwrap_or_default(),
                 };
                 let backend = Cpu::new(config.shape.clone(), &weights, cpu, options.progress)?;
                 Box::new(Sequence::new(backend, options.max_tokens)?)

@@ -116,7 +116,7 @@ impl Rng {
         Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -124,12 +124,12 @@ impl Rng {
     }
 
     pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
+        (self.bits() % n as u64) as usize
     }
 
     /// In [0, 1).
     pub fn uniform(&mut self) -> f32 {
-        (self.next() % (1 << 24)) as f32 / (1 << 24) as f32
+        (self.bits() % (1 << 24)) as f32 / (1 << 24) as f32
     }
 
     /// About a normal distribution.
@@ -219,7 +219,7 @@ impl Matrix {
                 let matrix = Nf4Matrix {
                     packed: Bytes::from(
                         (0..rows * cols / 2)
-                            .map(|_| rng.next() as u8)
+                            .map(|_| rng.bits() as u8)
                             .collect::<Vec<u8>>(),
                     ),
                     absmax: Absmax::Plain(Bytes::from(

@@ -490,6 +490,7 @@ impl Decode {
         // and the sequence's.
         let launch = |name, geometry, args, overlap| match only {
             Some(only) if only != name => Ok(()),
+            // SAFETY: see above.
             _ => unsafe { stream.launch(name, geometry, args, overlap) },
         };
         launch(

@@ -22,10 +22,13 @@ pub struct Gpu {
     device: sys::CUdevice,
     context: sys::CUcontext,
     modules: Vec<sys::CUmodule>,
-    /// Kernels met so far, and the dynamic shared memory they may use
-    functions: Mutex<HashMap<&'static str, (Function, u32, Vec<usize>)>>,
+    /// Kernels met so far
+    functions: Mutex<HashMap<&'static str, Kernel>>,
     facts: DeviceFacts,
 }
+
+/// A kernel, the dynamic shared memory it may use, and the bytes of each of its parameters.
+type Kernel = (Function, u32, Vec<usize>);
 
 #[derive(Clone, Copy)]
 struct Function(sys::CUfunction);
@@ -120,8 +123,8 @@ impl Gpu {
 
     /// Every thread that calls the driver needs the context.
     fn bind(&self) -> Result<()> {
-        // SAFETY: the context lives as long as `self`.
         check(
+            // SAFETY: the context lives as long as `self`.
             unsafe { sys::cuCtxSetCurrent(self.context) },
             "use the context",
         )
@@ -196,8 +199,8 @@ fn facts(device: sys::CUdevice) -> Result<DeviceFacts> {
     use sys::CUdevice_attribute as Attribute;
     let attribute = |a| -> Result<u32> {
         let mut value = 0;
-        // SAFETY: the device exists.
         check(
+            // SAFETY: the device exists.
             unsafe { sys::cuDeviceGetAttribute(&mut value, a, device) },
             "read attributes",
         )?;
@@ -257,8 +260,8 @@ impl Driver for Gpu {
     fn memory(&self) -> Result<(u64, u64)> {
         self.bind()?;
         let (mut free, mut total) = (0, 0);
-        // SAFETY: outputs are ours.
         check(
+            // SAFETY: outputs are ours.
             unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) },
             "read free memory",
         )?;
@@ -275,8 +278,8 @@ impl Driver for Gpu {
     }
 
     fn free(&self, address: u64) {
-        // SAFETY: came from `alloc`; freeing waits for work that uses it.
         if self.bind().is_ok() {
+            // SAFETY: came from `alloc`; freeing waits for work that uses it.
             unsafe { sys::cuMemFree_v2(address) };
         }
     }
@@ -335,8 +338,8 @@ impl Driver for Gpu {
         self.bind()?;
         let mut stream = ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        // SAFETY: the output is ours.
         check(
+            // SAFETY: the output is ours.
             unsafe { sys::cuStreamCreate(&mut stream, flags) },
             "make a stream",
         )?;
@@ -352,8 +355,8 @@ impl Driver for Gpu {
 
     fn synchronize(&self, handle: Handle) -> Result<()> {
         self.bind()?;
-        // SAFETY: the stream exists.
         check(
+            // SAFETY: the stream exists.
             unsafe { sys::cuStreamSynchronize(stream(handle)) },
             "run kernels",
         )
@@ -371,8 +374,8 @@ impl Driver for Gpu {
     fn new_event(&self) -> Result<Handle> {
         self.bind()?;
         let mut event = ptr::null_mut();
-        // SAFETY: the output is ours.
         check(
+            // SAFETY: the output is ours.
             unsafe { sys::cuEventCreate(&mut event, 0) },
             "make an event",
         )?;
@@ -388,8 +391,8 @@ impl Driver for Gpu {
 
     fn record(&self, handle: Handle, on: Handle) -> Result<()> {
         self.bind()?;
-        // SAFETY: both exist.
         check(
+            // SAFETY: both exist.
             unsafe { sys::cuEventRecord(event(handle), stream(on)) },
             "record an event",
         )
@@ -452,8 +455,8 @@ impl Driver for Gpu {
             WidthInBytes: width,
             Height: rows,
         };
-        // SAFETY: the caller's promise.
         check(
+            // SAFETY: the caller's promise.
             unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream(on)) },
             "copy rows to the device",
         )
@@ -529,8 +532,8 @@ impl Driver for Gpu {
     fn begin_capture(&self, on: Handle) -> Result<()> {
         self.bind()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the stream exists.
         check(
+            // SAFETY: the stream exists.
             unsafe { sys::cuStreamBeginCapture_v2(stream(on), mode) },
             "record a graph",
         )
@@ -554,8 +557,8 @@ impl Driver for Gpu {
 
     unsafe fn launch_graph(&self, graph: Handle, on: Handle) -> Result<()> {
         self.bind()?;
-        // SAFETY: the caller's promise.
         check(
+            // SAFETY: the caller's promise.
             unsafe { sys::cuGraphLaunch(graph as sys::CUgraphExec, stream(on)) },
             "start a graph",
         )

@@ -75,8 +75,8 @@ pub struct CudaOptions {
     pub vram_bytes: Option<u64>,
     /// Of experts that the CPU computes: int16 or int8
     pub cpu_precision: CpuPrecision,
-    /// f16 or int8
-    pub kv_dtype: KvDtype,
+    /// f16, if not given, or int8
+    pub kv_dtype: Option<KvDtype>,
     pub residency: Residency,
     /// The most tokens of a prefill chunk; chosen by memory if not given
     pub prefill_tokens: Option<usize>,
@@ -103,6 +103,7 @@ pub struct Cuda {
     embed_tokens: Matrix,
     shape: ModelShape,
     options: CudaOptions,
+    kv_dtype: KvDtype,
     usage: Usage,
     slots: slots::Slots,
     /// A failed step leaves the sequence in an unknown state.
@@ -154,7 +155,8 @@ impl Cuda {
                 shape.moe.num_experts_per_tok
             )));
         }
-        if options.kv_dtype == KvDtype::F32 {
+        let kv_dtype = options.kv_dtype.unwrap_or(KvDtype::F16);
+        if kv_dtype == KvDtype::F32 {
             return Err(BackendError::Other(
                 "the cuda backend keeps keys and values in f16 or int8; change --kv-dtype".into(),
             ));
@@ -189,7 +191,7 @@ impl Cuda {
         if options.look_ahead == Some(true) {
             decode.look_ahead(true, &device)?;
         }
-        let state = SequenceState::new(&device, &shape, options.kv_dtype, max_tokens, &stream)?;
+        let state = SequenceState::new(&device, &shape, kv_dtype, max_tokens, &stream)?;
         let prefill = Prefill::new(
             &device,
             &shape,
@@ -210,6 +212,7 @@ impl Cuda {
             embed_tokens: weights.embed_tokens.clone(),
             shape,
             options,
+            kv_dtype,
             usage,
             slots: slots::Slots::default(),
             broken: false,
@@ -298,7 +301,7 @@ impl Cuda {
         // Slots give their memory back first, then get what the new context leaves.
         self.decode.forget_graphs();
         self.store.set_slots(&self.device, 0, &self.stream)?;
-        let (shape, format) = (&self.shape, self.options.kv_dtype);
+        let (shape, format) = (&self.shape, self.kv_dtype);
         self.state = SequenceState::new(&self.device, shape, format, 1, &self.stream)?;
         self.state = SequenceState::new(&self.device, shape, format, max_tokens, &self.stream)?;
         self.fill_slots()

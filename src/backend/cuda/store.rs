@@ -195,6 +195,9 @@ impl LayerStore {
     }
 }
 
+/// A slot, and the (layer, expert) in it.
+pub type Held = (usize, (usize, usize));
+
 impl ExpertStore {
     pub fn new(
         device: &Device,
@@ -312,7 +315,7 @@ impl ExpertStore {
 
     /// Empties the last slots, `bytes` of them, for other use: their address, and what was in them.
     /// Kernels see that after the next [`publish`](ExpertStore::publish).
-    pub fn borrow(&mut self, bytes: usize) -> (u64, Vec<(usize, (usize, usize))>) {
+    pub fn borrow(&mut self, bytes: usize) -> (u64, Vec<Held>) {
         let count = bytes.div_ceil(self.slot_bytes as usize);
         assert!(count <= self.holds.len(), "there are slots to borrow");
         let first = self.holds.len() - count;

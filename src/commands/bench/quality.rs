@@ -1,6 +1,5 @@
 //! Speed with quality beside it: how far the fast path is from the reference backend.
 
-use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::console::Console;
 use crate::commands::workloads;
@@ -24,7 +23,7 @@ pub fn against_reference(
         threads: None,
         cpu_precision: CpuPrecision::F32,
         gpu: GpuOptions::default(),
-        kv_dtype: KvDtype::default(),
+        kv_dtype: None,
         progress: &|_, _| {},
         max_tokens: PIECE,
     };
