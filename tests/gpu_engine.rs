@@ -109,20 +109,24 @@ fn answer(
 fn a_prompt_may_be_cut_anywhere() {
     let _alone = alone();
     let Some(device) = open_device() else { return };
-    for &(model, layout) in &[("tiny-a", "nf4"), ("tiny-b", "nf4"), ("tiny-c", "bf16")] {
+    for &(model, layout) in &[("tiny-b", "nf4"), ("tiny-c", "bf16")] {
         let golden = golden(model, layout);
         let model = open(&golden.model_dir);
         // The emulator takes a twentieth of a second for a step.
-        let longest = if is_emulated(&device) { 66 } else { 512 };
+        let (longest, n) = if is_emulated(&device) {
+            (66, 4)
+        } else {
+            (512, 16)
+        };
         let prompts = golden.prompts.iter().filter(|p| p.ids.len() <= longest);
         let prompt = prompts.max_by_key(|p| p.ids.len()).unwrap();
         let mut sequence = cuda(&device, with(Residency::Fill), &model, 512);
         let whole = prompt.ids.len();
-        let (expected, tokens) = answer(&mut sequence, &prompt.ids, whole, 16, 512);
-        assert_eq!(tokens, prompt.greedy[..16], "{} whole", golden.name);
+        let (expected, tokens) = answer(&mut sequence, &prompt.ids, whole, n, 512);
+        assert_eq!(tokens, prompt.greedy[..n], "{} whole", golden.name);
         let mut worst = 0.0f32;
         for piece in [1, 7, 63, 64, 65] {
-            let (logits, cut) = answer(&mut sequence, &prompt.ids, piece, 16, 512);
+            let (logits, cut) = answer(&mut sequence, &prompt.ids, piece, n, 512);
             let diff = max_diff(&logits, &expected);
             worst = worst.max(diff);
             assert!(diff <= SAME, "{} in pieces of {piece}: {diff}", golden.name);
@@ -157,7 +161,7 @@ fn starting_over_gives_the_same_bits() {
         };
         let mut sequence = cuda(&device, with(residency), &model, 256);
         // What came before: other tokens, one by one and in a chunk, a longer context, a shorter one.
-        for (round, max_tokens) in [200, 4096, 100].into_iter().enumerate() {
+        for (round, max_tokens) in [200, 4096].into_iter().enumerate() {
             Runner::reset(&mut sequence, max_tokens).unwrap();
             assert_eq!(sequence.position(), 0);
             let (mut logits, _) = prefill(&mut sequence, ids, ids.len());
@@ -182,7 +186,7 @@ fn a_long_generation_neither_drifts_nor_leaks() {
     let (model, ids, limit) = match is_emulated(&device) {
         true => {
             let golden = golden("tiny-b", "nf4");
-            (open(&golden.model_dir), golden.prompts[0].ids.clone(), 80)
+            (open(&golden.model_dir), golden.prompts[0].ids.clone(), 50)
         }
         false => (open(&tiny_moe()), tiny_moe_text(100), 8192),
     };
@@ -296,7 +300,8 @@ fn a_prompt_given_up_between_chunks_leaves_a_working_sequence() {
         };
         let mut sequence = cuda(&device, options, &model, 256);
         assert_eq!(sequence.prefill_chunk(), 64);
-        for given_up_after in [1, 3] {
+        let some = if is_emulated(&device) { 2..=2 } else { 1..=3 };
+        for given_up_after in some {
             Runner::reset(&mut sequence, 256).unwrap();
             for chunk in long.ids.chunks(64).take(given_up_after) {
                 let none = sequence.forward(chunk, 0..0, &mut |_, _, _| {}).unwrap();
@@ -548,23 +553,25 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
             "{borrowed_used} of {own_used}: nothing is borrowed"
         );
     }
-    check("none", small(Residency::Nothing), Some(0));
     check(
         "every third",
         small(every(3, &model.0)),
         Some(all.div_ceil(3)),
     );
-    let last_layer = (0..experts).map(|e| (layers - 1, e)).collect();
-    check(
-        "one layer",
-        small(Residency::Exactly(last_layer)),
-        Some(experts),
-    );
-    let chunk = CudaOptions {
-        prefill_tokens: Some(512),
-        ..with(Residency::Fill)
-    };
-    check("one chunk", chunk, Some(all));
+    if !emulated {
+        check("none", small(Residency::Nothing), Some(0));
+        let last_layer = (0..experts).map(|e| (layers - 1, e)).collect();
+        check(
+            "one layer",
+            small(Residency::Exactly(last_layer)),
+            Some(experts),
+        );
+        let chunk = CudaOptions {
+            prefill_tokens: Some(512),
+            ..with(Residency::Fill)
+        };
+        check("one chunk", chunk, Some(all));
+    }
 
     // The least wanted ones are left out, and what prefill borrows is in use; so many slots are
     // there that it borrows.

@@ -171,7 +171,7 @@ struct TimingsRecord {
 struct ExpertCounts {
     /// Picks computed from VRAM slots
     hits: u64,
-    /// Picks computed in RAM
+    /// Picks that were only in RAM
     misses: u64,
     h2d_bytes: u64,
 }
@@ -237,6 +237,14 @@ fn one_prompt(
         &mut experts,
         console,
     )?;
+    if let Some(times) = engine.take_times() {
+        // Of decode steps; prefill passes every expert by.
+        experts = ExpertCounts {
+            hits: times.experts_vram,
+            misses: times.experts_cpu + times.experts_pcie,
+            h2d_bytes: times.h2d_bytes,
+        };
+    }
     if console.json {
         console.result_json(&record(&engine, options, prompt_ids, &generation, experts))?;
     } else {
@@ -402,6 +410,9 @@ fn closing_line(engine: &Engine, generation: &Generation, console: &Console) {
         generation.token_ids.len(),
         timings.decode_tok_s(),
     ));
+    if let Some(reason) = engine.experts().and_then(|experts| experts.stopped()) {
+        console.note(format!("note: {reason}"));
+    }
 }
 
 /// One turn per line, the conversation so far always in context.

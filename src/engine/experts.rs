@@ -1,7 +1,8 @@
 //! Carries out what a cache policy decides: tells it what the router picked, has the backend copy.
 //!
 //! The cache is the object that the simulator runs. It speaks of slots per layer; the backend keeps
-//! the bytes, and until a copy is there the expert is computed from RAM.
+//! the bytes, and until a copy is there the expert is computed from RAM. A cache that costs more
+//! than it brings is stopped: what is in the slots then stays.
 
 use super::{Engine, Result};
 use crate::backend::{Routing, SlotChange};
@@ -9,11 +10,35 @@ use crate::planning::ExpertCache;
 use crate::planning::policy::{LayerSlots, PolicyConfig};
 use crate::planning::{LayerCounts, Throttle};
 
+/// Decode steps after which a cache must have paid for its copies, again and again.
+const TRIAL_STEPS: u64 = 96;
+
 /// The experts of a placement at run time.
 pub struct ExpertManager {
     cache: ExpertCache,
     config: PolicyConfig,
     changes: Vec<SlotChange>,
+    /// `[layer][expert]`: whether it was in a slot at first
+    at_first: Vec<Vec<bool>>,
+    trial: Trial,
+    /// Why the slots stay as they are, once the cache did not pay
+    stopped: Option<String>,
+}
+
+/// The cache against the slots left as they were, over some steps.
+#[derive(Clone, Copy, Default)]
+struct Trial {
+    steps: u64,
+    hits: u64,
+    hits_at_first: u64,
+    copies: u64,
+}
+
+impl Trial {
+    /// A copied expert is read from RAM once more, like a miss: it must bring a hit at least.
+    fn pays(&self) -> bool {
+        self.hits >= self.hits_at_first + self.copies
+    }
 }
 
 impl ExpertManager {
@@ -23,16 +48,28 @@ impl ExpertManager {
         layers: &[LayerSlots],
         throttle: Throttle,
     ) -> Self {
+        let cache = ExpertCache::build(config, num_experts, layers, throttle);
+        let at_first = (0..layers.len()).map(|layer| {
+            let mut here = vec![false; num_experts];
+            for expert in cache.contents(layer).iter().flatten() {
+                here[usize::from(*expert)] = true;
+            }
+            here
+        });
         ExpertManager {
-            cache: ExpertCache::build(config, num_experts, layers, throttle),
+            at_first: at_first.collect(),
+            cache,
             config,
             changes: Vec::new(),
+            trial: Trial::default(),
+            stopped: None,
         }
     }
 
-    /// `[layer][slot]`: the expert that each slot starts with.
-    pub fn contents(&self, layers: usize) -> Vec<Vec<Option<u16>>> {
-        (0..layers)
+    /// `[layer][slot]`: the expert that each slot holds.
+    pub fn contents(&self) -> Vec<Vec<Option<u16>>> {
+        let layers = 0..self.at_first.len();
+        layers
             .map(|layer| self.cache.contents(layer).to_vec())
             .collect()
     }
@@ -42,17 +79,50 @@ impl ExpertManager {
     pub fn observe(&mut self, layer: usize, routing: &Routing, decode: bool) {
         let k = routing.num_experts_per_tok.max(1);
         for topk_ids in routing.topk_ids.chunks_exact(k) {
+            if self.stopped.is_some() {
+                return;
+            }
             if !decode {
                 self.cache.learn(layer, topk_ids);
                 continue;
             }
+            let here = &self.at_first[layer];
+            let hits = topk_ids
+                .iter()
+                .filter(|&&e| self.cache.slot(layer, e).is_some());
+            self.trial.hits += hits.count() as u64;
+            let hits = topk_ids.iter().filter(|&&e| here[usize::from(e)]);
+            self.trial.hits_at_first += hits.count() as u64;
             for admit in self.cache.on_step(layer, topk_ids) {
+                self.trial.copies += 1;
                 self.changes.push(SlotChange {
                     layer,
                     slot: usize::from(admit.slot),
                     expert: usize::from(admit.expert),
                 });
             }
+            if layer + 1 == self.at_first.len() {
+                self.judge();
+            }
+        }
+    }
+
+    /// At the end of a step: stops a cache that has not paid.
+    fn judge(&mut self) {
+        self.trial.steps += 1;
+        if self.trial.steps < TRIAL_STEPS {
+            return;
+        }
+        let trial = std::mem::take(&mut self.trial);
+        // Empty slots fill before they can pay.
+        let filled = (0..self.at_first.len())
+            .all(|layer| self.cache.contents(layer).iter().all(Option::is_some));
+        if filled && !trial.pays() {
+            self.stopped = Some(format!(
+                "the expert cache was stopped: in {} tokens it copied {} experts for {} hits, the \
+                 slots left alone would have had {}; experts stay where they are",
+                trial.steps, trial.copies, trial.hits, trial.hits_at_first
+            ));
         }
     }
 
@@ -65,6 +135,11 @@ impl ExpertManager {
         self.config
     }
 
+    /// Why the cache was stopped, if it was.
+    pub fn stopped(&self) -> Option<&str> {
+        self.stopped.as_deref()
+    }
+
     /// Hits and misses of decode steps, all layers together.
     pub fn counts(&self) -> LayerCounts {
         let mut total = LayerCounts::default();
@@ -74,10 +149,6 @@ impl ExpertManager {
             total.admits += counts.admits;
         }
         total
-    }
-
-    pub fn reset_counts(&mut self) {
-        self.cache.reset_counts();
     }
 }
 
@@ -94,14 +165,67 @@ impl Engine {
     ) -> Result<()> {
         let num_experts = self.shape().moe.num_experts;
         let manager = ExpertManager::new(config, num_experts, layers, throttle);
-        if self.runner.place(&manager.contents(layers.len()))? {
+        if self.runner.place(&manager.contents())? {
             self.experts = Some(manager);
         }
         Ok(())
     }
 
     /// The cache of a placement, if one was placed.
-    pub fn experts(&mut self) -> Option<&mut ExpertManager> {
-        self.experts.as_mut()
+    pub fn experts(&self) -> Option<&ExpertManager> {
+        self.experts.as_ref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn routing(ids: &[u16]) -> Routing {
+        Routing {
+            num_experts_per_tok: ids.len(),
+            topk_ids: ids.to_vec(),
+            topk_weights: vec![0.5; ids.len()],
+        }
+    }
+
+    fn lru(initial: &[u16]) -> ExpertManager {
+        let layer = LayerSlots {
+            slots: 2,
+            pinned_experts: Vec::new(),
+            initial_experts: initial.to_vec(),
+        };
+        ExpertManager::new(
+            PolicyConfig::Lru,
+            8,
+            &[layer.clone(), layer],
+            Throttle::NONE,
+        )
+    }
+
+    #[test]
+    fn a_cache_that_only_copies_is_stopped_and_says_so() {
+        let mut manager = lru(&[0, 1]);
+        for step in 0..2 * TRIAL_STEPS as u16 {
+            for layer in 0..2 {
+                manager.observe(layer, &routing(&[step % 8]), true);
+            }
+            let changes = manager.take_changes().len();
+            assert_eq!(changes == 0, manager.stopped().is_some() || step < 2);
+        }
+        assert!(manager.stopped().unwrap().contains("stopped"));
+    }
+
+    #[test]
+    fn a_cache_that_follows_the_topic_goes_on() {
+        let mut manager = lru(&[0, 1]);
+        for _ in 0..3 * TRIAL_STEPS {
+            for layer in 0..2 {
+                manager.observe(layer, &routing(&[6, 7]), true);
+            }
+        }
+        assert!(manager.stopped().is_none());
+        assert_eq!(manager.counts().admits, 4);
+        assert_eq!(manager.contents()[0].len(), 2);
     }
 }

@@ -152,6 +152,9 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let monitor = Monitor::start(Duration::from_millis(200), gpu);
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
+    if let Some(reason) = engine.experts().and_then(|experts| experts.stopped()) {
+        console.note(format!("note: {reason}"));
+    }
     if console.verbose {
         let times = engine.kernel_times()?;
         let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
@@ -355,6 +358,7 @@ fn memory(placement: &Placement, monitor: &crate::hardware::MonitorRecord) -> Me
 
 fn notes(engine: &Engine) -> Vec<String> {
     let mut notes = engine.notes().to_vec();
+    notes.extend(engine.experts().and_then(|e| e.stopped()).map(String::from));
     if engine.backend().name.starts_with("cuda") {
         return notes;
     }
