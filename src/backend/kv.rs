@@ -6,9 +6,10 @@ use std::str::FromStr;
 /// Type of the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvDtype {
+    /// The default: f16 moves logits of the built-in model by up to 0.04
+    #[default]
     F32,
     /// Half the bytes, 0.02% error
-    #[default]
     F16,
     /// Bytes with one f16 scale per [`KV_BLOCK`] values of a head: 0.5% error
     Int8,

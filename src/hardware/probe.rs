@@ -127,11 +127,31 @@ fn timed_read(part: &[u64], core: usize, passes: usize, barrier: &Barrier) -> (I
     (start, Instant::now())
 }
 
+/// How far ahead lines are fetched, as the kernels do: without it, the hardware's prefetchers end
+/// at every page and the figure is below what kernels reach.
+const BYTES_AHEAD: usize = 8 << 10;
+
+/// Fetches the two cache lines of a later block into L2, if there are any.
+#[inline(always)]
+fn prefetch(block: &[u64; 16]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..2 {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let address = block.as_ptr().cast::<i8>();
+        let address = address.wrapping_add(BYTES_AHEAD + 64 * line);
+        // SAFETY: a prefetch of any address is allowed, and changes nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = block;
+}
+
 /// Sixteen independent sums: enough vector adds in flight that loads, not latency, set the pace.
 fn sum(words: &[u64]) -> u64 {
     let mut sums = [0u64; 16];
     let (blocks, rest) = words.as_chunks::<16>();
     for block in blocks {
+        prefetch(block);
         for (sum, word) in sums.iter_mut().zip(block) {
             *sum = sum.wrapping_add(*word);
         }

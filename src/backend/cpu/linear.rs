@@ -130,6 +130,10 @@ impl Linear {
     }
 }
 
+/// Tokens that a matrix meets before the next ones come: their activations, which are read again for
+/// every 32 rows, stay in the L2 cache.
+const TOKENS_AT_ONCE: usize = 512;
+
 /// Outputs of matrices in panels of 32 rows: `[panel, tokens]`. For one token that is plain order.
 #[derive(Default)]
 pub struct Panels {
@@ -138,7 +142,7 @@ pub struct Panels {
 }
 
 impl Panels {
-    /// `linears` one after the other, each times all tokens of `x`, in one job.
+    /// `linears` one after the other, each times all tokens of `x`; `all_tokens` is 0, 1, 2, ..
     ///
     /// The rows of matrix `i` start at the panel after those of the matrices before it.
     pub fn project(
@@ -152,14 +156,21 @@ impl Panels {
         let panels: usize = linears.iter().map(|l| l.tile_rows()).sum();
         self.tokens = x.tokens;
         self.data.resize(panels * x.tokens, [0.0; TILE_ROWS]);
-        pool.for_each_chunk(&mut self.data, x.tokens, &|mut item, c| {
-            for linear in linears {
-                if item < linear.tile_rows() {
-                    return linear.tile_row(isa, item, x, &all_tokens[..x.tokens], c);
+        let parts = Parts::new(&mut self.data);
+        for tokens in all_tokens[..x.tokens].chunks(TOKENS_AT_ONCE) {
+            pool.run(panels, &|mut item| {
+                let start = item * x.tokens + tokens[0] as usize;
+                // SAFETY: each item has a panel of its own, and is run once for these tokens.
+                let c = unsafe { parts.slice(start..start + tokens.len()) };
+                for linear in linears {
+                    if item < linear.tile_rows() {
+                        return linear.tile_row(isa, item, x, tokens, c);
+                    }
+                    item -= linear.tile_rows();
                 }
-                item -= linear.tile_rows();
-            }
-        })
+            })?;
+        }
+        Ok(())
     }
 
     /// Copies rows `rows`, counted from panel `first_panel`, of `token`.
@@ -208,21 +219,24 @@ pub fn add_product(
 ) -> Result<()> {
     assert_eq!(hidden.len(), x.tokens * linear.rows);
     let parts = Parts::new(hidden);
-    pool.run(linear.tile_rows(), &|item| {
-        with_panels(x.tokens, |c| {
-            linear.tile_row(isa, item, x, &all_tokens[..x.tokens], c);
-            let first = item * TILE_ROWS;
-            let last = linear.rows.min(first + TILE_ROWS);
-            for (t, c) in c.iter().enumerate() {
-                let start = t * linear.rows;
-                // SAFETY: each item has rows of its own, and is run once.
-                let hidden = unsafe { parts.slice(start + first..start + last) };
-                for (h, c) in hidden.iter_mut().zip(c) {
-                    *h += c;
+    for tokens in all_tokens[..x.tokens].chunks(TOKENS_AT_ONCE) {
+        pool.run(linear.tile_rows(), &|item| {
+            with_panels(tokens.len(), |c| {
+                linear.tile_row(isa, item, x, tokens, c);
+                let first = item * TILE_ROWS;
+                let last = linear.rows.min(first + TILE_ROWS);
+                for (&token, c) in tokens.iter().zip(c.iter()) {
+                    let start = token as usize * linear.rows;
+                    // SAFETY: each item has rows of its own, and is run once for these tokens.
+                    let hidden = unsafe { parts.slice(start + first..start + last) };
+                    for (h, c) in hidden.iter_mut().zip(c) {
+                        *h += c;
+                    }
                 }
-            }
-        });
-    })
+            });
+        })?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -127,6 +127,33 @@ fn one_token_gives_the_bits_of_many() {
 }
 
 #[test]
+fn more_tokens_than_go_at_once_are_computed_like_one() {
+    let mut pool = Pool::new(None).unwrap();
+    let isa = Isa::detect().unwrap();
+    let matrix = random_nf4(40, 64, 6);
+    let linear = load_one(&mut pool, &matrix, CpuPrecision::Int16, Integers::Wide);
+    let tokens = TOKENS_AT_ONCE + 3;
+    let x = random_vector(tokens * 64, 22);
+    let together = product(&mut pool, isa, &linear, &x);
+    let mut panels = Panels::default();
+    let all: Vec<u32> = (0..tokens as u32).collect();
+    let view = activations(&mut pool, isa, &x, 64, linear.reads_integers());
+    panels
+        .project(&mut pool, isa, &[&linear], view.view(), &all)
+        .unwrap();
+    for (t, (x, y)) in x
+        .chunks_exact(64)
+        .zip(together.chunks_exact(40))
+        .enumerate()
+    {
+        assert_eq!(product(&mut pool, isa, &linear, x), y);
+        let mut row = [0.0; 40];
+        panels.copy_rows(0, t, 0..40, &mut row);
+        assert_eq!(row, y);
+    }
+}
+
+#[test]
 fn avx2_and_avx512_agree_bit_for_bit() {
     let mut pool = Pool::new(None).unwrap();
     let matrix = random_nf4(64, 512, 8);
