@@ -24,9 +24,9 @@
 //! | module | is | does not know |
 //! |---|---|---|
 //! | [`formats`] | safetensors, NF4, corpora, JSON envelopes, atomic writes | devices, models |
-//! | [`backend`] | the blocks on one kind of hardware: [`backend::reference`], the oracle, and [`backend::cpu`], own SIMD kernels | tensor names, text |
+//! | [`backend`] | the blocks on one kind of hardware: [`backend::reference`], the oracle, [`backend::cpu`], own SIMD kernels, and `backend::cuda`, own kernels in `kernels/` | tensor names, text |
 //! | [`model`] | config, weights by role, tokenizer, chat template, the loop over blocks, synthetic models | hardware |
-//! | [`engine`] | prefill, sampling, streaming, stopping | flags, files of results |
+//! | [`engine`] | prefill, sampling, streaming, stopping, carrying out the cache's decisions | flags, files of results |
 //! | [`planning`] | traces, statistics, policies and the cache they drive, simulator, cost model, knapsack | files, clocks, GPUs |
 //! | [`hardware`] | facts and measured bandwidths of this machine | models |
 //! | [`report`] | records, statistics, tables, charts | how anything was computed |
@@ -36,6 +36,8 @@
 //!
 //! - The seam to a backend is the block, not the tensor op: inside a block a backend fuses as it
 //!   likes.
+//! - The `cuda` backend is driven as a whole sequence ([`model::Runner`]), because its decode step is
+//!   one captured graph; the CPU and the GPU meet once per layer, through flags in pinned memory.
 //! - Feeding a sequence in other pieces changes no result beyond rounding, and greedy tokens not
 //!   at all.
 //! - Which weights are quantised is decided per tensor from the file, never from the config.
