@@ -1,0 +1,409 @@
+//! The kernels of one chunk, layer by layer.
+
+use super::super::Cuda;
+use super::super::abi::Linear;
+use super::super::device::{Args, Geometry, args};
+use super::super::geometry::{self, MATMUL_SHARED_BYTES};
+use super::super::state::LayerState;
+use super::super::weights::Mixer;
+use super::Group;
+use crate::backend::Result;
+
+/// One chunk on its way.
+pub struct Chunk<'a> {
+    pub cuda: &'a Cuda,
+    pub base: u64,
+    pub tokens: usize,
+    pub position: usize,
+}
+
+impl Chunk<'_> {
+    fn at(&self, place: usize) -> u64 {
+        self.base + place as u64
+    }
+
+    fn multiprocessors(&self) -> usize {
+        self.cuda.prefill.multiprocessors
+    }
+
+    fn launch(&self, kernel: &'static str, geometry: Geometry, args: Args) -> Result<()> {
+        // SAFETY: arguments are those of the kernels in `kernels/`, in order; addresses are in the
+        // workspace, the model and the sequence, which outlive the wait at the chunk's end.
+        unsafe { self.cuda.stream.launch(kernel, geometry, args, false) }
+    }
+
+    pub fn run(&self, groups: &[Vec<Group>]) -> Result<()> {
+        let cuda = self.cuda;
+        let stream = &cuda.stream;
+        let dim = cuda.shape.hidden_size;
+        let from = cuda.prefill.embeddings.pointer(0).cast();
+        let hidden = self.at(cuda.prefill.places.hidden);
+        // SAFETY: the embeddings stay as they are until the chunk's last wait.
+        unsafe { stream.copy_to_device(hidden, from, 4 * self.tokens * dim)? };
+        // Copies start once the workspace is ours: what came before may still use it.
+        for event in &cuda.prefill.free {
+            stream.record(event)?;
+        }
+        for (layer, groups) in groups.iter().enumerate() {
+            self.mixer(layer)?;
+            self.experts(layer, groups)?;
+        }
+        Ok(())
+    }
+
+    /// `x`, or its norm, as two f16 and a scale per row; the norm also in f32 if asked for.
+    #[allow(clippy::too_many_arguments)]
+    fn split(
+        &self,
+        x: u64,
+        norm: u64,
+        [high, low, scale]: [u64; 3],
+        normed: u64,
+        rows: usize,
+        cols: usize,
+    ) -> Result<()> {
+        let eps = self.cuda.shape.rms_norm_eps;
+        self.launch(
+            "prefill_split",
+            geometry::rows(rows.div_ceil(8), 256),
+            args![
+                x,
+                norm,
+                eps,
+                high,
+                low,
+                scale,
+                normed,
+                rows as i32,
+                cols as i32
+            ],
+        )
+    }
+
+    fn linear(&self, [high, low, scale]: [u64; 3], w: &Linear, out: u64, add: bool) -> Result<()> {
+        self.launch(
+            "prefill_linear",
+            geometry::matmul(w.rows as usize, self.tokens, self.multiprocessors()),
+            args![high, low, scale, self.tokens as i32, *w, out, add as i32],
+        )
+    }
+
+    /// `hidden += mixer(rms_norm(hidden))`
+    fn mixer(&self, index: usize) -> Result<()> {
+        let cuda = self.cuda;
+        let p = &cuda.prefill.places;
+        let shape = &cuda.shape;
+        let layer = &cuda.dense.layers[index];
+        let dim = shape.hidden_size;
+        let (t, start) = (self.tokens as i32, self.position as i32);
+        let eps = shape.rms_norm_eps;
+        let hidden = self.at(p.hidden);
+        let x = [p.high, p.low, p.scale].map(|place| self.at(place));
+        let wide = [p.wide_high, p.wide_low, p.wide_scale].map(|place| self.at(place));
+        let projected = p.projected.map(|place| self.at(place));
+        let (mixed, gated) = (self.at(p.mixed), self.at(p.gated));
+        self.split(hidden, layer.input_norm, x, 0, self.tokens, dim)?;
+        match (&layer.mixer, &cuda.state.layers[index]) {
+            (Mixer::DeltaNet(net), &LayerState::DeltaNet { ring, memory }) => {
+                let s = &shape.delta_net;
+                let rows = s.qkvz_rows() as i32;
+                let taps = s.conv_kernel_dim as i32;
+                let heads = (s.num_key_heads as i32, s.num_value_heads as i32);
+                let dims = (s.key_head_dim as i32, s.value_head_dim as i32);
+                let [qkvz, ba, _] = projected;
+                let [q, k, v, decay, beta] = p.conv.map(|place| self.at(place));
+                self.linear(x, &net.qkvz, qkvz, false)?;
+                self.linear(x, &net.ba, ba, false)?;
+                self.launch(
+                    "prefill_conv",
+                    geometry::prefill_conv(s, self.tokens),
+                    args![
+                        qkvz,
+                        ba,
+                        ring,
+                        taps,
+                        start,
+                        net.conv,
+                        net.negative_a,
+                        net.dt_bias,
+                        q,
+                        k,
+                        v,
+                        decay,
+                        beta,
+                        t,
+                        heads.0,
+                        heads.1,
+                        dims.0,
+                        dims.1,
+                        taps
+                    ],
+                )?;
+                self.launch(
+                    "prefill_delta_rule",
+                    geometry::prefill_delta_rule(s),
+                    args![
+                        q, k, v, decay, beta, memory, mixed, t, heads.0, heads.1, dims.0, dims.1
+                    ],
+                )?;
+                self.launch(
+                    "prefill_gated_norm",
+                    geometry::rows((self.tokens * s.num_value_heads).div_ceil(8), 256),
+                    args![
+                        mixed, qkvz, net.norm, eps, gated, t, heads.0, heads.1, dims.0, dims.1
+                    ],
+                )?;
+                self.launch(
+                    "prefill_ring",
+                    geometry::prefill_ring(s, self.tokens),
+                    args![qkvz, ring, taps, start, t, rows],
+                )?;
+                self.split(gated, 0, wide, 0, self.tokens, s.value_dim())?;
+                self.linear(wide, &net.out, hidden, true)
+            }
+            (Mixer::Attention(net), LayerState::Attention(cache)) => {
+                let s = &shape.attention;
+                let [q, k, v] = projected;
+                self.linear(x, &net.q, q, false)?;
+                self.linear(x, &net.k, k, false)?;
+                self.linear(x, &net.v, v, false)?;
+                let (q_high, q_low) = (self.at(p.conv[0]), self.at(p.conv[1]));
+                let q_scales = self.at(p.conv[3]);
+                let heads = (s.num_attention_heads as i32, s.num_key_value_heads as i32);
+                let hd = s.head_dim as i32;
+                self.launch(
+                    "prefill_qkv",
+                    geometry::prefill_qkv(s, self.tokens),
+                    args![
+                        q,
+                        k,
+                        v,
+                        net.q_norm,
+                        net.k_norm,
+                        eps,
+                        cuda.dense.inverse_frequencies,
+                        s.rotary_dim as i32,
+                        start,
+                        t,
+                        *cache,
+                        q_high,
+                        q_low,
+                        q_scales,
+                        heads.0,
+                        heads.1,
+                        hd
+                    ],
+                )?;
+                self.launch(
+                    "prefill_attention",
+                    geometry::prefill_attention(s, self.tokens),
+                    args![
+                        q_high, q_low, q_scales, q, *cache, start, t, heads.0, heads.1, hd, mixed
+                    ],
+                )?;
+                self.split(mixed, 0, wide, 0, self.tokens, s.o_proj_cols())?;
+                self.linear(wide, &net.out, hidden, true)
+            }
+            _ => unreachable!("states are made for this model"),
+        }
+    }
+
+    /// `hidden += sum_k weight_k * expert_k(rms_norm(hidden)) + shared expert`
+    fn experts(&self, index: usize, groups: &[Group]) -> Result<()> {
+        let cuda = self.cuda;
+        let p = &cuda.prefill.places;
+        let shape = &cuda.shape;
+        let layer = &cuda.dense.layers[index];
+        let stream = &cuda.stream;
+        let dim = shape.hidden_size;
+        let experts = shape.moe.num_experts;
+        let k = shape.moe.num_experts_per_tok;
+        let (t, e, top) = (self.tokens as i32, experts as i32, k as i32);
+        let hidden = self.at(p.hidden);
+        let x = [p.high, p.low, p.scale].map(|place| self.at(place));
+        let normed = self.at(p.normed);
+        self.split(hidden, layer.expert_norm, x, normed, self.tokens, dim)?;
+        let logits = self.at(p.logits);
+        self.launch(
+            "prefill_router",
+            geometry::prefill_router(experts, self.tokens, self.multiprocessors()),
+            args![normed, layer.router, logits, t],
+        )?;
+        let norm_topk = shape.moe.norm_topk_prob as i32;
+        let (ids, weights, gates) = (
+            self.at(p.topk_ids),
+            self.at(p.topk_weights),
+            self.at(p.gates),
+        );
+        self.launch(
+            "prefill_topk",
+            geometry::rows(self.tokens.div_ceil(8), 256),
+            args![
+                logits,
+                normed,
+                layer.shared_gate,
+                t,
+                e,
+                top,
+                norm_topk,
+                ids,
+                weights,
+                gates
+            ],
+        )?;
+        let start = index * cuda.prefill.tokens * k;
+        let bytes = 4 * self.tokens * k;
+        let host_ids = cuda.prefill.host_ids.pointer(start).cast();
+        let host_weights = cuda.prefill.host_weights.pointer(start).cast();
+        // SAFETY: every layer has room for the largest chunk; read after the chunk's last wait.
+        unsafe {
+            stream.copy_to_host(host_ids, ids, bytes)?;
+            stream.copy_to_host(host_weights, weights, bytes)?;
+        }
+        let (counts, offsets) = (self.at(p.counts), self.at(p.offsets));
+        let (tiles, tile_offsets) = (self.at(p.tiles), self.at(p.tile_offsets));
+        let (rows, positions) = (self.at(p.rows), self.at(p.positions));
+        let chunks = geometry::prefill_group(experts, self.tokens);
+        self.launch("prefill_group_count", chunks, args![ids, t, top, e, counts])?;
+        self.launch(
+            "prefill_group_scan",
+            geometry::rows(1, 1024),
+            args![counts, t, top, e, offsets, tiles, tile_offsets],
+        )?;
+        self.launch(
+            "prefill_group_scatter",
+            chunks,
+            args![ids, t, top, e, counts, rows, positions],
+        )?;
+
+        let layout = cuda.store.layout;
+        let shared = cuda.shared_layout;
+        let stride = cuda.prefill.expert_hidden_stride;
+        let all_rows = self.tokens * (k + 1);
+        let h = self.at(p.expert_hidden);
+        let split_h = [p.expert_high, p.expert_low, p.expert_scale].map(|place| self.at(place));
+        let y = self.at(p.expert_out);
+        let units = cuda.prefill.units.at(8 * index * (experts + 1));
+        let table = |part: usize| {
+            cuda.prefill
+                .blobs
+                .at(8 * (2 * index + part) * (experts + 1))
+        };
+        let tiles_bound = |count: usize, with_shared: bool| {
+            let picks = self.tokens * k.min(count);
+            let shared = if with_shared {
+                self.tokens.div_ceil(128)
+            } else {
+                0
+            };
+            picks.div_ceil(128) + count + shared
+        };
+        for part in 0..2 {
+            if part == 1 {
+                self.split(h, 0, split_h, 0, all_rows, stride)?;
+            }
+            let compute = |first: usize, count: usize, bound: usize| {
+                let (first, count) = (first as i32, count as i32);
+                if part == 0 {
+                    self.launch(
+                        "prefill_experts_up",
+                        geometry::tiles(stride.div_ceil(128), bound, MATMUL_SHARED_BYTES),
+                        args![
+                            x[0],
+                            x[1],
+                            x[2],
+                            rows,
+                            tiles,
+                            tile_offsets,
+                            table(0),
+                            units,
+                            layout,
+                            shared,
+                            e,
+                            dim as i32,
+                            first,
+                            count,
+                            h,
+                            stride as i32
+                        ],
+                    )
+                } else {
+                    self.launch(
+                        "prefill_experts_down",
+                        geometry::prefill_experts_down(dim, self.tokens, bound),
+                        args![
+                            split_h[0],
+                            split_h[1],
+                            split_h[2],
+                            tiles,
+                            tile_offsets,
+                            table(1),
+                            units,
+                            layout,
+                            shared,
+                            e,
+                            dim as i32,
+                            stride as i32,
+                            first,
+                            count,
+                            0i32,
+                            dim as i32,
+                            y
+                        ],
+                    )
+                }
+            };
+            // The shared expert, always there, gives the bus a head start.
+            compute(experts, 1, self.tokens.div_ceil(128))?;
+            for group in groups {
+                let buffer = group.ring.map(|buffers| buffers[part]);
+                if let Some(buffer) = buffer {
+                    self.stream_in(index, group, part, buffer)?;
+                    stream.wait(&cuda.prefill.ready[buffer])?;
+                }
+                compute(group.first, group.count, tiles_bound(group.count, false))?;
+                if let Some(buffer) = buffer {
+                    stream.record(&cuda.prefill.free[buffer])?;
+                }
+            }
+        }
+        self.launch(
+            "prefill_combine",
+            geometry::prefill_combine(self.tokens),
+            args![
+                y, positions, weights, gates, hidden, t, top, 0i32, dim as i32, dim as i32
+            ],
+        )
+    }
+
+    /// Copies the missing experts of a group into a ring buffer: gate and up, or down.
+    fn stream_in(&self, layer: usize, group: &Group, part: usize, buffer: usize) -> Result<()> {
+        let cuda = self.cuda;
+        let copies = &cuda.copies;
+        let layout = &cuda.store.layout;
+        let (up_bytes, blob_bytes) = (layout.down_offset as usize, layout.blob_bytes as usize);
+        let (offset, width) = match part {
+            0 => (0, up_bytes),
+            _ => (up_bytes, blob_bytes - up_bytes),
+        };
+        let ring = self.at(cuda.prefill.places.ring) + (buffer * cuda.prefill.group_bytes) as u64;
+        copies.wait(&cuda.prefill.free[buffer])?;
+        let missing = |e: usize| cuda.store.resident(layer, e) == 0;
+        let mut expert = group.first;
+        let end = group.first + group.count;
+        while expert < end {
+            let run = (expert..end).take_while(|&e| missing(e)).count();
+            if run > 0 {
+                let (from, _) = cuda.store.blob(layer, expert);
+                let to = ring + ((expert - group.first) * width) as u64;
+                // SAFETY: `run` blobs follow each other in the store, and the buffer has room for
+                // all experts of the group.
+                unsafe {
+                    copies.copy_rows_to_device(to, from.add(offset), width, blob_bytes, run)?;
+                }
+            }
+            expert += run.max(1);
+        }
+        copies.record(&cuda.prefill.ready[buffer])
+    }
+}
