@@ -16,6 +16,7 @@ mod gated_attention;
 mod gated_delta_net;
 pub mod isa;
 pub mod kv_cache;
+mod layer;
 pub mod layout;
 pub mod linear;
 pub mod load;
@@ -36,17 +37,17 @@ use std::time::Instant;
 
 use activations::{Activations, Integers};
 use experts::Expert;
-use gated_attention::Attention;
-use gated_delta_net::{DeltaNet, DeltaNetState};
+use gated_delta_net::DeltaNetState;
 use isa::Isa;
 use kv_cache::KvCache;
+use layer::{Layer, Mixer, layer_requests, one_plus};
 use linear::{Linear, Panels, add_product};
 use load::Request;
 use threads::{Parts, Pool};
 
 use super::{
-    Backend, BackendError, BackendFacts, ExpertWeights, KvDtype, LayerWeights, LoadRates,
-    MixerKind, MixerWeights, ModelShape, ModelWeights, Result, Routing,
+    Backend, BackendError, BackendFacts, KvDtype, LoadRates, MixerKind, ModelShape, ModelWeights,
+    Result, Routing,
 };
 use crate::formats::Matrix;
 
@@ -97,23 +98,6 @@ pub struct Cpu {
     lm_head: Linear,
     load: LoadRates,
     scratch: Scratch,
-}
-
-struct Layer {
-    /// `[D]`, 1 + w
-    input_norm: Vec<f32>,
-    mixer: Mixer,
-    /// `[D]`, 1 + w
-    expert_norm: Vec<f32>,
-    router: Linear,
-    experts: Vec<Expert>,
-    shared_expert: Expert,
-    shared_gate: Linear,
-}
-
-enum Mixer {
-    DeltaNet(Box<DeltaNet>),
-    Attention(Box<Attention>),
 }
 
 /// Buffers of a chunk, kept so that decode allocates nothing of size.
@@ -244,102 +228,6 @@ impl Cpu {
         let layers = self.layers.iter().map(|l| l.dense_bytes() + experts(l));
         layers.sum::<usize>() + self.lm_head.bytes()
     }
-}
-
-impl Layer {
-    /// Bytes of what every token reads.
-    fn dense_bytes(&self) -> usize {
-        let mixer = match &self.mixer {
-            Mixer::DeltaNet(m) => m.qkvz.bytes() + m.ba.bytes() + m.out.bytes(),
-            Mixer::Attention(m) => m.q.bytes() + m.k.bytes() + m.v.bytes() + m.out.bytes(),
-        };
-        mixer + self.router.bytes() + self.shared_gate.bytes() + self.shared_expert.bytes()
-    }
-}
-
-/// All matrices of a layer, in the order [`Layer::new`] takes them.
-fn layer_requests(layer: &LayerWeights, precision: CpuPrecision) -> Vec<Request<'_>> {
-    let exact = CpuPrecision::F32;
-    let mut requests = match &layer.mixer {
-        MixerWeights::GatedDeltaNet(m) => vec![
-            (&m.in_proj_qkvz, precision),
-            (&m.in_proj_ba, exact),
-            (&m.out_proj, precision),
-        ],
-        MixerWeights::GatedAttention(m) => vec![
-            (&m.q_proj, precision),
-            (&m.k_proj, precision),
-            (&m.v_proj, precision),
-            (&m.o_proj, precision),
-        ],
-    };
-    let moe = &layer.moe;
-    requests.push((&moe.gate, exact));
-    requests.push((&moe.shared_expert_gate, exact));
-    for expert in std::iter::once(&moe.shared_expert).chain(&moe.experts) {
-        let ExpertWeights {
-            gate_proj,
-            up_proj,
-            down_proj,
-        } = expert;
-        requests.extend([gate_proj, up_proj, down_proj].map(|m| (m, precision)));
-    }
-    requests
-}
-
-impl Layer {
-    fn new(shape: &ModelShape, weights: &LayerWeights, linears: Vec<Linear>) -> Layer {
-        let mut linears = linears.into_iter();
-        let mut next = || linears.next().expect("a matrix for each request");
-        let mixer = match &weights.mixer {
-            MixerWeights::GatedDeltaNet(m) => {
-                // The gated norm magnifies errors of these a hundredfold where it divides by almost
-                // nothing, which random weights make it do.
-                let projections = [(); 3].map(|()| {
-                    let mut linear = next();
-                    if linear.integers == Integers::Int16 {
-                        linear.integers = Integers::Wide;
-                    }
-                    linear
-                });
-                Mixer::DeltaNet(Box::new(DeltaNet::new(&shape.delta_net, m, projections)))
-            }
-            MixerWeights::GatedAttention(m) => Mixer::Attention(Box::new(Attention {
-                q: next(),
-                k: next(),
-                v: next(),
-                out: next(),
-                q_norm: one_plus(&m.q_norm),
-                k_norm: one_plus(&m.k_norm),
-                inverse_frequencies: rope::inverse_frequencies(
-                    shape.attention.rope_theta,
-                    shape.attention.rotary_dim,
-                ),
-            })),
-        };
-        let router = next();
-        let shared_gate = next();
-        let mut expert = || Expert {
-            gate: next(),
-            up: next(),
-            down: next(),
-        };
-        let shared_expert = expert();
-        Layer {
-            input_norm: one_plus(&weights.input_layernorm),
-            mixer,
-            expert_norm: one_plus(&weights.post_attention_layernorm),
-            router,
-            experts: weights.moe.experts.iter().map(|_| expert()).collect(),
-            shared_expert,
-            shared_gate,
-        }
-    }
-}
-
-/// Zero-centred norm weights as factors.
-fn one_plus(w: &[f32]) -> Vec<f32> {
-    w.iter().map(|w| 1.0 + w).collect()
 }
 
 /// `rms_norm` of rows `rows` of `hidden`, ready for matrices.
