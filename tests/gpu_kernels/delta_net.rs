@@ -120,12 +120,12 @@ impl<'a> Reference<'a> {
             let softplus = if a > 20.0 { a } else { a.exp().ln_1p() };
             let decay = (f64::from(net.negative_a[head]) * softplus).exp();
             let beta = sigmoid(b);
-            for c in 0..dv {
+            for (c, &value) in v.iter().enumerate() {
                 let at = (head * dv + c) * dk;
                 let state = &mut self.state[at..at + dk];
                 state.iter_mut().for_each(|s| *s *= decay);
                 let read: f64 = state.iter().zip(&k).map(|(s, k)| s * k).sum();
-                let delta = (v[c] - read) * beta;
+                let delta = (value - read) * beta;
                 state.iter_mut().zip(&k).for_each(|(s, k)| *s += k * delta);
                 traces
                     .o

@@ -36,6 +36,11 @@ impl Cuda {
             Residency::Nothing | Residency::Exactly(_)
         );
         if nothing || room.min(all) < 2 * workspace {
+            // Refused before it is taken: the budget is a ceiling at any moment.
+            if let Some(budget) = budget.filter(|_| room < workspace) {
+                let needed = budget - room + workspace;
+                return Err(BackendError::DoesNotFit { needed, budget });
+            }
             self.prefill.own_workspace(&self.device, &self.stream)?;
             room = self.usage.room(budget)?;
         }
