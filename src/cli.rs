@@ -103,7 +103,7 @@ pub struct ComputeArgs {
     /// changes it [default: as many as fit, the same number in every layer, unchanging]
     #[arg(long, value_name = "FILE")]
     pub placement: Option<PathBuf>,
-    /// Policy of the expert cache instead of the placement's: static, lru, lfu_decay, ..
+    /// Policy of the expert cache instead of the placement's, such as static, lru or lfu_decay
     #[arg(long, value_name = "NAME", conflicts_with = "cpu_moe")]
     pub policy: Option<PolicyConfig>,
     /// Of 1, 2, .. missing experts of a layer, how many the GPU reads over PCIe
