@@ -294,3 +294,12 @@ __device__ __forceinline__ void prefetch_to_l2(const void *p) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
 }
+
+/* Columns c .. c + 4 of a row of f32; zeros from cols on. c is a multiple of 4. */
+__device__ __forceinline__ float4 load_columns(const float *row, int c, int cols) {
+  if (cols % 4 == 0) return c < cols ? *(const float4 *)(row + c) : make_float4(0, 0, 0, 0);
+  float v[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) v[i] = c + i < cols ? row[c + i] : 0.0f;
+  return make_float4(v[0], v[1], v[2], v[3]);
+}

@@ -23,15 +23,6 @@ prefill_linear_fast  the same from `high` alone (low may be null)
 
 /* ---- prefill_split ---- */
 
-/* Four values of a row from column c on; zeros from cols on. */
-__device__ __forceinline__ float4 load_columns(const float *row, int c, int cols) {
-  if (cols % 4 == 0) return c < cols ? *(const float4 *)(row + c) : make_float4(0, 0, 0, 0);
-  float v[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) v[i] = c + i < cols ? row[c + i] : 0.0f;
-  return make_float4(v[0], v[1], v[2], v[3]);
-}
-
 /* The largest exponent of 2 that row_scale's inverse may have: both stay normal numbers. Tokens whose
    largest value is below 2^-87 lose bits. */
 constexpr int MAX_SCALE_UP = 100;

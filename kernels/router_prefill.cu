@@ -42,15 +42,6 @@ __device__ __forceinline__ float4 load_weights(const Linear &w, int row, int c) 
   return make_float4(v[0], v[1], v[2], v[3]);
 }
 
-/* Columns c .. c + 4 of x; zeros from cols on. */
-__device__ __forceinline__ float4 load_columns(const float *row, int c, int cols) {
-  if (cols % 4 == 0) return c < cols ? *(const float4 *)(row + c) : make_float4(0, 0, 0, 0);
-  float v[4];
-#pragma unroll
-  for (int i = 0; i < 4; i++) v[i] = c + i < cols ? row[c + i] : 0.0f;
-  return make_float4(v[0], v[1], v[2], v[3]);
-}
-
 /* A step of x and of the weights, columns first; padded so that float4 rows stay aligned. */
 struct RouterStep {
   float x[ROUTER_COLS][ROUTER_TOKENS + 4];

@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod kv;
 pub mod reference;
+mod residency;
 pub mod shape;
 mod times;
 pub mod weights;
@@ -20,6 +21,7 @@ use std::ops::Range;
 use thiserror::Error;
 
 pub use kv::KvDtype;
+pub use residency::Residency;
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
 pub use times::{DecodeTimes, SlotChange};
 pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};
@@ -63,6 +65,13 @@ pub struct LoadRates {
     pub read_seconds: f64,
     /// Of `seconds`, rewriting into the kernels' layout
     pub pack_seconds: f64,
+}
+
+impl BackendFacts {
+    /// The number of the GPU that takes part, if one does.
+    pub fn gpu(&self) -> Option<u32> {
+        self.name.strip_prefix("cuda:")?.parse().ok()
+    }
 }
 
 /// What the router chose for a chunk of tokens in one layer.

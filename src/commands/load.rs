@@ -29,8 +29,8 @@ pub fn engine(
         None => None,
     };
     drop(checkpoint);
-    if compute.backend.resolve().is_cuda() {
-        check_budget(compute, &footprint, max_tokens)?;
+    if let BackendChoice::Cuda(index) = compute.backend.resolve() {
+        check_budget(compute, index, &footprint, max_tokens)?;
     }
     let bar = console.progress("load", 0, Unit::Bytes);
     let options = LoadOptions {
@@ -82,6 +82,7 @@ pub fn engine(
 /// Refuses a GPU budget that cannot hold the model without experts, or that is not free.
 fn check_budget(
     compute: &ComputeArgs,
+    index: usize,
     footprint: &Footprint,
     max_tokens: usize,
 ) -> anyhow::Result<()> {
@@ -91,10 +92,6 @@ fn check_budget(
     };
     let kv_bytes = max_tokens as u64 * footprint.kv_bytes_per_token(kv);
     let needed = footprint.fixed_vram_bytes() + kv_bytes;
-    let index = match compute.backend.resolve() {
-        BackendChoice::Cuda(index) => index,
-        _ => 0,
-    };
     let free = GpuReport::detect()
         .devices
         .get(index)

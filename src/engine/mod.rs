@@ -24,6 +24,7 @@ use crate::model::{
     SourceError, Tokenizer, TokenizerError,
 };
 
+pub use crate::backend::Residency;
 pub use sampler::{
     SampleError, Sampler, SamplingParams, TokenLogprob, token_logprob, top_logprobs,
 };
@@ -49,10 +50,6 @@ impl BackendChoice {
             BackendChoice::Auto => fastest(),
             chosen => chosen,
         }
-    }
-
-    pub fn is_cuda(self) -> bool {
-        matches!(self, BackendChoice::Cuda(_))
     }
 }
 
@@ -99,18 +96,6 @@ pub struct GpuOptions {
     pub split: Option<Vec<i32>>,
     /// Whether the CPU fetches experts early; measured if not given
     pub look_ahead: Option<bool>,
-}
-
-/// Which experts are in VRAM.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub enum Residency {
-    /// As many as fit, spread evenly over layers
-    #[default]
-    Fill,
-    /// None: the CPU computes every expert
-    Nothing,
-    /// Of each layer these, most wanted first, as far as they fit; then as `Fill`
-    Preferred(Vec<Vec<u16>>),
 }
 
 /// How to load a model.
@@ -198,18 +183,14 @@ fn cuda(
     weights: &ModelWeights,
     options: &LoadOptions,
 ) -> Result<Box<dyn Runner>> {
-    use crate::backend::cuda::{self, Cuda, CudaOptions};
+    use crate::backend::cuda::{Cuda, CudaOptions};
     let gpu = options.gpu.clone();
     let cuda_options = CudaOptions {
         threads: options.threads,
         vram_bytes: gpu.vram_bytes,
         cpu_precision: options.cpu_precision,
         kv_dtype: options.kv_dtype,
-        residency: match gpu.residency {
-            Residency::Fill => cuda::Residency::Fill,
-            Residency::Nothing => cuda::Residency::Nothing,
-            Residency::Preferred(lists) => cuda::Residency::Preferred(lists),
-        },
+        residency: gpu.residency,
         prefill_tokens: gpu.prefill_tokens,
         split: gpu.split,
         look_ahead: gpu.look_ahead,

@@ -25,12 +25,12 @@ const ID_STRIDE: usize = 7919;
 impl Cuda {
     /// Chooses the share of misses that go over PCIe, unless it was given.
     pub(super) fn calibrate(&mut self) -> Result<()> {
-        let layers = self.shape.num_layers() as u64;
-        let experts = self.shape.moe.num_experts as u64;
-        let bytes = layers * experts * self.store.slot_bytes();
+        let layers = self.model.shape.num_layers() as u64;
+        let experts = self.model.shape.moe.num_experts as u64;
+        let bytes = layers * experts * self.model.store.slot_bytes();
         let room = (SHARES.len() + 2) * STEPS <= self.state.max_tokens;
         let given = self.options.split.is_some() || self.options.look_ahead.is_some();
-        if given || bytes < MIN_EXPERT_BYTES || self.store.all_resident() || !room {
+        if given || bytes < MIN_EXPERT_BYTES || self.model.store.all_resident() || !room {
             return Ok(());
         }
         let mut tried = Vec::new();
@@ -56,7 +56,7 @@ impl Cuda {
             ahead = false;
         }
         self.decode.look_ahead(ahead, &self.device)?;
-        self.state.clear(&self.stream)?;
+        self.state.clear(&self.model.stream)?;
         self.take_times();
         self.notes = vec![format!(
             "of missing experts the GPU reads {share}% over PCIe{} (median of steps: {})",
@@ -75,7 +75,7 @@ impl Cuda {
         let mut times = Vec::new();
         self.take_times();
         for step in 0..STEPS {
-            let id = (seed * STEPS + step) * ID_STRIDE % self.shape.vocab_size;
+            let id = (seed * STEPS + step) * ID_STRIDE % self.model.shape.vocab_size;
             let start = Instant::now();
             self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
             times.push(start.elapsed().as_secs_f64() * 1e3);
@@ -90,8 +90,8 @@ impl Cuda {
     }
 
     fn set_pcie_share(&mut self, percent: usize) -> Result<()> {
-        let k = self.shape.moe.num_experts_per_tok;
+        let k = self.model.shape.moe.num_experts_per_tok;
         let split: Vec<i32> = (0..=k).map(|m| ((m * percent + 50) / 100) as i32).collect();
-        self.decode.set_split(&split, &self.stream)
+        self.decode.set_split(&split, &self.model.stream)
     }
 }

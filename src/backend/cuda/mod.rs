@@ -33,38 +33,22 @@ mod weights;
 
 use std::ops::Range;
 
-use abi::{ExpertLayout, MAX_TOP_K};
+use abi::MAX_TOP_K;
 use arena::Arena;
 use budget::Usage;
 use decode::{Decode, Model};
 use device::{Device, Stream};
 use prefill::Prefill;
 use state::SequenceState;
-use store::ExpertStore;
-use weights::{DenseWeights, Loaded};
+use weights::Loaded;
 
+pub use super::Residency;
 use super::cpu::offload::Offload;
 use super::cpu::{CpuPrecision, Progress};
 use super::{
     BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, Result, Routing,
 };
 use crate::formats::Matrix;
-
-/// Which experts get the VRAM that dense weights, states and workspace leave.
-#[derive(Clone, Debug, Default)]
-pub enum Residency {
-    /// As many as fit, spread evenly over layers
-    #[default]
-    Fill,
-    /// None: every expert is computed by the CPU
-    Nothing,
-    /// Of each layer these, most wanted first, as far as they fit; then as `Fill`
-    Preferred(Vec<Vec<u16>>),
-    /// Exactly these (layer, expert)
-    Exactly(Vec<(usize, usize)>),
-    /// `[layer][slot]`, as far as they fit: what each slot holds at first
-    Slots(Vec<Vec<Option<u16>>>),
-}
 
 #[derive(Clone, Debug, Default)]
 pub struct CudaOptions {
@@ -96,12 +80,9 @@ pub struct Cuda {
     prefill: Prefill,
     decode: Decode,
     state: SequenceState,
-    store: ExpertStore,
-    dense: DenseWeights,
-    shared_layout: ExpertLayout,
+    model: Model,
     offload: Offload,
     embed_tokens: Matrix,
-    shape: ModelShape,
     options: CudaOptions,
     kv_dtype: KvDtype,
     usage: Usage,
@@ -111,7 +92,6 @@ pub struct Cuda {
     /// What calibration found, for who asks
     notes: Vec<String>,
     _arena: Arena,
-    stream: Stream,
     copies: Stream,
     device: Device,
     index: usize,
@@ -205,12 +185,15 @@ impl Cuda {
             prefill,
             decode,
             state,
-            store,
-            dense,
-            shared_layout,
+            model: Model {
+                shape,
+                dense,
+                store,
+                shared_layout,
+                stream,
+            },
             offload,
             embed_tokens: weights.embed_tokens.clone(),
-            shape,
             options,
             kv_dtype,
             usage,
@@ -218,7 +201,6 @@ impl Cuda {
             broken: false,
             notes: Vec::new(),
             _arena: arena,
-            stream,
             copies,
             device,
             index,
@@ -229,7 +211,7 @@ impl Cuda {
     }
 
     pub fn shape(&self) -> &ModelShape {
-        &self.shape
+        &self.model.shape
     }
 
     /// Tokens the sequence has seen.
@@ -239,7 +221,7 @@ impl Cuda {
 
     /// Experts in VRAM now.
     pub fn resident_experts(&self) -> usize {
-        self.store.num_resident()
+        self.model.store.num_resident()
     }
 
     /// Where the time of decode steps went since the last call.
@@ -254,16 +236,9 @@ impl Cuda {
 
     /// See [`Decode::kernel_times`]; the sequence starts over.
     pub fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
-        let model = Model {
-            shape: &self.shape,
-            dense: &self.dense,
-            store: &self.store,
-            shared_layout: self.shared_layout,
-            stream: &self.stream,
-        };
-        let times = self.decode.kernel_times(&model, &self.state)?;
+        let times = self.decode.kernel_times(&self.model, &self.state)?;
         self.decode.forget_graphs();
-        self.state.clear(&self.stream)?;
+        self.state.clear(&self.model.stream)?;
         Ok(times)
     }
 
@@ -292,18 +267,21 @@ impl Cuda {
 
     /// Forgets the sequence and makes room for one of `max_tokens`.
     pub fn reset(&mut self, max_tokens: usize) -> Result<()> {
-        self.stream.synchronize().ok();
+        self.model.stream.synchronize().ok();
         self.broken = false;
         if max_tokens <= self.state.max_tokens && 2 * max_tokens > self.state.max_tokens {
             self.state.max_tokens = max_tokens;
-            return self.state.clear(&self.stream);
+            return self.state.clear(&self.model.stream);
         }
         // Slots give their memory back first, then get what the new context leaves.
         self.decode.forget_graphs();
-        self.store.set_slots(&self.device, 0, &self.stream)?;
-        let (shape, format) = (&self.shape, self.kv_dtype);
-        self.state = SequenceState::new(&self.device, shape, format, 1, &self.stream)?;
-        self.state = SequenceState::new(&self.device, shape, format, max_tokens, &self.stream)?;
+        self.model
+            .store
+            .set_slots(&self.device, 0, &self.model.stream)?;
+        let (shape, format) = (&self.model.shape, self.kv_dtype);
+        self.state = SequenceState::new(&self.device, shape, format, 1, &self.model.stream)?;
+        self.state =
+            SequenceState::new(&self.device, shape, format, max_tokens, &self.model.stream)?;
         self.fill_slots()
     }
 
@@ -349,19 +327,12 @@ impl Cuda {
         rows: Range<usize>,
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<Vec<f32>> {
-        let mut logits = Vec::with_capacity(rows.len() * self.shape.vocab_size);
+        let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
         self.settle_slots()?;
-        let model = Model {
-            shape: &self.shape,
-            dense: &self.dense,
-            store: &self.store,
-            shared_layout: self.shared_layout,
-            stream: &self.stream,
-        };
         for (i, &id) in ids.iter().enumerate() {
             let position = self.state.position;
             let row = self.decode.step(
-                &model,
+                &self.model,
                 &mut self.offload,
                 &mut self.state,
                 rows.contains(&i),

@@ -21,16 +21,21 @@ pub struct Slots {
 impl Cuda {
     /// Gives the VRAM that is left to experts, as the options ask.
     pub(super) fn fill_slots(&mut self) -> Result<()> {
-        let (layers, experts) = (self.shape.num_layers(), self.shape.moe.num_experts);
+        let (layers, experts) = (
+            self.model.shape.num_layers(),
+            self.model.shape.moe.num_experts,
+        );
         self.decode.forget_graphs();
         self.slots = Slots::default();
-        self.store.set_slots(&self.device, 0, &self.stream)?;
+        self.model
+            .store
+            .set_slots(&self.device, 0, &self.model.stream)?;
         self.prefill.drop_workspace();
         let budget = self.options.vram_bytes;
         let mut room = self.usage.room(budget)?;
         // Where few slots fit, prefill cannot borrow from them.
         let workspace = self.prefill.workspace_bytes() as u64;
-        let all = (layers * experts) as u64 * self.store.slot_bytes();
+        let all = (layers * experts) as u64 * self.model.store.slot_bytes();
         let nothing = matches!(
             self.options.residency,
             Residency::Nothing | Residency::Exactly(_)
@@ -41,10 +46,11 @@ impl Cuda {
                 let needed = budget - room + workspace;
                 return Err(BackendError::DoesNotFit { needed, budget });
             }
-            self.prefill.own_workspace(&self.device, &self.stream)?;
+            self.prefill
+                .own_workspace(&self.device, &self.model.stream)?;
             room = self.usage.room(budget)?;
         }
-        let fitting = ((room / self.store.slot_bytes()) as usize).min(layers * experts);
+        let fitting = ((room / self.model.store.slot_bytes()) as usize).min(layers * experts);
         let wanted: Vec<Option<(usize, usize)>> = match &self.options.residency {
             Residency::Nothing => Vec::new(),
             Residency::Exactly(experts) => {
@@ -66,8 +72,9 @@ impl Cuda {
                 spread(layers, experts, lists, fitting).map(Some).collect()
             }
         };
-        self.store
-            .set_slots(&self.device, wanted.len(), &self.stream)?;
+        self.model
+            .store
+            .set_slots(&self.device, wanted.len(), &self.model.stream)?;
         for (slot, wanted) in wanted.into_iter().enumerate() {
             let Some((layer, expert)) = wanted else {
                 continue;
@@ -78,10 +85,12 @@ impl Cuda {
                      with {experts} experts"
                 )));
             }
-            self.store.fetch(layer, expert, slot, &self.stream)?;
+            self.model
+                .store
+                .fetch(layer, expert, slot, &self.model.stream)?;
         }
-        self.store.publish(&self.stream)?;
-        self.stream.synchronize()
+        self.model.store.publish(&self.model.stream)?;
+        self.model.stream.synchronize()
     }
 
     /// Puts `[layer][slot]` experts into VRAM, as far as they fit.
@@ -103,11 +112,12 @@ impl Cuda {
             let slot = first + change.slot;
             self.slots.pending.retain(|&(_, _, other)| other != slot);
             // No kernel runs now, and the next ones get a table without the old expert.
-            self.store
+            self.model
+                .store
                 .start_fetch(change.layer, change.expert, slot, &self.copies)?;
             self.slots.pending.push((change.layer, change.expert, slot));
             self.slots.changed = true;
-            self.decode.times.h2d_bytes += self.store.layout.blob_bytes as u64;
+            self.decode.times.h2d_bytes += self.model.store.layout.blob_bytes as u64;
         }
         Ok(())
     }
@@ -116,12 +126,12 @@ impl Cuda {
     pub(super) fn settle_slots(&mut self) -> Result<()> {
         if !self.slots.pending.is_empty() && self.copies.is_idle()? {
             for (layer, expert, slot) in self.slots.pending.drain(..) {
-                self.store.arrived(layer, expert, slot);
+                self.model.store.arrived(layer, expert, slot);
             }
             self.slots.changed = true;
         }
         if std::mem::take(&mut self.slots.changed) {
-            self.store.publish(&self.stream)?;
+            self.model.store.publish(&self.model.stream)?;
         }
         Ok(())
     }

@@ -124,9 +124,10 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
 
     let mut engine = load::engine(&source, &args.compute, room, console)?;
     let mut hardware = HardwareBody::detect();
-    let executed_on = match engine.backend().name {
-        name if name.starts_with("cuda") => format!("{name} + cpu"),
-        name => name,
+    let facts = engine.backend();
+    let executed_on = match facts.gpu() {
+        Some(_) => format!("{} + cpu", facts.name),
+        None => facts.name.clone(),
     };
     console.note(format!(
         "{} on {}, by {executed_on}",
@@ -145,11 +146,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     if profile.is_some() {
         load::place(&mut engine, &args.compute, &placement.body, console)?;
     }
-    let gpu = engine.backend().name;
-    let gpu = gpu
-        .strip_prefix("cuda:")
-        .and_then(|index| index.parse().ok());
-    let monitor = Monitor::start(Duration::from_millis(200), gpu);
+    let monitor = Monitor::start(Duration::from_millis(200), facts.gpu());
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
     if let Some(reason) = engine.experts().and_then(|experts| experts.stopped()) {
@@ -166,13 +163,12 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     // Not before: its buffer would count as the model's memory.
     let threads = engine.backend().threads;
     hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
-    let machine = match engine.backend().name.starts_with("cuda") {
-        true => Some(machine::with_gpu(&hardware)),
-        false => this_machine(&hardware),
-    };
-    let hit_rates = match machine.as_ref().is_some_and(|m| m.gpu.is_some()) {
-        true => placement.body.expected_hit_rates.clone(),
-        false => vec![0.0; footprint.num_layers],
+    let (machine, hit_rates) = match facts.gpu() {
+        Some(_) => (
+            Some(machine::with_gpu(&hardware)),
+            placement.body.expected_hit_rates.clone(),
+        ),
+        None => (this_machine(&hardware), vec![0.0; footprint.num_layers]),
     };
     for context in &mut contexts {
         let tokens = context.context_tokens;
@@ -359,7 +355,7 @@ fn memory(placement: &Placement, monitor: &crate::hardware::MonitorRecord) -> Me
 fn notes(engine: &Engine) -> Vec<String> {
     let mut notes = engine.notes().to_vec();
     notes.extend(engine.experts().and_then(|e| e.stopped()).map(String::from));
-    if engine.backend().name.starts_with("cuda") {
+    if engine.backend().gpu().is_some() {
         return notes;
     }
     notes.push(

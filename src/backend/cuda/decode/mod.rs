@@ -86,13 +86,13 @@ pub struct Decode {
     pub times: DecodeTimes,
 }
 
-/// What a step works on.
-pub struct Model<'a> {
-    pub shape: &'a ModelShape,
-    pub dense: &'a DenseWeights,
-    pub store: &'a ExpertStore,
+/// What a step works on: the weights, and the stream it is added to.
+pub struct Model {
+    pub shape: ModelShape,
+    pub dense: DenseWeights,
+    pub store: ExpertStore,
     pub shared_layout: ExpertLayout,
-    pub stream: &'a Stream,
+    pub stream: Stream,
 }
 
 impl Decode {

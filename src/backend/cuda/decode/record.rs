@@ -12,7 +12,7 @@ impl Decode {
     /// Final norm, output head, and the logits to the host.
     pub(super) fn record_head(&self, model: &Model, hidden: u64) -> Result<()> {
         let none = Linear::default();
-        let (dense, eps) = (model.dense, model.shape.rms_norm_eps);
+        let (dense, eps) = (&model.dense, model.shape.rms_norm_eps);
         let to = self.host_logits.pointer(0).cast::<u8>();
         // SAFETY: arguments are those of the kernel; buffers are `[vocab_size]` and live as long as
         // this struct.
@@ -104,7 +104,8 @@ impl Decode {
             store,
             shared_layout,
             stream,
-        } = *model;
+        } = model;
+        let shared_layout = *shared_layout;
         let dim = shape.hidden_size;
         let eps = shape.rms_norm_eps;
         let layout = store.layout;

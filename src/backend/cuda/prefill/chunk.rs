@@ -29,13 +29,13 @@ impl Chunk<'_> {
     fn launch(&self, kernel: &'static str, geometry: Geometry, args: Args) -> Result<()> {
         // SAFETY: arguments are those of the kernels in `kernels/`, in order; addresses are in the
         // workspace, the model and the sequence, which outlive the wait at the chunk's end.
-        unsafe { self.cuda.stream.launch(kernel, geometry, args, false) }
+        unsafe { self.cuda.model.stream.launch(kernel, geometry, args, false) }
     }
 
     pub fn run(&self, groups: &[Vec<Group>]) -> Result<()> {
         let cuda = self.cuda;
-        let stream = &cuda.stream;
-        let dim = cuda.shape.hidden_size;
+        let stream = &cuda.model.stream;
+        let dim = cuda.model.shape.hidden_size;
         let from = cuda.prefill.embeddings.pointer(0).cast();
         let hidden = self.at(cuda.prefill.places.hidden);
         // SAFETY: the embeddings stay as they are until the chunk's last wait.
@@ -62,7 +62,7 @@ impl Chunk<'_> {
         rows: usize,
         cols: usize,
     ) -> Result<()> {
-        let eps = self.cuda.shape.rms_norm_eps;
+        let eps = self.cuda.model.shape.rms_norm_eps;
         self.launch(
             "prefill_split",
             geometry::rows(rows.div_ceil(8), 256),
@@ -92,8 +92,8 @@ impl Chunk<'_> {
     fn mixer(&self, index: usize) -> Result<()> {
         let cuda = self.cuda;
         let p = &cuda.prefill.places;
-        let shape = &cuda.shape;
-        let layer = &cuda.dense.layers[index];
+        let shape = &cuda.model.shape;
+        let layer = &cuda.model.dense.layers[index];
         let dim = shape.hidden_size;
         let (t, start) = (self.tokens as i32, self.position as i32);
         let eps = shape.rms_norm_eps;
@@ -181,7 +181,7 @@ impl Chunk<'_> {
                         net.q_norm,
                         net.k_norm,
                         eps,
-                        cuda.dense.inverse_frequencies,
+                        cuda.model.dense.inverse_frequencies,
                         s.rotary_dim as i32,
                         start,
                         t,
@@ -212,9 +212,9 @@ impl Chunk<'_> {
     fn experts(&self, index: usize, groups: &[Group]) -> Result<()> {
         let cuda = self.cuda;
         let p = &cuda.prefill.places;
-        let shape = &cuda.shape;
-        let layer = &cuda.dense.layers[index];
-        let stream = &cuda.stream;
+        let shape = &cuda.model.shape;
+        let layer = &cuda.model.dense.layers[index];
+        let stream = &cuda.model.stream;
         let dim = shape.hidden_size;
         let experts = shape.moe.num_experts;
         let k = shape.moe.num_experts_per_tok;
@@ -276,8 +276,8 @@ impl Chunk<'_> {
             args![ids, t, top, e, counts, rows, positions],
         )?;
 
-        let layout = cuda.store.layout;
-        let shared = cuda.shared_layout;
+        let layout = cuda.model.store.layout;
+        let shared = cuda.model.shared_layout;
         let stride = cuda.prefill.expert_hidden_stride;
         let all_rows = self.tokens * (k + 1);
         let h = self.at(p.expert_hidden);
@@ -380,7 +380,7 @@ impl Chunk<'_> {
     fn stream_in(&self, layer: usize, group: &Group, part: usize, buffer: usize) -> Result<()> {
         let cuda = self.cuda;
         let copies = &cuda.copies;
-        let layout = &cuda.store.layout;
+        let layout = &cuda.model.store.layout;
         let (up_bytes, blob_bytes) = (layout.down_offset as usize, layout.blob_bytes as usize);
         let (offset, width) = match part {
             0 => (0, up_bytes),
@@ -388,13 +388,13 @@ impl Chunk<'_> {
         };
         let ring = self.at(cuda.prefill.places.ring) + (buffer * cuda.prefill.group_bytes) as u64;
         copies.wait(&cuda.prefill.free[buffer])?;
-        let missing = |e: usize| cuda.store.resident(layer, e) == 0;
+        let missing = |e: usize| cuda.model.store.resident(layer, e) == 0;
         let mut expert = group.first;
         let end = group.first + group.count;
         while expert < end {
             let run = (expert..end).take_while(|&e| missing(e)).count();
             if run > 0 {
-                let (from, _) = cuda.store.blob(layer, expert);
+                let (from, _) = cuda.model.store.blob(layer, expert);
                 let to = ring + ((expert - group.first) * width) as u64;
                 // SAFETY: `run` blobs follow each other in the store, and the buffer has room for
                 // all experts of the group.

@@ -12,7 +12,6 @@ mod places;
 use std::ops::Range;
 
 use super::abi::ExpertLayout;
-use super::decode::Model;
 use super::device::{Buffer, Device, Event, Pinned, Stream};
 use super::store::ExpertStore;
 use super::weights::DenseWeights;
@@ -150,12 +149,12 @@ impl Cuda {
         self.finish_slots()?;
         let (base, borrowed) = match &self.prefill.own {
             Some(buffer) => (buffer.address(), Vec::new()),
-            None => self.store.borrow(self.prefill.workspace_bytes()),
+            None => self.model.store.borrow(self.prefill.workspace_bytes()),
         };
         if !borrowed.is_empty() {
-            self.store.publish(&self.stream)?;
+            self.model.store.publish(&self.model.stream)?;
         }
-        let mut logits = Vec::with_capacity(rows.len() * self.shape.vocab_size);
+        let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
         for (i, piece) in ids.chunks(size).enumerate() {
             let first = i * size;
             let inside = |row: usize| row.clamp(first, first + piece.len()) - first;
@@ -163,11 +162,13 @@ impl Cuda {
             self.prefill_chunk_at(base, piece, rows, &mut logits, on_routing)?;
         }
         for &(slot, (layer, expert)) in &borrowed {
-            self.store.fetch(layer, expert, slot, &self.stream)?;
+            self.model
+                .store
+                .fetch(layer, expert, slot, &self.model.stream)?;
         }
         if !borrowed.is_empty() {
-            self.store.publish(&self.stream)?;
-            self.stream.synchronize()?;
+            self.model.store.publish(&self.model.stream)?;
+            self.model.stream.synchronize()?;
         }
         Ok(logits)
     }
@@ -180,7 +181,7 @@ impl Cuda {
         logits: &mut Vec<f32>,
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<()> {
-        let dim = self.shape.hidden_size;
+        let dim = self.model.shape.hidden_size;
         let position = self.state.position;
         // The last chunk's copies from here are done: every chunk ends with a wait.
         let embeddings = &mut self.prefill.embeddings.as_mut_slice()[..ids.len() * dim];
@@ -198,26 +199,19 @@ impl Cuda {
         chunk.run(&groups)?;
         for row in rows {
             let hidden = base + (self.prefill.places.hidden + 4 * row * dim) as u64;
-            let model = Model {
-                shape: &self.shape,
-                dense: &self.dense,
-                store: &self.store,
-                shared_layout: self.shared_layout,
-                stream: &self.stream,
-            };
-            logits.extend_from_slice(self.decode.head_of(&model, hidden)?);
+            logits.extend_from_slice(self.decode.head_of(&self.model, hidden)?);
         }
-        self.stream.synchronize()?;
+        self.model.stream.synchronize()?;
         self.copies.synchronize()?;
         self.state.position += ids.len();
 
-        let k = self.shape.moe.num_experts_per_tok;
+        let k = self.model.shape.moe.num_experts_per_tok;
         let count = ids.len() * k;
         let mut routing = Routing {
             num_experts_per_tok: k,
             ..Routing::default()
         };
-        for layer in 0..self.shape.num_layers() {
+        for layer in 0..self.model.shape.num_layers() {
             let start = layer * self.prefill.tokens * k;
             let ids = &self.prefill.host_ids.as_slice()[start..start + count];
             let weights = &self.prefill.host_weights.as_slice()[start..start + count];
@@ -232,10 +226,13 @@ impl Cuda {
 
     /// Cuts every layer's experts into groups, and says where each expert will be found.
     fn plan_groups(&mut self, base: u64) -> Result<Vec<Vec<Group>>> {
-        let (layers, experts) = (self.shape.num_layers(), self.shape.moe.num_experts);
+        let (layers, experts) = (
+            self.model.shape.num_layers(),
+            self.model.shape.moe.num_experts,
+        );
         let prefill = &mut self.prefill;
         let ring = base + prefill.places.ring as u64;
-        let layout = self.store.layout;
+        let layout = self.model.store.layout;
         let (up_bytes, blob_bytes) = (layout.down_offset as u64, layout.blob_bytes as u64);
         let blobs = prefill.host_blobs.as_mut_slice();
         let mut all = Vec::with_capacity(layers);
@@ -243,7 +240,7 @@ impl Cuda {
         for layer in 0..layers {
             let table = &mut blobs[layer * 2 * (experts + 1)..(layer + 1) * 2 * (experts + 1)];
             let (up, down) = table.split_at_mut(experts + 1);
-            let missing = |e: usize| self.store.resident(layer, e) == 0;
+            let missing = |e: usize| self.model.store.resident(layer, e) == 0;
             let size = match (0..experts).any(missing) {
                 true => GROUP_EXPERTS,
                 false => experts,
@@ -267,7 +264,7 @@ impl Cuda {
             }
             for group in &groups {
                 for e in group.first..group.first + group.count {
-                    let resident = self.store.resident(layer, e);
+                    let resident = self.model.store.resident(layer, e);
                     (up[e], down[e]) = match group.ring {
                         Some(buffers) if resident == 0 => {
                             let buffer = buffers.map(|b| ring + (b * prefill.group_bytes) as u64);
@@ -280,7 +277,7 @@ impl Cuda {
                 }
             }
             (up[experts], down[experts]) = {
-                let shared = self.dense.layers[layer].shared_blob;
+                let shared = self.model.dense.layers[layer].shared_blob;
                 (shared, shared)
             };
             all.push(groups);
@@ -289,7 +286,8 @@ impl Cuda {
         let from = blobs.as_ptr().cast();
         // SAFETY: both tables have this size; the host's changes after the chunk's last wait only.
         unsafe {
-            self.stream
+            self.model
+                .stream
                 .copy_to_device(prefill.blobs.address(), from, bytes)?
         };
         Ok(all)
