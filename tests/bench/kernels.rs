@@ -58,7 +58,7 @@ impl Bench {
     fn wants(&self, name: &str) -> bool {
         self.filter
             .as_ref()
-            .is_none_or(|f| name.contains(f.as_str()))
+            .is_none_or(|f| name.contains(f.as_str()) || f.starts_with(name))
     }
 
     /// Prints how many `units` (in 1e9, named by `unit`) one call of `f` does per second.
@@ -171,7 +171,7 @@ fn matrix_kernels(bench: &Bench, isa: Isa) {
         if form == "nf4-wide" {
             linear.integers = Integers::Wide;
         }
-        for tokens in [1, 2, 4, 10, 64, 512] {
+        for tokens in [1, 2, 4, 6, 8, 10, 12, 64, 512] {
             let x = activations(&mut pool, isa, tokens, 2048, linear.reads_integers());
             let flops = 2.0 * (matrix.rows() * matrix.cols() * tokens) as f64;
             let (units, unit) = if tokens <= 4 {

@@ -3,13 +3,10 @@
 //! Block `kb` of token `t` is `blocks[kb * tokens + t]`, so that a kernel that walks along a row of
 //! tiles meets all tokens of one tile side by side. The last block is padded with zeros.
 
-use std::array::from_fn;
-
 use super::isa::{Isa, dispatch};
-use super::layout::{TILE_COLS, column};
+use super::layout::TILE_COLS;
 use super::simd::{
-    BYTE_OFFSET, BYTE_ONE, LANES, PAIR_ORDER, Simd, WEIGHT_ONE, WIDE_ONE, activation_sum, lanes,
-    lanes_mut,
+    BYTE_OFFSET, BYTE_ONE, LANES, Simd, WEIGHT_ONE, WIDE_ONE, activation_sum, lanes, lanes_mut,
 };
 use super::threads::Parts;
 
@@ -60,31 +57,8 @@ pub struct WideBlock {
     pub rest: Int8Block,
 }
 
-/// First column of pair `4 * group + j`; the second is 16 further.
-const PAIR_COLUMN: [usize; TILE_COLS / 2] = {
-    let mut columns = [0; TILE_COLS / 2];
-    let mut p = 0;
-    while p < columns.len() {
-        columns[p] = column(p / 16, p / 4 % 4, PAIR_ORDER[p % 4]);
-        p += 1;
-    }
-    columns
-};
-
-/// Columns of quad `2 * group + odd`.
-const QUAD_COLUMNS: [[usize; 4]; TILE_COLS / 4] = {
-    let mut columns = [[0; 4]; TILE_COLS / 4];
-    let mut q = 0;
-    while q < columns.len() {
-        let mut j = 0;
-        while j < 4 {
-            columns[q][j] = column(q / 8, q / 2 % 4, 2 * j + q % 2);
-            j += 1;
-        }
-        q += 1;
-    }
-    columns
-};
+/// Columns of 32 that pairs start with, in order; each pair ends 16 columns on.
+const FIRST: [usize; LANES] = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15];
 
 impl Int16Block {
     pub const ZERO: Int16Block = Int16Block {
@@ -92,14 +66,20 @@ impl Int16Block {
         scale: 0.0,
     };
 
+    /// Inlined, so that the loops become vectors of the caller's instruction set.
+    #[inline(always)]
     fn new(quantized: &[i32; TILE_COLS], scale: f32) -> Self {
-        Int16Block {
-            pairs: from_fn(|p| {
-                let k = PAIR_COLUMN[p];
-                quantized[k + LANES] << 16 | (quantized[k] & 0xffff)
-            }),
-            scale,
+        let mut pairs = [0; TILE_COLS / 2];
+        for (pairs, q) in lanes_mut(&mut pairs)
+            .iter_mut()
+            .zip(quantized.as_chunks::<32>().0)
+        {
+            let (low, high) = q.split_at(LANES);
+            for i in 0..LANES {
+                pairs[i] = high[FIRST[i]] << 16 | (low[FIRST[i]] & 0xffff);
+            }
         }
+        Int16Block { pairs, scale }
     }
 }
 
@@ -110,8 +90,23 @@ impl Int8Block {
         scale: 0.0,
     };
 
+    /// Inlined as [`Int16Block::new`] is.
+    #[inline(always)]
     fn new(quantized: &[i32; TILE_COLS], scale: f32) -> Self {
-        let quads = QUAD_COLUMNS.map(|k| i32::from_le_bytes(k.map(|k| quantized[k] as u8)));
+        let mut quads = [0; TILE_COLS / 4];
+        for (quads, q) in quads
+            .as_chunks_mut::<8>()
+            .0
+            .iter_mut()
+            .zip(quantized.as_chunks::<32>().0)
+        {
+            for i in 0..8 {
+                quads[i] = q[24 + i] << 24
+                    | (q[16 + i] & 0xff) << 16
+                    | (q[8 + i] & 0xff) << 8
+                    | (q[i] & 0xff);
+            }
+        }
         Int8Block {
             quads,
             offset: -BYTE_OFFSET * quantized.iter().sum::<i32>(),
@@ -320,7 +315,19 @@ fn quantize_wide_body<S: Simd>(s: S, x: &Block) -> WideBlock {
 mod tests {
     use super::*;
     use crate::backend::cpu::isa::Isa;
+    use crate::backend::cpu::layout::column;
+    use crate::backend::cpu::simd::PAIR_ORDER;
     use crate::backend::cpu::tests::random_vector;
+
+    /// First column of pair `4 * group + j`; the second is 16 further.
+    fn pair_column(p: usize) -> usize {
+        column(p / 16, p / 4 % 4, PAIR_ORDER[p % 4])
+    }
+
+    /// Columns of quad `2 * group + odd`.
+    fn quad_columns(q: usize) -> [usize; 4] {
+        std::array::from_fn(|j| column(q / 8, q / 2 % 4, 2 * j + q % 2))
+    }
 
     #[test]
     fn quantised_activations_are_within_half_a_step_and_cannot_overflow() {
@@ -335,7 +342,7 @@ mod tests {
                 let block = quantize_block(isa, &x);
                 let mut sum = 0;
                 for (p, pair) in block.pairs.iter().enumerate() {
-                    let k = PAIR_COLUMN[p];
+                    let k = pair_column(p);
                     for (k, q) in [(k, *pair as i16), (k + 16, (pair >> 16) as i16)] {
                         let step = block.scale * WEIGHT_ONE as f32;
                         assert!((f32::from(q) * step - x[k]).abs() <= 0.51 * step);
@@ -359,12 +366,12 @@ mod tests {
                 let mut found = [0.0; 64];
                 for (p, pair) in coarse.pairs.iter().enumerate() {
                     let unit = coarse.scale * WIDE_ONE as f32;
-                    found[PAIR_COLUMN[p]] += unit * f32::from(*pair as i16);
-                    found[PAIR_COLUMN[p] + 16] += unit * f32::from((pair >> 16) as i16);
+                    found[pair_column(p)] += unit * f32::from(*pair as i16);
+                    found[pair_column(p) + 16] += unit * f32::from((pair >> 16) as i16);
                 }
                 let mut sum = 0;
                 for (q, quad) in rest.quads.iter().enumerate() {
-                    for (k, byte) in QUAD_COLUMNS[q].into_iter().zip(quad.to_le_bytes()) {
+                    for (k, byte) in quad_columns(q).into_iter().zip(quad.to_le_bytes()) {
                         let byte = byte.cast_signed();
                         assert!(byte > i8::MIN);
                         sum += i32::from(byte);
@@ -391,7 +398,7 @@ mod tests {
         for isa in Isa::available() {
             let block = quantize_int8(isa, &x);
             for (q, quad) in block.quads.iter().enumerate() {
-                for (k, byte) in QUAD_COLUMNS[q].into_iter().zip(quad.to_le_bytes()) {
+                for (k, byte) in quad_columns(q).into_iter().zip(quad.to_le_bytes()) {
                     let found = block.scale * BYTE_ONE as f32 * f32::from(byte.cast_signed());
                     assert!((found - x[k]).abs() <= 9.0 / 127.0 * 0.501);
                 }

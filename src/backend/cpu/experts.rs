@@ -174,10 +174,13 @@ pub fn add_experts(
     let rows = shared.down.rows;
     assert_eq!(out.len(), token_count * rows);
     let out = Parts::new(out);
-    pool.run(shared.down.tile_rows(), &|tile_row| {
+    let tile_rows = shared.down.tile_rows();
+    let at_once = down_rows_at_once(token_count, tile_rows, pool.threads());
+    pool.run(tile_rows.div_ceil(at_once), &|job| {
+        let job_rows = job * at_once..tile_rows.min((job + 1) * at_once);
         SUMS.with_borrow_mut(|sums| {
             sums.clear();
-            sums.resize(token_count, [0.0; TILE_ROWS]);
+            sums.resize(job_rows.len() * token_count, [0.0; TILE_ROWS]);
             for group in groups.iter() {
                 let expert = expert_of(group);
                 let blocks = group.first_block..group.first_block + group.tokens * expert.blocks();
@@ -189,24 +192,42 @@ pub fn add_experts(
                     int16: hidden_integers.int16.get(blocks.clone()).unwrap_or(&[]),
                     wide: hidden_integers.wide.get(blocks).unwrap_or(&[]),
                 };
+                let range = group.first_token..group.first_token + group.tokens;
+                let (tokens, weights) = (&tokens[range.clone()], &weights[range]);
                 with_panels(group.tokens, |c| {
                     let all = &all_tokens[..group.tokens];
-                    expert.down.tile_row(isa, tile_row, h, all, c);
-                    let range = group.first_token..group.first_token + group.tokens;
-                    add_weighted(isa, c, &tokens[range.clone()], &weights[range], sums);
+                    for (tile_row, sums) in job_rows.clone().zip(sums.chunks_exact_mut(token_count))
+                    {
+                        expert.down.tile_row(isa, tile_row, h, all, c);
+                        add_weighted(isa, c, tokens, weights, sums);
+                    }
                 });
             }
-            let first = tile_row * TILE_ROWS;
-            let last = rows.min(first + TILE_ROWS);
-            for (t, sum) in sums.iter().enumerate() {
-                // SAFETY: each job has output rows of its own, and is run once.
-                let out = unsafe { out.slice(t * rows + first..t * rows + last) };
-                for (out, sum) in out.iter_mut().zip(sum) {
-                    *out += sum;
+            for (tile_row, sums) in job_rows.zip(sums.chunks_exact(token_count)) {
+                let first = tile_row * TILE_ROWS;
+                let last = rows.min(first + TILE_ROWS);
+                for (t, sum) in sums.iter().enumerate() {
+                    // SAFETY: each job has output rows of its own, and is run once.
+                    let out = unsafe { out.slice(t * rows + first..t * rows + last) };
+                    for (out, sum) in out.iter_mut().zip(sum) {
+                        *out += sum;
+                    }
                 }
             }
         });
     })
+}
+
+/// Tile rows of all experts' down projections in one job.
+///
+/// Several, where there are many tokens, so that an expert's activations are read once for them; not
+/// so many that workers wait for the last one, or that their sums leave the L2 cache.
+fn down_rows_at_once(tokens: usize, tile_rows: usize, threads: usize) -> usize {
+    const JOBS_PER_THREAD: usize = 4;
+    if tokens <= TILE_ROWS {
+        return 1;
+    }
+    (tile_rows / (JOBS_PER_THREAD * threads)).clamp(1, 4)
 }
 
 thread_local! {

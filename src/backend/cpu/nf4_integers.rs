@@ -125,7 +125,10 @@ fn tile_row_body<S: Simd, X: Terms>(
         0 => {}
         1 => few::<S, X, 1>(s, tiles, x, x_tokens, tokens, c),
         2 => few::<S, X, 2>(s, tiles, x, x_tokens, tokens, c),
-        n if n > S::MAX_TOKENS => many(s, tiles, x, x_tokens, tokens, c),
+        // Two terms want more registers than there are.
+        n if n > S::MAX_TOKENS || (n > 6 && X::BYTES && X::WORDS.is_some()) => {
+            many(s, tiles, x, x_tokens, tokens, c)
+        }
         3 => few::<S, X, 3>(s, tiles, x, x_tokens, tokens, c),
         4 => few::<S, X, 4>(s, tiles, x, x_tokens, tokens, c),
         5 => few::<S, X, 5>(s, tiles, x, x_tokens, tokens, c),
@@ -262,14 +265,21 @@ fn dot_words<S: Simd, const N: usize, const H: usize>(
         }
         return out;
     }
+    // Broadcasts are shared between the halves where tokens are many; where they are few, that only
+    // lengthens the way from the codes to the first product.
+    let together = if N > 6 { H } else { 1 };
     for (group, codes) in tile.codes.iter().enumerate() {
-        for half in 0..H {
-            let codes = s.load_u32(&lanes(codes)[first_half + half]);
-            let words = s.nf4_words(table, codes);
+        for first in (0..H).step_by(together) {
+            let mut words = [[zero; 4]; H];
+            for half in first..first + together {
+                words[half] = s.nf4_words(table, s.load_u32(&lanes(codes)[first_half + half]));
+            }
             for j in 0..4 {
                 for i in 0..N {
                     let x = s.splat_i32(blocks[i].pairs[4 * group + j]);
-                    out[half][i] = s.dot_pairs(out[half][i], words[j], x);
+                    for half in first..first + together {
+                        out[half][i] = s.dot_pairs(out[half][i], words[half][j], x);
+                    }
                 }
             }
         }
