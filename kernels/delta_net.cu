@@ -13,12 +13,11 @@ under way to registers before the convolution starts. Each block computes q and 
 a thread has one channel, so the block is 2 dk + 4096 / dk threads at most.
 */
 #include "common.cuh"
+#include "delta_net.cuh"
 
 constexpr int DELTA_WARPS = 8; /* that hold state; the ninth only convolves */
 constexpr int DELTA_THREADS = 288;
 constexpr int ROWS_PER_LANE = 4; /* rows of the state that a lane has 16 bytes of */
-constexpr int MAX_TAPS = 8;
-constexpr float L2_NORM_EPS = 1e-6f; /* the model's, whatever rms_norm_eps is */
 
 /* Sums each of N values over groups of LANES lanes, and leaves the i-th in the group's lanes
    i * LANES / N ..: N - 1 + log2(LANES / N) shuffles where butterflies would take N log2(LANES). */

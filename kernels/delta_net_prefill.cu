@@ -25,9 +25,7 @@ None uses dynamic shared memory. taps <= 8, dk 32, 64 or 128, dv a multiple of 3
 f32 and start at multiples of 16 bytes.
 */
 #include "common.cuh"
-
-constexpr int MAX_TAPS = 8;
-constexpr float L2_NORM_EPS = 1e-6f; /* the model's, whatever rms_norm_eps is */
+#include "delta_net.cuh"
 
 /* ---- prefill_conv ---- */
 
