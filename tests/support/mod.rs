@@ -26,14 +26,18 @@ pub struct Prompt {
     pub router_gap: f64,
 }
 
+/// The repository: where cargo says at run time, so that a test binary may run in another checkout.
+pub fn root() -> PathBuf {
+    let given = std::env::var_os("CARGO_MANIFEST_DIR");
+    given.map_or(env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
+
 pub fn data(path: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data")
-        .join(path)
+    root().join("tests/data").join(path)
 }
 
 pub fn tiny_moe() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("workloads/tiny-moe")
+    root().join("workloads/tiny-moe")
 }
 
 pub fn json(path: PathBuf) -> Value {
