@@ -23,17 +23,18 @@ bench() {
 run() {
   case $1 in
     tiny) bench tiny ;;
-    # No help from the router: every expert as likely as any other.
+    # No help from the router: every expert as likely as any other. Without --policy static the plan's
+    # dynamic policy would run, in the plan's slots.
     uniform-14g)
       "$binary" plan --model "$uniform" --vram 14G --ctx 32k -o "$out/uniform.json" -q >/dev/null
-      bench uniform-14g --model "$uniform" --placement "$out/uniform.json" --vram 14G --ctx 4k,32k \
-        -n 128 --quality-tokens 0 ;;
+      bench uniform-14g --model "$uniform" --placement "$out/uniform.json" --policy static --vram 14G \
+        --ctx 4k,32k -n 128 --quality-tokens 0 ;;
     uniform-ram)
       bench uniform-ram --model "$uniform" --placement "$out/uniform.json" --vram 14G --cpu-moe \
         --ctx 4k -n 128 --quality-tokens 0 ;;
     uniform-vram)
-      bench uniform-vram --model "$uniform" --placement "$out/uniform.json" --ctx 4k -n 128 \
-        --quality-tokens 0 ;;
+      bench uniform-vram --model "$uniform" --placement "$out/uniform.json" --policy static --ctx 4k \
+        -n 128 --quality-tokens 0 ;;
     # Routing as skewed as a sibling's; profile, plan and the planned policy.
     planned-14g)
       bench planned-14g --model "$skewed" --vram 14G --ctx 4k -n 128 --repetitions 3 \

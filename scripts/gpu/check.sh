@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# All tests that want a GPU, in one call, on a machine with one and no cargo: binaries come from
+# elsewhere (`cargo test --release --features cuda --test 'gpu*' --no-run` names them).
+#
+#   scripts/gpu/check.sh BIN_DIR OUT
+#
+# BIN_DIR holds gpu_kernels, gpu_engine, gpu_goldens, gpu_program (with or without cargo's hash behind
+# the name) and moectl. compute-sanitizer comes from the PATH or from COMPUTE_SANITIZER; where there is
+# none, its steps are told as not run, and the exit status is 1. About five minutes on an H100.
+# MOECTL_TINY_MOE names the built-in model's folder if moectl does not hold it.
+#
+# Writes OUT/STEP.log and OUT/summary.txt: each step's result, seconds, and last line of results. A step
+# that found no GPU has not passed.
+set -uo pipefail
+if (($# != 2)); then
+  echo 'usage: scripts/gpu/check.sh BIN_DIR OUT' >&2
+  exit 2
+fi
+bin=$(cd "$1" && pwd) || exit 2
+mkdir -p "$2" && out=$(cd "$2" && pwd) || exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# Where the tests find their data, and the program they start.
+export CARGO_MANIFEST_DIR=$PWD MOECTL_BIN=$bin/moectl MOECTL_EMULATE=0
+summary=$out/summary.txt
+: >"$summary"
+failed=0
+
+binary() {
+  local found
+  for found in "$bin/$1" "$bin/$1"-????????????????; do
+    [[ -x $found ]] && echo "$found" && return
+  done
+  echo "$bin/$1: no such binary" >&2
+  return 1
+}
+
+say() {
+  printf '%-22s %-8s %5s s  %s\n' "$@" | tee -a "$summary"
+}
+
+# step NAME LIMIT_S COMMAND...: its output in OUT/NAME.log.
+step() {
+  local name=$1 limit=$2 start=$SECONDS status=0 result=ok
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
+  if ((status == 124)); then
+    result=TIMEOUT
+  elif ((status != 0)); then
+    result=FAILED
+  elif grep -q 'no CUDA device' "$out/$name.log"; then
+    result=NO-GPU
+  fi
+  [[ $result == ok ]] || failed=1
+  say "$name" "$result" $((SECONDS - start)) \
+    "$(grep -E 'test result|ERROR SUMMARY|RACECHECK SUMMARY|skipped:' "$out/$name.log" | tail -n 1)"
+}
+
+# tests NAME LIMIT_S BINARY ARGS...
+tests() {
+  local name=$1 limit=$2 path
+  path=$(binary "$3") || {
+    say "$name" MISSING 0 "$3" && failed=1
+    return
+  }
+  shift 3
+  step "$name" "$limit" "$path" --nocapture "$@"
+}
+
+# sanitize TOOL NAME BINARY FILTER...: kernels are hundreds of times slower under it.
+sanitize() {
+  local tool=$1 name=$2 path
+  path=$(binary "$3") || {
+    say "$name" MISSING 0 "$3" && failed=1
+    return
+  }
+  if [[ -z $sanitizer ]]; then
+    say "$name" NOT-RUN 0 "compute-sanitizer was not found"
+    failed=1
+    return
+  fi
+  shift 3
+  step "$name" 150 "$sanitizer" --tool "$tool" --error-exitcode 9 --print-limit 20 \
+    "$path" --test-threads=1 "$@"
+}
+
+sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer)}
+nvidia-smi -L >"$out/gpu.txt" 2>&1 || echo 'nvidia-smi: no GPU' | tee "$out/gpu.txt"
+
+tests kernels 120 gpu_kernels
+tests goldens 120 gpu_goldens
+tests engine 240 gpu_engine
+tests two-processes 120 gpu_program
+
+# Every kernel, but not at its largest sizes.
+leave_out=(--skip many_tokens --skip many_splits --skip a_long_head)
+sanitize memcheck memcheck-kernels gpu_kernels "${leave_out[@]}"
+sanitize racecheck racecheck-kernels gpu_kernels "${leave_out[@]}"
+sanitize memcheck memcheck-goldens gpu_goldens every_placement
+
+((failed == 0)) && echo 'all passed' | tee -a "$summary" || echo 'not all passed' | tee -a "$summary"
+exit "$failed"
