@@ -38,6 +38,7 @@
 //!   likes.
 //! - The `cuda` backend is driven as a whole sequence ([`model::Runner`]), because its decode step is
 //!   one captured graph; the CPU and the GPU meet once per layer, through flags in pinned memory.
+//! - A token chosen from the best logits ([`backend::BestLogits`]) is the one that all logits give.
 //! - Feeding a sequence in other pieces changes no result beyond rounding, and greedy tokens not
 //!   at all.
 //! - Which weights are quantised is decided per tensor from the file, never from the config.

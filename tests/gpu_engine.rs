@@ -13,7 +13,7 @@ use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::budget::Usage;
 use moectl::backend::cuda::device::Device;
 use moectl::backend::cuda::{Cuda, CudaOptions, Residency};
-use moectl::backend::{BackendError, KvDtype, ModelShape, ModelWeights, Result};
+use moectl::backend::{BackendError, KvDtype, ModelShape, ModelWeights, NextLogits, Result};
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions, TextModel};
 use moectl::model::{LogitRows, Runner, Source};
 use support::*;
@@ -136,6 +136,47 @@ fn a_prompt_may_be_cut_anywhere() {
             "{}: largest difference between two ways to cut {worst:.1e}",
             golden.name
         );
+    }
+}
+
+#[test]
+fn the_best_logits_of_a_step_are_those_of_all() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let golden = golden("tiny-b", "nf4");
+    let model = open(&golden.model_dir);
+    let ids = &golden.prompts[0].ids;
+    for residency in [Residency::Fill, every(2, &model.0)] {
+        let mut all = cuda(&device, with(residency.clone()), &model, 128);
+        let mut best = cuda(&device, with(residency), &model, 128);
+        let logits = last_row(&prefill(&mut all, ids, ids.len()).0, &model.0);
+        prefill(&mut best, ids, ids.len());
+        let mut token = argmax(&logits);
+        let vocab = model.0.vocab_size;
+        for wanted in [1, 20, vocab.min(64), vocab + 1, 0, 5] {
+            let logits = all.forward(&[token], 0..1, &mut |_, _, _| {}).unwrap();
+            let mut layers = 0;
+            let found = best
+                .forward_best(token, wanted, &mut |_, _, _| layers += 1)
+                .unwrap();
+            assert_eq!(layers, model.0.num_layers());
+            token = argmax(&logits);
+            let found = match found {
+                NextLogits::Best(found) => found,
+                NextLogits::All(found) => {
+                    assert_eq!(found, logits, "{wanted} wanted");
+                    continue;
+                }
+            };
+            assert_eq!((found.id, found.vocab_size), (token, vocab));
+            assert_eq!(found.logit, logits[token as usize]);
+            assert!(found.candidates.len() >= wanted);
+            assert!(found.candidates.is_sorted_by(|a, b| a.0 < b.0));
+            for &(id, logit) in &found.candidates {
+                assert_eq!(logit, logits[id as usize]);
+            }
+        }
+        assert_eq!(best.position(), all.position());
     }
 }
 
@@ -416,9 +457,10 @@ fn int8_keys_and_values_stay_close_to_f16() {
     let (rounded, int8_bytes) = run(KvDtype::Int8);
     let (mean, largest) = divergence(&exact, &rounded, model.0.vocab_size);
     println!("KL of int8 from f16: {mean:.1e} on average, {largest:.1e} at most");
-    // Half a percent of each key and value; single tokens of a small model may move more.
+    // Half a percent of each key and value; single tokens of a small model may move more. Measured
+    // on an H100 over 1,000 tokens: 6.5e-4 and 2.6e-2.
     assert!(
-        mean > 0.0 && mean < 2e-3 && largest < 0.1,
+        mean > 0.0 && mean < 1e-3 && largest < 0.04,
         "{mean} {largest}"
     );
     if is_emulated(&device) {

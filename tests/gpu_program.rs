@@ -29,7 +29,10 @@ fn moectl(device: &Device, words: &str) -> Command {
     let mut command = Command::new(given.unwrap_or(env!("CARGO_BIN_EXE_moectl").into()));
     command
         .args(words.split_whitespace())
-        .env("MOECTL_EMULATE", if is_emulated(device) { "1" } else { "0" })
+        .env(
+            "MOECTL_EMULATE",
+            if is_emulated(device) { "1" } else { "0" },
+        )
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
@@ -94,7 +97,10 @@ fn too_small_a_budget_exits_4_with_numbers() {
     let Some(device) = open_device() else { return };
     let line = "run -q --json --model tiny --backend cuda:0 --vram 20M -n 2 --prompt-ids 1";
     let said = refused(&moectl(&device, line).output().unwrap());
-    assert!(said.contains("20.0 MiB") && said.contains("needs"), "{said}");
+    assert!(
+        said.contains("20.0 MiB") && said.contains("needs"),
+        "{said}"
+    );
 }
 
 #[test]
@@ -168,7 +174,10 @@ fn a_plan_has_the_memory_that_its_run_takes() {
         assert!(monitor.get("pcie_rx_bytes").is_none());
     }
     let report = std::fs::read_to_string(out.join("report.md")).unwrap();
-    assert!(report.contains("of VRAM planned, measured peak"), "{report}");
+    assert!(
+        report.contains("of VRAM planned, measured peak"),
+        "{report}"
+    );
     assert!(report.contains("## During the run"), "{report}");
 }
 

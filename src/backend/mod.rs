@@ -67,6 +67,44 @@ pub struct LoadRates {
     pub pack_seconds: f64,
 }
 
+/// What the next token can be chosen from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NextLogits {
+    /// `[vocab_size]`
+    All(Vec<f32>),
+    Best(BestLogits),
+}
+
+/// The best logits of a token, where its backend found them; see [`NextLogits`].
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BestLogits {
+    pub vocab_size: usize,
+    /// The best token, the lowest id among equals; if a logit is NaN or +inf, the first such
+    pub id: u32,
+    /// Its logit; -inf if all are
+    pub logit: f32,
+    /// Ids and logits, by ascending id, of all that are at least as good as the n-th best, for any n
+    /// up to what was asked for; some others may be among them
+    pub candidates: Vec<(u32, f32)>,
+}
+
+/// What a process holds on the GPU, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VramHeld {
+    /// By the driver before anything was put there: the context
+    pub context_bytes: u64,
+    /// Keys, values and states of the sequence
+    pub sequence_bytes: u64,
+    pub slots_bytes: u64,
+    /// All else by the driver's figure: dense weights, buffers of steps, what the driver added
+    pub other_bytes: u64,
+    /// Left free below a budget, in case the driver grows: not held
+    pub margin_bytes: u64,
+}
+
+/// Tells from any thread what the process holds on the GPU now, by the driver's figure.
+pub type VramMeter = Box<dyn Fn() -> Option<u64> + Send>;
+
 impl BackendFacts {
     /// The number of the GPU that takes part, if one does.
     pub fn gpu(&self) -> Option<u32> {

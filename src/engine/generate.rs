@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::sampler::{Sampler, SamplingParams, TokenLogprob, top_logprobs};
 use super::stream::TextStream;
 use super::{Engine, EngineError, Result};
+use crate::backend::NextLogits;
 use crate::model::{LogitRows, OnRouting};
 
 /// How to generate.
@@ -133,10 +134,12 @@ impl Engine {
             !interrupted()
         })?;
         generation.timings.prefill = start.elapsed();
-        let Some(mut logits) = logits else {
+        let Some(logits) = logits else {
             generation.finish_reason = FinishReason::Interrupted;
             return Ok(generation);
         };
+        let mut next = NextLogits::All(logits);
+        let wanted = sampler.wanted().filter(|_| options.logprobs == 0);
         (observer.on_prefill)(prompt_ids.len());
 
         let mut emit = |text: String, generation: &mut Generation| {
@@ -151,17 +154,19 @@ impl Engine {
                 generation.finish_reason = FinishReason::Interrupted;
                 break;
             }
-            let id = sampler.sample(&logits)?;
+            let id = match &next {
+                NextLogits::All(logits) => sampler.sample(logits)?,
+                NextLogits::Best(best) => sampler.sample_best(best)?,
+            };
             let now = Instant::now();
             match generation.token_ids.is_empty() {
                 true => generation.timings.ttft = now - start,
                 false => generation.timings.inter_token.push(now - last_token),
             }
             last_token = now;
-            if options.logprobs > 0 {
-                generation
-                    .logprobs
-                    .push(top_logprobs(&logits, options.logprobs));
+            if let (NextLogits::All(logits), true) = (&next, options.logprobs > 0) {
+                let best = top_logprobs(logits, options.logprobs);
+                generation.logprobs.push(best);
             }
             generation.token_ids.push(id);
             if eos.contains(&id) && !options.ignore_eos {
@@ -176,7 +181,13 @@ impl Engine {
             if generation.token_ids.len() == options.max_new_tokens {
                 break;
             }
-            logits = match self.forward(&[id], LogitRows::Last, observer.on_routing) {
+            let fed = match wanted {
+                Some(wanted) => self.forward_best(id, wanted, observer.on_routing),
+                None => self
+                    .forward(&[id], LogitRows::Last, observer.on_routing)
+                    .map(NextLogits::All),
+            };
+            next = match fed {
                 Err(EngineError::Backend(crate::backend::BackendError::ContextFull { .. })) => {
                     break;
                 }

@@ -15,7 +15,8 @@ use thiserror::Error;
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
 use crate::backend::{
-    BackendError, BackendFacts, DecodeTimes, KvDtype, LoadRates, ModelShape, ModelWeights,
+    self, BackendError, BackendFacts, DecodeTimes, KvDtype, LoadRates, ModelShape, ModelWeights,
+    NextLogits, VramHeld, VramMeter,
 };
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::model::weights;
@@ -339,6 +340,16 @@ impl Engine {
         self.runner.vram_bytes()
     }
 
+    /// The same item by item.
+    pub fn vram_held(&self) -> Option<VramHeld> {
+        self.runner.vram_held()
+    }
+
+    /// The same figure for a thread that watches.
+    pub fn vram_meter(&self) -> Option<VramMeter> {
+        self.runner.vram_meter()
+    }
+
     /// The ids the sequence has been fed, in order.
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
@@ -367,28 +378,55 @@ impl Engine {
         rows: LogitRows,
         on_routing: &mut OnRouting<'_>,
     ) -> Result<Vec<f32>> {
+        self.feed(ids, on_routing, |runner, on_routing| {
+            runner.forward(ids, rows, on_routing)
+        })
+    }
+
+    /// As [`forward`](Engine::forward) of one token, for whoever needs only its `wanted` best logits:
+    /// a backend that finds them itself need not bring all.
+    ///
+    /// # Errors
+    /// As [`Engine::forward`].
+    pub fn forward_best(
+        &mut self,
+        id: u32,
+        wanted: usize,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<NextLogits> {
+        self.feed(&[id], on_routing, |runner, on_routing| {
+            runner.forward_best(id, wanted, on_routing)
+        })
+    }
+
+    /// Has the runner feed `ids`, and the cache of experts see what the router picks.
+    fn feed<T>(
+        &mut self,
+        ids: &[u32],
+        on_routing: &mut OnRouting<'_>,
+        run: impl FnOnce(&mut dyn Runner, &mut OnRouting<'_>) -> backend::Result<T>,
+    ) -> Result<T> {
         let vocab_size = self.config.shape.vocab_size;
         if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
             return Err(EngineError::TokenId { id, vocab_size });
         }
+        let runner = self.runner.as_mut();
         let Some(experts) = &mut self.experts else {
-            let logits = self.runner.forward(ids, rows, on_routing)?;
+            let result = run(runner, on_routing)?;
             self.tokens.extend(ids);
-            return Ok(logits);
+            return Ok(result);
         };
         let decode = ids.len() == 1;
-        let logits = self
-            .runner
-            .forward(ids, rows, &mut |layer, position, routing| {
-                experts.observe(layer, routing, decode);
-                on_routing(layer, position, routing);
-            })?;
+        let result = run(runner, &mut |layer, position, routing| {
+            experts.observe(layer, routing, decode);
+            on_routing(layer, position, routing);
+        })?;
         self.tokens.extend(ids);
         let changes = experts.take_changes();
         if !changes.is_empty() {
             self.runner.change_slots(&changes)?;
         }
-        Ok(logits)
+        Ok(result)
     }
 
     /// Feeds a prompt in chunks; the logits of its last token.

@@ -10,6 +10,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use thiserror::Error;
 
+use crate::backend::BestLogits;
 use crate::model::GenerationConfig;
 
 /// Settings out of range, or logits no token can be drawn from.
@@ -225,21 +226,66 @@ impl Sampler {
             self.penalize(logits);
             best_of(&self.scores)?
         };
-        let id = if greedy {
-            id
-        } else {
-            let best = id;
-            self.keep_top_k(self.scores[best as usize]);
-            if self.params.top_p < 1.0 {
-                self.keep_top_p();
-            }
-            let min_p = f64::from(self.params.min_p);
-            self.candidates.retain(|c| c.weight >= min_p);
-            self.draw()
+        let id = match greedy {
+            true => id,
+            false => self.draw_from_scores(None, self.scores[id as usize]),
         };
+        Ok(self.remember(id))
+    }
+
+    /// How many of the best logits are enough for [`sample_best`](Sampler::sample_best); `None` if
+    /// it takes all of them.
+    pub fn wanted(&self) -> Option<usize> {
+        match (self.params.temperature == 0.0, self.params.top_k) {
+            _ if self.params.penalizes() => None,
+            (true, _) => Some(1),
+            (false, 0) => None,
+            (false, k) => Some(k),
+        }
+    }
+
+    /// Chooses what [`sample`](Sampler::sample) would of all logits, from the best ones: at least as
+    /// many as are [`wanted`](Sampler::wanted).
+    ///
+    /// # Errors
+    /// As [`sample`](Sampler::sample).
+    pub fn sample_best(&mut self, best: &BestLogits) -> Result<u32, SampleError> {
+        assert!(self.wanted().is_some(), "all logits are needed");
+        if best.logit.is_nan() || best.logit == f32::INFINITY {
+            return Err(SampleError::Logit {
+                id: best.id as usize,
+                found: best.logit,
+            });
+        }
+        if best.logit == f32::NEG_INFINITY {
+            return Err(SampleError::NoCandidate {
+                vocab_size: best.vocab_size,
+            });
+        }
+        if self.params.temperature == 0.0 {
+            return Ok(self.remember(best.id));
+        }
+        let (ids, scores): (Vec<u32>, Vec<f32>) = best.candidates.iter().copied().unzip();
+        self.scores = scores;
+        let id = self.draw_from_scores(Some(&ids), best.logit);
+        Ok(self.remember(id))
+    }
+
+    fn remember(&mut self, id: u32) -> u32 {
         self.seen.insert(id);
         *self.generated.entry(id).or_default() += 1;
-        Ok(id)
+        id
+    }
+
+    /// One draw from `scores`, which are those of `ids`, ascending, or of all ids.
+    fn draw_from_scores(&mut self, ids: Option<&[u32]>, best_score: f32) -> u32 {
+        self.keep_top_k(ids, best_score);
+        if self.params.top_p < 1.0 {
+            self.keep_top_p();
+        }
+        let min_p = f64::from(self.params.min_p);
+        self.candidates.retain(|c| c.weight >= min_p);
+        self.draw()
     }
 
     fn penalize(&mut self, logits: &[f32]) {
@@ -265,7 +311,7 @@ impl Sampler {
     }
 
     /// Fills `candidates`, by ascending id, with the top-k tokens and their weights.
-    fn keep_top_k(&mut self, best_score: f32) {
+    fn keep_top_k(&mut self, ids: Option<&[u32]>, best_score: f32) {
         let threshold = match self.params.top_k {
             k if k == 0 || k >= self.scores.len() => f32::NEG_INFINITY,
             k => {
@@ -283,8 +329,8 @@ impl Sampler {
             (0..)
                 .zip(&self.scores)
                 .filter(|&(_, &score)| score >= threshold)
-                .map(|(id, &score)| Candidate {
-                    id,
+                .map(|(at, &score)| Candidate {
+                    id: ids.map_or(at as u32, |ids| ids[at]),
                     weight: weight(score),
                 }),
         );

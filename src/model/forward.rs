@@ -1,7 +1,8 @@
 //! The loop over blocks, the same for every backend. Routing events leave here.
 
 use crate::backend::{
-    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, Result, Routing, SlotChange,
+    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, NextLogits, Result, Routing,
+    SlotChange, VramHeld, VramMeter,
 };
 
 /// Which positions of a chunk want logits.
@@ -29,6 +30,18 @@ pub trait Runner: Send {
         on_routing: &mut OnRouting<'_>,
     ) -> Result<Vec<f32>>;
 
+    /// As [`forward`](Runner::forward) of one token, for whoever needs no more than its `wanted` best
+    /// logits: a backend that finds them itself may give only those.
+    fn forward_best(
+        &mut self,
+        id: u32,
+        _wanted: usize,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<NextLogits> {
+        let logits = self.forward(&[id], LogitRows::Last, on_routing)?;
+        Ok(NextLogits::All(logits))
+    }
+
     /// Forgets the sequence and makes room for one of `max_tokens`.
     fn reset(&mut self, max_tokens: usize) -> Result<()>;
 
@@ -55,6 +68,16 @@ pub trait Runner: Send {
 
     /// Bytes this process holds on the GPU, by the driver's figure.
     fn vram_bytes(&self) -> Option<u64> {
+        None
+    }
+
+    /// The same item by item.
+    fn vram_held(&self) -> Option<VramHeld> {
+        None
+    }
+
+    /// The same figure for a thread that watches.
+    fn vram_meter(&self) -> Option<VramMeter> {
         None
     }
 
@@ -178,6 +201,15 @@ impl Runner for crate::backend::cuda::Cuda {
         self.forward(ids, rows, on_routing)
     }
 
+    fn forward_best(
+        &mut self,
+        id: u32,
+        wanted: usize,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<NextLogits> {
+        self.forward_best(id, wanted, on_routing)
+    }
+
     fn reset(&mut self, max_tokens: usize) -> Result<()> {
         self.reset(max_tokens)
     }
@@ -204,6 +236,14 @@ impl Runner for crate::backend::cuda::Cuda {
 
     fn vram_bytes(&self) -> Option<u64> {
         self.used_bytes().ok()
+    }
+
+    fn vram_held(&self) -> Option<VramHeld> {
+        self.held().ok()
+    }
+
+    fn vram_meter(&self) -> Option<VramMeter> {
+        Some(self.meter())
     }
 
     fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<bool> {

@@ -9,7 +9,9 @@ mod delta_net;
 mod experts;
 mod linear;
 mod prefill;
+mod prefill_experts;
 mod router;
+mod sample;
 
 #[path = "../gpu/mod.rs"]
 mod gpu;

@@ -1,3 +1,4 @@
+use moectl::backend::BestLogits;
 use moectl::engine::sampler::{
     SampleError, Sampler, SamplingParams, TokenLogprob, log_sum_exp, token_logprob, top_logprobs,
 };
@@ -253,4 +254,102 @@ fn logprobs_are_of_the_raw_logits_best_first() {
     assert_eq!(top_logprobs(&logits, 99), all);
     assert_eq!(top_logprobs(&logits, 0), []);
     assert_eq!(token_logprob(&logits, 3), all[3]);
+}
+
+/// What a backend gives that finds the best logits itself: all that reach the n-th, and a few more.
+fn best_logits(logits: &[f32], wanted: usize, more: usize) -> BestLogits {
+    let mut sorted = logits.to_vec();
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let bound = sorted[(wanted + more).min(logits.len()) - 1];
+    let id = greedy(logits).unwrap();
+    BestLogits {
+        vocab_size: logits.len(),
+        id,
+        logit: logits[id as usize],
+        candidates: (0..)
+            .zip(logits.iter().copied())
+            .filter(|&(_, logit)| logit >= bound)
+            .collect(),
+    }
+}
+
+#[test]
+fn the_best_logits_give_the_tokens_that_all_give() {
+    let row = |round: u32, coarse: bool| -> Vec<f32> {
+        let value = |i: u32| ((i * 7919 + round * 104_729) % 1009) as f32 / 60.0 - 9.0;
+        let values = (0..500).map(value);
+        match coarse {
+            true => values.map(f32::round).collect(),
+            false => values.collect(),
+        }
+    };
+    for (temperature, top_k, top_p, min_p) in [
+        (0.0, 0, 1.0, 0.0),
+        (0.7, 20, 0.8, 0.0),
+        (1.0, 1, 1.0, 0.0),
+        (1.5, 64, 1.0, 0.05),
+        (1e-3, 7, 0.3, 0.0),
+    ] {
+        let params = SamplingParams {
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed: 3,
+            ..SamplingParams::default()
+        };
+        let mut of_all = Sampler::new(params.clone()).unwrap();
+        let mut of_best = Sampler::new(params.clone()).unwrap();
+        let wanted = of_best.wanted().unwrap();
+        assert_eq!(wanted, top_k.max(1));
+        for round in 0..200 {
+            let logits = row(round, round % 3 == 0);
+            let best = best_logits(&logits, wanted, round as usize % 5);
+            let expected = of_all.sample(&logits).unwrap();
+            assert_eq!(
+                of_best.sample_best(&best),
+                Ok(expected),
+                "{params:?} {round}"
+            );
+        }
+    }
+    for params in [
+        SamplingParams {
+            temperature: 1.0,
+            ..SamplingParams::default()
+        },
+        SamplingParams {
+            repetition_penalty: 1.1,
+            ..SamplingParams::default()
+        },
+    ] {
+        assert_eq!(Sampler::new(params).unwrap().wanted(), None);
+    }
+}
+
+#[test]
+fn broken_logits_are_the_same_errors_among_the_best() {
+    let best = |id: u32, logit: f32| {
+        let best = BestLogits {
+            vocab_size: 9,
+            id,
+            logit,
+            candidates: vec![(id, logit)],
+        };
+        let mut sampler = Sampler::new(SamplingParams::default()).unwrap();
+        sampler.sample_best(&best).unwrap_err()
+    };
+    let infinite = SampleError::Logit {
+        id: 4,
+        found: f32::INFINITY,
+    };
+    assert_eq!(best(4, f32::INFINITY), infinite);
+    assert!(matches!(
+        best(5, f32::NAN),
+        SampleError::Logit { id: 5, .. }
+    ));
+    assert_eq!(
+        best(0, f32::NEG_INFINITY),
+        SampleError::NoCandidate { vocab_size: 9 }
+    );
 }

@@ -49,6 +49,24 @@ pub struct ExpertLayout {
     pub padding: i32,
 }
 
+/// Candidates that [`Best`] has room for.
+pub const MAX_CANDIDATES: usize = 512;
+
+/// The best logits of a token: `kernels/sample.cu`.
+#[derive(Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub struct Best {
+    /// Candidates, also if they don't fit
+    pub count: i32,
+    pub id: i32,
+    /// Of `id`; NaN or +inf if any logit is, -inf if all are
+    pub logit: f32,
+    pub padding: i32,
+    /// In any order
+    pub ids: [i32; MAX_CANDIDATES],
+    pub logits: [f32; MAX_CANDIDATES],
+}
+
 /// What changes from one decode step to the next.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]

@@ -10,7 +10,7 @@ use crate::backend::{BackendError, Result};
 
 /// Left free below the budget: the driver takes memory in pages, and grows a little at first
 /// launches.
-const MARGIN_BYTES: u64 = 48 << 20;
+pub(super) const MARGIN_BYTES: u64 = 48 << 20;
 
 /// Follows this process's memory on a device.
 #[derive(Clone)]

@@ -175,6 +175,7 @@ pub trait Driver: Send + Sync {
     /// Records what is added to `stream` instead of doing it, until
     /// [`end_capture`](Driver::end_capture).
     fn begin_capture(&self, stream: Handle) -> Result<()>;
+    /// The graph that was recorded, on the device already: its first launch takes no longer than others.
     fn end_capture(&self, stream: Handle) -> Result<Handle>;
     /// # Safety
     /// What was recorded must still be valid.

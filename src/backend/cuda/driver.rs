@@ -542,7 +542,8 @@ impl Driver for Gpu {
     fn end_capture(&self, on: Handle) -> Result<Handle> {
         self.bind()?;
         let (mut graph, mut exec) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: outputs are ours; the graph is not needed once it is instantiated.
+        // SAFETY: outputs are ours; the graph is not needed once it is instantiated, and nothing else
+        // knows `exec` yet.
         unsafe {
             check(
                 sys::cuStreamEndCapture(stream(on), &mut graph),
@@ -551,6 +552,15 @@ impl Driver for Gpu {
             let made = sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0);
             sys::cuGraphDestroy(graph);
             check(made, "make a graph")?;
+            // Else the first launch does it, while a token waits. Launches come after it on the stream.
+            let uploaded = check(
+                sys::cuGraphUpload(exec, stream(on)),
+                "bring a graph to the GPU",
+            );
+            if let Err(error) = uploaded {
+                sys::cuGraphExecDestroy(exec);
+                return Err(error);
+            }
         }
         Ok(exec as Handle)
     }

@@ -38,6 +38,16 @@ pub fn norm_linear(linears: [&Linear; 3], resident_blocks: usize) -> Geometry {
     geometry(blocks(0) + blocks(1) + blocks(2), 256, 40_960)
 }
 
+/// Logits of a chunk of `sample_best`: many chunks, each with a maximum of its own, at most 1024.
+pub fn sample_chunk(vocab_size: usize) -> usize {
+    vocab_size.div_ceil(768).next_multiple_of(32).max(64)
+}
+
+pub fn sample_best(vocab_size: usize) -> Geometry {
+    let chunks = vocab_size.div_ceil(sample_chunk(vocab_size));
+    geometry(chunks.div_ceil(8), 256, 0)
+}
+
 pub fn linear_add(linear: &Linear) -> Geometry {
     geometry((linear.rows as usize).div_ceil(16), 512, 49_152)
 }

@@ -36,7 +36,7 @@ use std::ops::Range;
 use abi::MAX_TOP_K;
 use arena::Arena;
 use budget::Usage;
-use decode::{Decode, Model};
+use decode::{Decode, Model, Wanted};
 use device::{Device, Stream};
 use prefill::Prefill;
 use state::SequenceState;
@@ -46,7 +46,8 @@ pub use super::Residency;
 use super::cpu::offload::Offload;
 use super::cpu::{CpuPrecision, Progress};
 use super::{
-    BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, Result, Routing,
+    BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, NextLogits, Result,
+    Routing, VramHeld, VramMeter,
 };
 use crate::formats::Matrix;
 
@@ -86,6 +87,8 @@ pub struct Cuda {
     options: CudaOptions,
     kv_dtype: KvDtype,
     usage: Usage,
+    /// What the process held before this model
+    context_bytes: u64,
     slots: slots::Slots,
     /// A failed step leaves the sequence in an unknown state.
     broken: bool,
@@ -141,6 +144,7 @@ impl Cuda {
                 "the cuda backend keeps keys and values in f16 or int8; change --kv-dtype".into(),
             ));
         }
+        let context_bytes = usage.now()?;
         let stream = device.new_stream()?;
         let copies = device.new_stream()?;
         let mut offload = Offload::new(options.threads)?;
@@ -197,6 +201,7 @@ impl Cuda {
             options,
             kv_dtype,
             usage,
+            context_bytes,
             slots: slots::Slots::default(),
             broken: false,
             notes: Vec::new(),
@@ -245,6 +250,28 @@ impl Cuda {
     /// Bytes that this process holds on the device, by the driver's figure.
     pub fn used_bytes(&self) -> Result<u64> {
         self.usage.now()
+    }
+
+    /// The same item by item.
+    pub fn held(&self) -> Result<VramHeld> {
+        let held = VramHeld {
+            context_bytes: self.context_bytes,
+            sequence_bytes: self.state.bytes(),
+            slots_bytes: self.model.store.slots_bytes() as u64,
+            other_bytes: 0,
+            margin_bytes: budget::MARGIN_BYTES,
+        };
+        let known = held.context_bytes + held.sequence_bytes + held.slots_bytes;
+        Ok(VramHeld {
+            other_bytes: self.used_bytes()?.saturating_sub(known),
+            ..held
+        })
+    }
+
+    /// [`used_bytes`](Cuda::used_bytes) for a thread that watches.
+    pub fn meter(&self) -> VramMeter {
+        let usage = self.usage.clone();
+        Box::new(move || usage.now().ok())
     }
 
     /// See `Runner::prefill_chunk`.
@@ -298,12 +325,20 @@ impl Cuda {
         rows: Range<usize>,
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<Vec<f32>> {
+        self.feed(ids.len(), |cuda| match ids.len() {
+            ..=MAX_STEPPED_TOKENS => cuda.step_all(ids, rows, on_routing),
+            _ => cuda.prefill_all(ids, rows, on_routing),
+        })
+    }
+
+    /// Has `work` feed `tokens` tokens, if they fit; what it leaves after an error is lost.
+    fn feed<T>(&mut self, tokens: usize, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         if self.broken {
             return Err(BackendError::Other(
                 "the sequence was lost with an earlier error; start a new one".into(),
             ));
         }
-        let needed = self.state.position + ids.len();
+        let needed = self.state.position + tokens;
         if needed > self.state.max_tokens {
             return Err(BackendError::ContextFull {
                 needed,
@@ -311,13 +346,30 @@ impl Cuda {
             });
         }
         self.broken = true;
-        let logits = if ids.len() <= MAX_STEPPED_TOKENS {
-            self.step_all(ids, rows, on_routing)?
-        } else {
-            self.prefill_all(ids, rows, on_routing)?
-        };
+        let result = work(self)?;
         self.broken = false;
-        Ok(logits)
+        Ok(result)
+    }
+
+    /// Feeds one token, for whoever needs only its `wanted` best logits; all of them where the device
+    /// does not look for so many.
+    ///
+    /// # Errors
+    /// As [`forward`](Cuda::forward).
+    pub fn forward_best(
+        &mut self,
+        id: u32,
+        wanted: usize,
+        on_routing: &mut dyn FnMut(usize, usize, &Routing),
+    ) -> Result<NextLogits> {
+        if !decode::finds(&self.model.shape, wanted) {
+            return Ok(NextLogits::All(self.forward(&[id], 0..1, on_routing)?));
+        }
+        self.feed(1, |cuda| {
+            cuda.settle_slots()?;
+            cuda.step(id, Wanted::Best, on_routing)?;
+            cuda.decode.best(&cuda.model, wanted)
+        })
     }
 
     /// Tokens one after the other, each a decode step.
@@ -330,20 +382,37 @@ impl Cuda {
         let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
         self.settle_slots()?;
         for (i, &id) in ids.iter().enumerate() {
-            let position = self.state.position;
-            let row = self.decode.step(
-                &self.model,
-                &mut self.offload,
-                &mut self.state,
-                rows.contains(&i),
-                |out| {
-                    let id = id as usize;
-                    self.embed_tokens.dequantize_rows(id..id + 1, out);
-                },
-                &mut |layer, routing| on_routing(layer, position, routing),
-            )?;
-            logits.extend_from_slice(row.unwrap_or_default());
+            let wanted = rows.contains(&i);
+            let brings = if wanted {
+                Wanted::Logits
+            } else {
+                Wanted::Nothing
+            };
+            self.step(id, brings, on_routing)?;
+            if wanted {
+                logits.extend_from_slice(self.decode.logits());
+            }
         }
         Ok(logits)
+    }
+
+    fn step(
+        &mut self,
+        id: u32,
+        wanted: Wanted,
+        on_routing: &mut dyn FnMut(usize, usize, &Routing),
+    ) -> Result<()> {
+        let position = self.state.position;
+        self.decode.step(
+            &self.model,
+            &mut self.offload,
+            &mut self.state,
+            wanted,
+            |out| {
+                let id = id as usize;
+                self.embed_tokens.dequantize_rows(id..id + 1, out);
+            },
+            &mut |layer, routing| on_routing(layer, position, routing),
+        )
     }
 }

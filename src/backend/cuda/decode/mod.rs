@@ -5,7 +5,10 @@
 //! flag that the graph waits for before it adds both parts. Nothing else is synchronised, and no GPU
 //! kernel spins.
 
+mod best;
 mod record;
+
+pub use best::finds;
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -30,10 +33,19 @@ struct Side {
     join: Event,
 }
 
+/// What a step brings back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    Nothing,
+    Logits,
+    /// The best of them
+    Best,
+}
+
 /// Which graph a step needs.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Kind {
-    logits: bool,
+    wanted: Wanted,
     /// Whether the CPU may have experts to compute
     hybrid: bool,
 }
@@ -78,6 +90,7 @@ pub struct Decode {
     cpu_out: Pinned<f32>,
     done: Pinned<u32>,
     host_logits: Pinned<f32>,
+    best: best::BestBuffers,
 
     /// Runs routers ahead, beside the mixers; absent where that is not asked for
     side: Option<Side>,
@@ -148,6 +161,7 @@ impl Decode {
             cpu_out: device.alloc_host(layers * dim)?,
             done: device.alloc_host(layers)?,
             host_logits: device.alloc_host(shape.vocab_size)?,
+            best: best::BestBuffers::new(device, arena, shape.vocab_size, stream)?,
             side: None,
             graphs: Vec::new(),
             number: 0,
@@ -186,7 +200,8 @@ impl Decode {
         self.graphs.clear();
     }
 
-    /// Feeds one token. `embedding(out)` writes its embedding, `[D]`.
+    /// Feeds one token. `embedding(out)` writes its embedding, `[D]`. What was wanted is then in
+    /// [`logits`](Decode::logits) or [`best`](Decode::best).
     ///
     /// # Errors
     /// If the driver, a worker or the watchdog reports one; the sequence is lost then.
@@ -195,10 +210,10 @@ impl Decode {
         model: &Model,
         offload: &mut Offload,
         state: &mut SequenceState,
-        want_logits: bool,
+        wanted: Wanted,
         embedding: impl FnOnce(&mut [f32]),
         on_routing: &mut dyn FnMut(usize, &Routing),
-    ) -> Result<Option<&[f32]>> {
+    ) -> Result<()> {
         let start = Instant::now();
         self.number += 1;
         embedding(self.embedding.as_mut_slice());
@@ -207,7 +222,7 @@ impl Decode {
             number: self.number,
         };
         let kind = Kind {
-            logits: want_logits,
+            wanted,
             hybrid: !model.store.all_resident(),
         };
         let index = match self.graphs.iter().position(|(k, _)| *k == kind) {
@@ -274,12 +289,23 @@ impl Decode {
             on_routing(layer, &routing);
         }
         self.times.add(&times);
-        Ok(want_logits.then(|| self.host_logits.as_slice()))
+        Ok(())
+    }
+
+    /// All logits of the last step, if it was to bring them.
+    pub fn logits(&self) -> &[f32] {
+        self.host_logits.as_slice()
     }
 
     /// Logits of the residual stream at device address `hidden`, `[D]`; waits.
     pub fn head_of(&mut self, model: &Model, hidden: u64) -> Result<&[f32]> {
         self.record_head(model, hidden)?;
+        self.fetch_logits(model)
+    }
+
+    /// All logits of the last head that the device computed; waits.
+    pub fn fetch_logits(&mut self, model: &Model) -> Result<&[f32]> {
+        self.record_logits(model)?;
         model.stream.synchronize()?;
         Ok(self.host_logits.as_slice())
     }

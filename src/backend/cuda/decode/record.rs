@@ -5,16 +5,15 @@ use super::super::device::args;
 use super::super::geometry;
 use super::super::state::{LayerState, SequenceState};
 use super::super::weights::Mixer;
-use super::{Decode, Kind, Model, RouterScratch};
+use super::{Decode, Kind, Model, RouterScratch, Wanted};
 use crate::backend::Result;
 
 impl Decode {
-    /// Final norm, output head, and the logits to the host.
+    /// Final norm and output head; the logits stay on the device.
     pub(super) fn record_head(&self, model: &Model, hidden: u64) -> Result<()> {
         let none = Linear::default();
         let (dense, eps) = (&model.dense, model.shape.rms_norm_eps);
-        let to = self.host_logits.pointer(0).cast::<u8>();
-        // SAFETY: arguments are those of the kernel; buffers are `[vocab_size]` and live as long as
+        // SAFETY: arguments are those of the kernel; `logits` is `[vocab_size]` and lives as long as
         // this struct.
         unsafe {
             model.stream.launch(
@@ -34,11 +33,16 @@ impl Decode {
                     0i32
                 ],
                 true,
-            )?;
-            model
-                .stream
-                .copy_to_host(to, self.logits, 4 * model.shape.vocab_size)
+            )
         }
+    }
+
+    /// The device's logits to the host.
+    pub(super) fn record_logits(&self, model: &Model) -> Result<()> {
+        let to = self.host_logits.pointer(0).cast::<u8>();
+        let bytes = 4 * model.shape.vocab_size;
+        // SAFETY: both are `[vocab_size]` and live as long as this struct.
+        unsafe { model.stream.copy_to_host(to, self.logits, bytes) }
     }
 
     /// Microseconds that each kernel of a step takes on the GPU, all its launches in a row.
@@ -65,7 +69,7 @@ impl Decode {
         let device = model.stream.device();
         let (start, end) = (device.new_event()?, device.new_event()?);
         let kind = Kind {
-            logits: false,
+            wanted: Wanted::Nothing,
             hybrid: true,
         };
         let mut times = Vec::new();
@@ -362,9 +366,13 @@ impl Decode {
             side.stream.record(&side.join)?;
             stream.wait(&side.join)?;
         }
-        if kind.logits {
+        if kind.wanted != Wanted::Nothing {
             self.record_head(model, self.hidden)?;
         }
-        Ok(())
+        match kind.wanted {
+            Wanted::Nothing => Ok(()),
+            Wanted::Logits => self.record_logits(model),
+            Wanted::Best => self.best.record(self.logits, &model.stream),
+        }
     }
 }
