@@ -146,6 +146,9 @@ struct RunRecord<'a> {
     timings: TimingsRecord,
     experts: ExpertCounts,
     peak_rss_bytes: Option<u64>,
+    /// Held on the GPU at the end, by the driver's figure
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vram_bytes: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -391,6 +394,7 @@ fn record<'a>(
         },
         experts,
         peak_rss_bytes: high_water_mark(),
+        vram_bytes: engine.vram_bytes(),
     }
 }
 

@@ -14,9 +14,9 @@ mod root;
 use serde::{Deserialize, Serialize};
 
 pub use cpu::{CpuFacts, CpuFeature};
-pub use gpu::{GpuFacts, GpuReport};
+pub use gpu::{GpuFacts, GpuReport, NvmlGpu};
 pub use memory::{MemoryFacts, NumaNode};
-pub use monitor::{Monitor, MonitorRecord, Sample};
+pub use monitor::{GpuCounters, GpuReading, GpuSource, Monitor, MonitorRecord, Sample};
 pub use probe::{DramProbe, Rate};
 
 /// The body of hardware.json, and the machine part of run.json.

@@ -4,11 +4,8 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nvml_wrapper::{Device, Nvml};
 use serde::{Deserialize, Serialize};
 use sysinfo::{Pid, ProcessRefreshKind, ProcessesToUpdate, System};
-
-use super::gpu::used_by_this_process;
 
 /// What a [`Monitor`] saw.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -21,6 +18,12 @@ pub struct MonitorRecord {
     pub peak_vram_bytes: Option<u64>,
     /// Drawn by the GPU from start to stop.
     pub gpu_energy_j: Option<f64>,
+    /// Over PCIe from start to stop, all processes together: into the GPU
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pcie_rx_bytes: Option<u64>,
+    /// And out of it
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pcie_tx_bytes: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -34,8 +37,58 @@ pub struct Sample {
     pub vram_bytes: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_utilisation_percent: Option<u32>,
+    /// Share of the time in which VRAM was read or written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_memory_utilisation_percent: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_power_w: Option<f64>,
+    /// Into the GPU, during some 20 ms at this sample.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pcie_rx_gb_s: Option<f64>,
+    /// Out of the GPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pcie_tx_gb_s: Option<f64>,
+}
+
+/// One look at a GPU. What its source does not tell is absent, never zero.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GpuReading {
+    pub vram_bytes: Option<u64>,
+    pub utilisation_percent: Option<u32>,
+    pub memory_utilisation_percent: Option<u32>,
+    pub power_w: Option<f64>,
+    pub pcie_rx_gb_s: Option<f64>,
+    pub pcie_tx_gb_s: Option<f64>,
+}
+
+/// Counters of a GPU that only grow; what its source does not count is absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GpuCounters {
+    pub energy_mj: Option<u64>,
+    pub pcie_rx_bytes: Option<u64>,
+    pub pcie_tx_bytes: Option<u64>,
+}
+
+/// Where a monitor reads a GPU: NVML ([`super::gpu::NvmlGpu`]), or what a test makes up.
+pub trait GpuSource: Send {
+    fn read(&mut self) -> GpuReading;
+    fn counters(&mut self) -> GpuCounters;
+}
+
+impl GpuCounters {
+    /// What was counted since `earlier`; absent too where a counter ran backwards.
+    pub fn since(&self, earlier: &Self) -> Self {
+        let less = |now: Option<u64>, then: Option<u64>| now?.checked_sub(then?);
+        Self {
+            energy_mj: less(self.energy_mj, earlier.energy_mj),
+            pcie_rx_bytes: less(self.pcie_rx_bytes, earlier.pcie_rx_bytes),
+            pcie_tx_bytes: less(self.pcie_tx_bytes, earlier.pcie_tx_bytes),
+        }
+    }
+
+    pub fn energy_j(&self) -> Option<f64> {
+        self.energy_mj.map(|mj| mj as f64 / 1e3)
+    }
 }
 
 /// A sampling thread; dropping it without [`stop`](Self::stop) ends the thread too.
@@ -45,26 +98,25 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Samples this process, and GPU `gpu_index` if the driver shows it, once per `period`.
-    pub fn start(period: Duration, gpu_index: Option<u32>) -> Self {
+    /// Samples this process, and a GPU if there is one, once per `period`.
+    pub fn start(period: Duration, gpu: Option<Box<dyn GpuSource>>) -> Self {
         let (stop, stopped) = mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let nvml = gpu_index.and_then(|_| Nvml::init().ok());
-            let gpu = nvml
-                .as_ref()
-                .and_then(|nvml| nvml.device_by_index(gpu_index?).ok());
-            let mut sampler = Sampler::new(gpu.as_ref());
+            let mut sampler = Sampler::new(gpu);
             let mut samples = vec![sampler.sample()];
             while stopped.recv_timeout(period) == Err(RecvTimeoutError::Timeout) {
                 samples.push(sampler.sample());
             }
             samples.push(sampler.sample());
+            let counted = sampler.counted_since_start();
             MonitorRecord {
                 period_ms: period.as_secs_f64() * 1e3,
                 peak_rss_bytes: high_water_mark()
                     .unwrap_or_else(|| samples.iter().map(|s| s.rss_bytes).max().unwrap_or(0)),
                 peak_vram_bytes: samples.iter().filter_map(|s| s.vram_bytes).max(),
-                gpu_energy_j: sampler.energy_since_start_j(),
+                gpu_energy_j: counted.energy_j(),
+                pcie_rx_bytes: counted.pcie_rx_bytes,
+                pcie_tx_bytes: counted.pcie_tx_bytes,
                 samples,
             }
         });
@@ -78,22 +130,22 @@ impl Monitor {
     }
 }
 
-struct Sampler<'a> {
+struct Sampler {
     started: Instant,
     pid: Pid,
     system: Option<System>,
-    gpu: Option<&'a Device<'a>>,
-    energy_at_start_mj: Option<u64>,
+    gpu: Option<Box<dyn GpuSource>>,
+    at_start: GpuCounters,
 }
 
-impl<'a> Sampler<'a> {
-    fn new(gpu: Option<&'a Device<'a>>) -> Self {
+impl Sampler {
+    fn new(mut gpu: Option<Box<dyn GpuSource>>) -> Self {
         Self {
             started: Instant::now(),
             pid: Pid::from_u32(std::process::id()),
             system: System::new().ok(),
+            at_start: gpu.as_mut().map(|gpu| gpu.counters()).unwrap_or_default(),
             gpu,
-            energy_at_start_mj: gpu.and_then(|gpu| gpu.total_energy_consumption().ok()),
         }
     }
 
@@ -106,25 +158,24 @@ impl<'a> Sampler<'a> {
             );
         }
         let process = self.system.as_ref().and_then(|s| s.process(self.pid));
+        let at_ms = self.started.elapsed().as_secs_f64() * 1e3;
+        let gpu = self.gpu.as_mut().map(|gpu| gpu.read()).unwrap_or_default();
         Sample {
-            at_ms: self.started.elapsed().as_secs_f64() * 1e3,
+            at_ms,
             rss_bytes: process.map_or(0, |p| p.memory()),
             cpu_cores: process.map_or(0.0, |p| f64::from(p.cpu_usage()) / 100.0),
-            vram_bytes: self.gpu.and_then(|gpu| {
-                used_by_this_process(gpu).or_else(|| Some(gpu.memory_info().ok()?.used))
-            }),
-            gpu_utilisation_percent: self
-                .gpu
-                .and_then(|gpu| Some(gpu.utilization_rates().ok()?.gpu)),
-            gpu_power_w: self
-                .gpu
-                .and_then(|gpu| Some(f64::from(gpu.power_usage().ok()?) / 1e3)),
+            vram_bytes: gpu.vram_bytes,
+            gpu_utilisation_percent: gpu.utilisation_percent,
+            gpu_memory_utilisation_percent: gpu.memory_utilisation_percent,
+            gpu_power_w: gpu.power_w,
+            pcie_rx_gb_s: gpu.pcie_rx_gb_s,
+            pcie_tx_gb_s: gpu.pcie_tx_gb_s,
         }
     }
 
-    fn energy_since_start_j(&self) -> Option<f64> {
-        let now_mj = self.gpu?.total_energy_consumption().ok()?;
-        Some(now_mj.checked_sub(self.energy_at_start_mj?)? as f64 / 1e3)
+    fn counted_since_start(&mut self) -> GpuCounters {
+        let now = self.gpu.as_mut().map(|gpu| gpu.counters());
+        now.unwrap_or_default().since(&self.at_start)
     }
 }
 
@@ -155,5 +206,65 @@ mod tests {
         assert!(record.samples.iter().any(|s| s.cpu_cores > 0.0));
         assert!(record.samples.windows(2).all(|w| w[0].at_ms < w[1].at_ms));
         assert_eq!(record.peak_vram_bytes, None);
+    }
+
+    /// Counts up with each look; knows no utilisation, and PCIe only one way.
+    #[derive(Default)]
+    struct Fake(u64);
+
+    impl GpuSource for Fake {
+        fn read(&mut self) -> GpuReading {
+            self.0 += 1;
+            GpuReading {
+                vram_bytes: Some(if self.0 == 2 { 900 } else { 700 }),
+                power_w: Some(50.5),
+                pcie_rx_gb_s: Some(self.0 as f64),
+                ..GpuReading::default()
+            }
+        }
+
+        fn counters(&mut self) -> GpuCounters {
+            GpuCounters {
+                energy_mj: Some(1_000_000 + 1500 * self.0),
+                pcie_rx_bytes: Some(10 * self.0),
+                pcie_tx_bytes: None,
+            }
+        }
+    }
+
+    #[test]
+    fn a_gpu_is_sampled_and_what_it_does_not_tell_is_absent() {
+        let monitor = Monitor::start(Duration::from_millis(1), Some(Box::<Fake>::default()));
+        std::thread::sleep(Duration::from_millis(30));
+        let record = monitor.stop();
+        let looks = record.samples.len();
+        assert!(looks >= 3);
+        assert_eq!(record.peak_vram_bytes, Some(900));
+        assert_eq!(record.gpu_energy_j, Some(1.5 * looks as f64));
+        assert_eq!(record.pcie_rx_bytes, Some(10 * looks as u64));
+        assert_eq!(record.pcie_tx_bytes, None);
+        assert_eq!(record.samples[1].pcie_rx_gb_s, Some(2.0));
+        let json = serde_json::to_value(&record).unwrap();
+        let sample = json["samples"][0].as_object().unwrap();
+        assert!(sample.contains_key("gpu_power_w"));
+        for absent in ["gpu_utilisation_percent", "pcie_tx_gb_s"] {
+            assert!(!sample.contains_key(absent), "{absent}");
+        }
+        assert!(!json.as_object().unwrap().contains_key("pcie_tx_bytes"));
+    }
+
+    #[test]
+    fn a_counter_that_ran_backwards_counted_nothing() {
+        let counters = |energy_mj, pcie_rx_bytes| GpuCounters {
+            energy_mj,
+            pcie_rx_bytes,
+            pcie_tx_bytes: None,
+        };
+        let since = counters(Some(5), Some(7)).since(&counters(Some(9), Some(3)));
+        assert_eq!(since, counters(None, Some(4)));
+        assert_eq!(
+            counters(Some(5), None).since(&counters(None, Some(3))),
+            counters(None, None)
+        );
     }
 }

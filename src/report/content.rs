@@ -33,7 +33,7 @@ pub struct Table {
 }
 
 impl Section {
-    fn new(heading: &str, blocks: Vec<Block>) -> Self {
+    pub(super) fn new(heading: &str, blocks: Vec<Block>) -> Self {
         Self {
             heading: heading.to_string(),
             blocks,
@@ -42,7 +42,7 @@ impl Section {
 }
 
 impl Table {
-    fn block(left: usize, header: &[&str], rows: Vec<Vec<String>>) -> Block {
+    pub(super) fn block(left: usize, header: &[&str], rows: Vec<Vec<String>>) -> Block {
         Block::Table(Self {
             header: header.iter().map(|h| h.to_string()).collect(),
             left,
@@ -57,6 +57,7 @@ pub fn sections(runs: &[Run]) -> Vec<Section> {
     sections.extend(comparison(runs));
     sections.extend(prediction(runs));
     sections.extend(memory(runs));
+    sections.extend(super::watched::section(runs));
     sections.extend(reading(runs));
     sections.extend(quality(runs));
     sections.push(machines(runs));
@@ -261,7 +262,27 @@ fn memory(runs: &[Run]) -> Option<Section> {
         }
     }
     let header = ["run", "component", "tier", "size", "bytes"];
-    (!rows.is_empty()).then(|| Section::new("Memory", vec![Table::block(3, &header, rows)]))
+    if rows.is_empty() {
+        return None;
+    }
+    let mut blocks = vec![Table::block(3, &header, rows)];
+    let compared: Vec<String> = runs.iter().filter_map(planned_and_measured).collect();
+    if !compared.is_empty() {
+        blocks.push(Block::List(compared));
+    }
+    Some(Section::new("Memory", blocks))
+}
+
+/// How far the plan's sum is from the measured peak of VRAM, where the run went by the plan.
+fn planned_and_measured(run: &Run) -> Option<String> {
+    let memory = &run.body.memory;
+    Some(format!(
+        "{}: {} of VRAM planned, measured peak {}: the plan is {:+.1}% off",
+        run.name,
+        units::bytes(memory.planned_vram_bytes()),
+        units::bytes(memory.peak_vram_bytes?),
+        100.0 * memory.vram_prediction_error?
+    ))
 }
 
 /// The roofline of decode: bytes read per token against what the memory can deliver.

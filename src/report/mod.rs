@@ -15,6 +15,7 @@ pub mod stats;
 pub mod svg;
 pub mod tables;
 pub mod units;
+mod watched;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -115,6 +116,9 @@ pub fn write_report(inputs: &ReportInputs, folder: &Path) -> Result<Vec<PathBuf>
     if !inputs.runs.is_empty() {
         files.write("summary.csv", &tables::summary(&inputs.runs)?)?;
         files.write("samples.csv", &tables::samples(&inputs.runs)?)?;
+        if inputs.runs.iter().any(|run| run.body.monitor.is_some()) {
+            files.write("monitor.csv", &tables::monitor(&inputs.runs)?)?;
+        }
     }
     for chart in &charts {
         let png = chart.png().map_err(|reason| ReportError::Chart {

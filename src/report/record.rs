@@ -144,6 +144,9 @@ pub struct MemoryRecord {
     pub vram_budget_bytes: Option<u64>,
     pub peak_rss_bytes: u64,
     pub peak_vram_bytes: Option<u64>,
+    /// (planned - peak) / peak of VRAM; absent unless the run went by the plan, within its budget.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vram_prediction_error: Option<f64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,6 +199,21 @@ impl Tier {
             Tier::Ram => "RAM",
             Tier::Disk => "Disk",
         }
+    }
+}
+
+impl MemoryRecord {
+    /// All that the plan has in VRAM, the driver's context included.
+    pub fn planned_vram_bytes(&self) -> u64 {
+        let items = self.components.iter().filter(|c| c.tier == Tier::Vram);
+        items.map(|c| c.bytes).sum()
+    }
+
+    /// Fills in `vram_prediction_error`, for a run that went by the plan.
+    pub fn compare_vram(&mut self) {
+        let planned = self.planned_vram_bytes() as f64;
+        let peak = self.peak_vram_bytes.filter(|&peak| peak > 0);
+        self.vram_prediction_error = peak.map(|peak| (planned - peak as f64) / peak as f64);
     }
 }
 

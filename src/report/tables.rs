@@ -1,4 +1,4 @@
-//! The numbers for other programs: one tidy CSV file of samples, one of summaries.
+//! The numbers for other programs, as tidy CSV files: samples, summaries, and what was watched.
 
 use super::Run;
 use super::metrics::METRICS;
@@ -83,6 +83,44 @@ pub fn summary(runs: &[Run]) -> csv::Result<Vec<u8>> {
                     &s.max.to_string(),
                 ])?;
             }
+        }
+    }
+    finish(out)
+}
+
+/// One row per look at the machine; what it did not tell is empty.
+pub fn monitor(runs: &[Run]) -> csv::Result<Vec<u8>> {
+    let mut out = csv::Writer::from_writer(Vec::new());
+    out.write_record([
+        "run",
+        "at_ms",
+        "rss_bytes",
+        "cpu_cores",
+        "vram_bytes",
+        "gpu_utilisation_percent",
+        "gpu_memory_utilisation_percent",
+        "gpu_power_w",
+        "pcie_rx_gb_s",
+        "pcie_tx_gb_s",
+    ])?;
+    fn text<T: ToString>(value: Option<T>) -> String {
+        value.map_or(String::new(), |v| v.to_string())
+    }
+    for run in runs {
+        let samples = run.body.monitor.iter().flat_map(|m| &m.samples);
+        for s in samples {
+            out.write_record([
+                run.name.clone(),
+                s.at_ms.to_string(),
+                s.rss_bytes.to_string(),
+                s.cpu_cores.to_string(),
+                text(s.vram_bytes),
+                text(s.gpu_utilisation_percent),
+                text(s.gpu_memory_utilisation_percent),
+                text(s.gpu_power_w),
+                text(s.pcie_rx_gb_s),
+                text(s.pcie_tx_gb_s),
+            ])?;
         }
     }
     finish(out)

@@ -1,6 +1,8 @@
 //! Runs that look like real ones, made from a seed.
 
-use moectl::hardware::{CpuFacts, GpuFacts, GpuReport, HardwareBody, MemoryFacts};
+use moectl::hardware::{
+    CpuFacts, GpuFacts, GpuReport, HardwareBody, MemoryFacts, MonitorRecord, Sample,
+};
 use moectl::report::record::*;
 use moectl::report::{RouterPicks, Run};
 use rand::{Rng, SeedableRng};
@@ -51,7 +53,7 @@ pub fn run(name: &str, contexts: &[usize], speed: f64, seed: u64) -> Run {
                 perplexity: 8.412,
                 reference_perplexity: 8.409,
             }),
-            monitor: None,
+            monitor: Some(monitor(&mut rng)),
         },
     }
 }
@@ -121,13 +123,36 @@ fn repetition(tokens: usize, token_ms: f64, rng: &mut ChaCha8Rng) -> Repetition 
     }
 }
 
+fn monitor(rng: &mut ChaCha8Rng) -> MonitorRecord {
+    let samples = (0..300).map(|i| Sample {
+        at_ms: 200.0 * f64::from(i),
+        rss_bytes: 41_500 << 20,
+        cpu_cores: 5.0 + 3.0 * rng.random::<f64>(),
+        vram_bytes: Some(13_200 << 20),
+        gpu_utilisation_percent: Some(60 + rng.random_range(0..30)),
+        gpu_memory_utilisation_percent: None,
+        gpu_power_w: Some(80.0 + 40.0 * rng.random::<f64>()),
+        pcie_rx_gb_s: Some(if i % 50 < 10 { 22.0 } else { 1.5 }),
+        pcie_tx_gb_s: None,
+    });
+    MonitorRecord {
+        period_ms: 200.0,
+        samples: samples.collect(),
+        peak_rss_bytes: 41_700 << 20,
+        peak_vram_bytes: Some(13_200 << 20),
+        gpu_energy_j: Some(6000.0),
+        pcie_rx_bytes: Some(300_000_000_000),
+        pcie_tx_bytes: None,
+    }
+}
+
 fn memory() -> MemoryRecord {
     let component = |component: &str, tier, mib: f64| MemoryComponent {
         component: component.to_string(),
         tier,
         bytes: (mib * 1048576.0) as u64,
     };
-    MemoryRecord {
+    let mut memory = MemoryRecord {
         components: vec![
             component("expert slots", Tier::Vram, 10_150.0),
             component("dense weights", Tier::Vram, 1545.0),
@@ -142,8 +167,11 @@ fn memory() -> MemoryRecord {
         ],
         vram_budget_bytes: Some(14 << 30),
         peak_rss_bytes: 41_700 << 20,
-        peak_vram_bytes: Some(13_500 << 20),
-    }
+        peak_vram_bytes: Some(13_200 << 20),
+        vram_prediction_error: None,
+    };
+    memory.compare_vram();
+    memory
 }
 
 fn hardware() -> HardwareBody {

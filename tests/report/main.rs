@@ -38,12 +38,22 @@ fn a_report_writes_documents_tables_and_every_chart_twice() {
         "latency",
         "memory",
         "prediction",
+        "resources",
         "throughput",
     ];
     let mut expected: Vec<String> = charts
         .iter()
         .flat_map(|name| [format!("{name}.png"), format!("{name}.svg")])
-        .chain(["report.html", "report.md", "samples.csv", "summary.csv"].map(String::from))
+        .chain(
+            [
+                "report.html",
+                "report.md",
+                "samples.csv",
+                "summary.csv",
+                "monitor.csv",
+            ]
+            .map(String::from),
+        )
         .collect();
     expected.sort_unstable();
     assert_eq!(names, expected);
@@ -115,6 +125,31 @@ fn samples_csv_has_one_row_per_sample_and_summary_csv_one_per_metric() {
 }
 
 #[test]
+fn what_was_watched_and_how_far_the_plan_was_off_are_told() {
+    let inputs = two_runs();
+    let text = moectl::report::markdown::render(&inputs, &[]);
+    for part in [
+        "## During the run",
+        "GPU power, W",
+        "PCIe to the GPU, GB/s",
+        "of VRAM planned, measured peak 12.9 GiB: the plan is +0.8% off",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    for absent in ["GPU memory busy", "PCIe from the GPU"] {
+        assert!(!text.contains(absent), "{absent}");
+    }
+    let table = moectl::report::tables::monitor(&inputs.runs).unwrap();
+    let mut reader = csv::Reader::from_reader(table.as_slice());
+    let header = reader.headers().unwrap().clone();
+    let column = |name: &str| header.iter().position(|h| h == name).unwrap();
+    let rows: Vec<_> = reader.records().map(|row| row.unwrap()).collect();
+    assert_eq!(rows.len(), 600);
+    assert_eq!(&rows[0][column("pcie_rx_gb_s")], "22");
+    assert_eq!(&rows[0][column("pcie_tx_gb_s")], "");
+}
+
+#[test]
 fn synthetic_weights_are_named_in_every_output() {
     let mut inputs = two_runs();
     inputs.router.as_mut().unwrap().synthetic = true;
@@ -122,7 +157,7 @@ fn synthetic_weights_are_named_in_every_output() {
         run.body.labels.synthetic = true;
     }
     let charts = inputs.charts();
-    assert_eq!(charts.len(), 6);
+    assert_eq!(charts.len(), 7);
     for chart in &charts {
         assert!(chart.svg.contains("SYNTHETIC WEIGHTS"), "{}", chart.name);
     }

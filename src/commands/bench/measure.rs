@@ -11,6 +11,7 @@ use crate::engine::Engine;
 use crate::engine::generate::{FinishReason, GenerateOptions, Observer};
 use crate::engine::sampler::SamplingParams;
 use crate::formats::corpus::Corpus;
+use crate::hardware::{GpuCounters, GpuSource, NvmlGpu};
 use crate::report::record::{ContextRun, DecodeSplit, ExpertCounts, Repetition};
 
 pub struct MeasurePlan {
@@ -30,6 +31,7 @@ pub fn contexts(
 ) -> anyhow::Result<Vec<ContextRun>> {
     let longest = plan.contexts.last().copied().unwrap_or(0);
     let ids = text_of(engine, corpus, longest)?;
+    let mut gpu = engine.backend().gpu().and_then(NvmlGpu::open);
     let runs = plan.contexts.len() * (plan.warmups + plan.repetitions);
     let bar = console.progress("bench", runs as u64, Unit::Runs);
     let mut results = Vec::new();
@@ -48,7 +50,9 @@ pub fn contexts(
             ..ContextRun::default()
         };
         for number in 0..plan.warmups + plan.repetitions {
-            let repetition = repeat(engine, prompt, plan.generated_tokens)?;
+            let before = counters(&mut gpu);
+            let mut repetition = repeat(engine, prompt, plan.generated_tokens)?;
+            repetition.gpu_energy_j = counters(&mut gpu).since(&before).energy_j();
             if number >= plan.warmups {
                 run.repetitions.push(repetition);
             }
@@ -58,6 +62,10 @@ pub fn contexts(
     }
     bar.finish_and_clear();
     Ok(results)
+}
+
+fn counters(gpu: &mut Option<NvmlGpu>) -> GpuCounters {
+    gpu.as_mut().map(|gpu| gpu.counters()).unwrap_or_default()
 }
 
 /// The first `enough` tokens of the corpus' records, one after the other.

@@ -1,5 +1,6 @@
 //! `moectl bench`: measure what the plan predicts.
 
+mod gpu;
 mod measure;
 mod quality;
 mod table;
@@ -146,7 +147,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     if profile.is_some() {
         load::place(&mut engine, &args.compute, &placement.body, console)?;
     }
-    let monitor = Monitor::start(Duration::from_millis(200), facts.gpu());
+    let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&engine));
     let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
     let monitor = monitor.stop();
     if let Some(reason) = engine.experts().and_then(|experts| experts.stopped()) {
@@ -189,6 +190,10 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         )?),
     };
 
+    let mut memory = memory(&placement.body, &monitor);
+    if gpu::by_the_plan(&engine, &args.compute, &placement.body) {
+        memory.compare_vram();
+    }
     let body = RunBody {
         labels: Labels {
             synthetic: config.synthetic,
@@ -207,7 +212,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         },
         placement_sha256: Some(hash_json(&placement.body)?),
         contexts,
-        memory: memory(&placement.body, &monitor),
+        memory,
         quality,
         monitor: Some(monitor),
     };
@@ -287,13 +292,18 @@ fn plan_here(
     profile.write(&args.output.join("profile.json"))?;
     let (trace, _) = TraceReader::new(events.as_slice())?.read_all()?;
     let hardware = machine::like_this();
-    let placement = plan::make(&PlanRequest {
+    let footprint = &gpu::measured(footprint, engine);
+    let held = engine.vram_held().unwrap_or_default();
+    let vram_budget_bytes = args.compute.vram.unwrap_or_else(|| {
+        // What the model holds already is not free, but the plan's to give.
+        let free = plan::default_budget(footprint, ctx, args.kv);
+        free + engine.vram_bytes().unwrap_or(0)
+    });
+    let mut placement = plan::make(&PlanRequest {
         footprint,
         hardware: &hardware,
-        vram_budget_bytes: args
-            .compute
-            .vram
-            .unwrap_or_else(|| plan::default_budget(footprint, ctx, args.kv)),
+        // The engine leaves this much free below any budget.
+        vram_budget_bytes: vram_budget_bytes.saturating_sub(held.margin_bytes),
         ram_budget_bytes: None,
         ctx_tokens: ctx,
         kv_dtypes: args.kv.dtypes(),
@@ -301,6 +311,7 @@ fn plan_here(
         policy: None,
         routing: RoutingSource::Trace(&trace),
     })?;
+    placement.vram_budget_bytes = vram_budget_bytes;
     let placement = Document::new(PLACEMENT, Some(engine.model_id().clone()), placement);
     placement.write(&args.output.join("placement.json"))?;
     console.note(plan::describe(&placement.body));
@@ -349,6 +360,7 @@ fn memory(placement: &Placement, monitor: &crate::hardware::MonitorRecord) -> Me
         vram_budget_bytes: Some(placement.vram_budget_bytes),
         peak_rss_bytes: monitor.peak_rss_bytes,
         peak_vram_bytes: monitor.peak_vram_bytes,
+        vram_prediction_error: None,
     }
 }
 

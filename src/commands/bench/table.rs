@@ -35,6 +35,7 @@ pub fn render(run: &RunBody) -> String {
         run.settings.warmups,
         show_bytes(run.memory.peak_rss_bytes)
     );
+    out += &vram(run).unwrap_or_default();
     for context in &run.contexts {
         out += &roofline(run, context).unwrap_or_default();
         out += &decode_split(context).unwrap_or_default();
@@ -50,6 +51,23 @@ pub fn render(run: &RunBody) -> String {
         );
     }
     out
+}
+
+/// GPU memory as planned and as measured.
+fn vram(run: &RunBody) -> Option<String> {
+    let peak = run.memory.peak_vram_bytes?;
+    let planned = run.memory.vram_prediction_error.map(|error| {
+        format!(
+            ", {} planned ({:+.1}%)",
+            show_bytes(run.memory.planned_vram_bytes()),
+            100.0 * error
+        )
+    });
+    Some(format!(
+        "\npeak GPU memory {}{}",
+        show_bytes(peak),
+        planned.unwrap_or_default()
+    ))
 }
 
 fn cell(metric: &Metric, context: &ContextRun) -> String {

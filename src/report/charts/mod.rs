@@ -12,6 +12,7 @@ mod latency;
 mod memory;
 mod palette;
 mod prediction;
+mod resources;
 mod throughput;
 
 use super::svg::{self, Anchor, Regular, SemiBold, Svg, Text};
@@ -24,6 +25,7 @@ pub use heatmap::{RouterPicks, heatmap};
 pub use latency::latency;
 pub use memory::memory;
 pub use prediction::prediction;
+pub use resources::resources;
 pub use throughput::throughput;
 
 /// A finished drawing.
@@ -47,7 +49,7 @@ impl Chart {
 
 /// All charts the runs have data for, in reading order.
 pub fn of_runs(runs: &[Run]) -> Vec<Chart> {
-    [throughput, latency, memory, prediction, compare]
+    [throughput, latency, memory, resources, prediction, compare]
         .into_iter()
         .filter_map(|draw| draw(runs))
         .collect()
