@@ -4,8 +4,8 @@
 #
 #   scripts/gpu/check.sh BIN_DIR OUT
 #
-# BIN_DIR holds gpu_kernels, gpu_engine, gpu_goldens, gpu_program (with or without cargo's hash behind
-# the name) and moectl. compute-sanitizer comes from the PATH or from COMPUTE_SANITIZER; where there is
+# BIN_DIR holds gpu_kernels, gpu_engine, gpu_memory, gpu_goldens, gpu_program (with or without cargo's
+# hash behind the name) and moectl. compute-sanitizer comes from the PATH or from COMPUTE_SANITIZER; where there is
 # none, its steps are told as not run, and the exit status is 1. About five minutes on an H100.
 # MOECTL_TINY_MOE names the built-in model's folder if moectl does not hold it.
 #
@@ -88,7 +88,8 @@ nvidia-smi -L >"$out/gpu.txt" 2>&1 || echo 'nvidia-smi: no GPU' | tee "$out/gpu.
 
 tests kernels 120 gpu_kernels
 tests goldens 120 gpu_goldens
-tests engine 240 gpu_engine
+tests engine 200 gpu_engine
+tests memory 200 gpu_memory
 tests two-processes 120 gpu_program
 
 # Every kernel, but not at its largest sizes.
