@@ -242,6 +242,7 @@ fn charts_without_data_are_left_out() {
     body.memory
         .components
         .retain(|c| c.tier == Tier::Disk && c.bytes == 0);
+    body.monitor = None;
     body.contexts[0].prediction = None;
     for repetition in &mut body.contexts[0].repetitions {
         repetition.itl_ms.clear();
