@@ -88,7 +88,8 @@ pub struct ComputeArgs {
     /// Arithmetic of NF4 weights on the CPU
     #[arg(long, value_enum, value_name = "TYPE", default_value_t = Precision::Int16)]
     pub cpu_precision: Precision,
-    /// Type of the cache of keys and values: f32, f16 or int8 [default: f16 on a GPU, else f32]
+    /// Type of the cache of keys and values: f32, f16 or int8 [default: the placement's on a GPU, or
+    /// f16; else f32]
     ///
     /// int8 keeps one f16 scale per 32 values. The reference backend has f32 only, a GPU the others.
     #[arg(long, value_name = "TYPE")]
@@ -109,6 +110,16 @@ pub struct ComputeArgs {
     /// Of 1, 2, .. missing experts of a layer, how many the GPU reads over PCIe
     #[arg(long, value_name = "N,...", value_delimiter = ',', hide = true)]
     pub gpu_reads: Vec<i32>,
+}
+
+/// Where the expert cache goes on.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Compute")]
+pub struct CacheArgs {
+    /// Keeps what is in the expert slots from one run to the next: read if it is there, written at
+    /// the end, also after Ctrl-C
+    #[arg(long, value_name = "FILE")]
+    pub cache_state: Option<PathBuf>,
 }
 
 impl ComputeArgs {

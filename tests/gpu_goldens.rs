@@ -85,6 +85,40 @@ fn logits_routing_and_greedy_tokens_equal_transformers() {
 }
 
 #[test]
+fn a_head_in_ram_gives_the_same_logits_and_takes_no_memory_of_the_device() {
+    let Some(device) = open_device() else { return };
+    for &(model, layout) in &[("tiny-a", "nf4"), ("tiny-b", "nf4"), ("tiny-c", "bf16")] {
+        let golden = golden(model, layout);
+        let model = open(&golden.model_dir);
+        let decided = |p: &&Prompt| p.router_gap >= DECIDED_GAP && p.ids.len() > 48;
+        let prompt = golden.prompts.iter().find(decided).unwrap();
+        let expected = golden.f32s(&format!("logits.{}", prompt.name));
+        for residency in [Residency::Fill, Residency::Nothing] {
+            let in_vram = cuda(&device, with(residency.clone()), &model);
+            let with_head = in_vram.used_bytes().unwrap();
+            drop(in_vram);
+            let options = CudaOptions {
+                head_in_ram: true,
+                ..with(residency)
+            };
+            let mut sequence = cuda(&device, options, &model);
+            assert!(sequence.used_bytes().unwrap() <= with_head);
+            // Prefill's head, then that of steps.
+            let (logits, _) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
+            let diff = max_diff(&logits, &expected);
+            assert!(
+                diff <= TOLERANCE,
+                "{}: logits differ by {diff}",
+                golden.name
+            );
+            let vocab = logits.len() / prompt.ids.len();
+            let tokens = greedy(&mut sequence, &logits[logits.len() - vocab..], 32);
+            assert_eq!(tokens, prompt.greedy, "{}", golden.name);
+        }
+    }
+}
+
+#[test]
 fn every_placement_of_experts_gives_the_same_tokens() {
     let Some(device) = open_device() else { return };
     for &(model, layout) in &[("tiny-a", "nf4"), ("tiny-b", "nf4"), ("tiny-c", "bf16")] {

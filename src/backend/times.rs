@@ -1,7 +1,7 @@
 //! Where decode steps spend their time, and where they find their experts.
 
 /// Sums over decode steps, seen from the CPU that drives a GPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct DecodeTimes {
     pub steps: u64,
     pub total_s: f64,
@@ -22,24 +22,66 @@ pub struct DecodeTimes {
     /// Experts for the CPU that were foreseen while the GPU computed the layer before them, of those
     /// that it then had to compute
     pub foreseen: u64,
-    /// Bytes of weights that went to the GPU
+    /// Experts that were copied into slots
+    pub promotions: u64,
+    /// Bytes of those
+    pub promoted_bytes: u64,
+    /// Bytes of experts that went over PCIe: promotions, and what the GPU read where it lay in RAM
     pub h2d_bytes: u64,
+    /// `[layer]`
+    pub layers: Vec<LayerPicks>,
+}
+
+/// Where one layer's chosen experts were.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerPicks {
+    pub vram: u64,
+    pub cpu: u64,
+    pub pcie: u64,
+}
+
+impl LayerPicks {
+    /// Of all picks, those that the CPU computed.
+    pub fn cpu_share(&self) -> f64 {
+        self.cpu as f64 / (self.vram + self.cpu + self.pcie).max(1) as f64
+    }
 }
 
 impl DecodeTimes {
-    pub fn add(&mut self, other: &DecodeTimes) {
-        self.steps += other.steps;
-        self.total_s += other.total_s;
-        self.launch_s += other.launch_s;
-        self.wait_gpu_s += other.wait_gpu_s;
-        self.cpu_experts_s += other.cpu_experts_s;
-        self.tail_s += other.tail_s;
-        self.experts_cpu += other.experts_cpu;
-        self.experts_vram += other.experts_vram;
-        self.experts_pcie += other.experts_pcie;
-        self.foreseen += other.foreseen;
-        self.h2d_bytes += other.h2d_bytes;
+    /// One layer's choice in a step; what the GPU reads over PCIe is `blob_bytes` each.
+    pub fn add_picks(&mut self, layer: usize, picks: LayerPicks, blob_bytes: u64) {
+        self.experts_cpu += picks.cpu;
+        self.experts_vram += picks.vram;
+        self.experts_pcie += picks.pcie;
+        self.h2d_bytes += picks.pcie * blob_bytes;
+        if self.layers.len() <= layer {
+            self.layers.resize(layer + 1, LayerPicks::default());
+        }
+        let sum = &mut self.layers[layer];
+        sum.vram += picks.vram;
+        sum.cpu += picks.cpu;
+        sum.pcie += picks.pcie;
     }
+
+    /// The times of one more step.
+    pub fn add_step(&mut self, step: &StepTimes) {
+        self.steps += 1;
+        self.total_s += step.total_s;
+        self.launch_s += step.launch_s;
+        self.wait_gpu_s += step.wait_gpu_s;
+        self.cpu_experts_s += step.cpu_experts_s;
+        self.tail_s += step.tail_s;
+    }
+}
+
+/// One step of [`DecodeTimes`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StepTimes {
+    pub total_s: f64,
+    pub launch_s: f64,
+    pub wait_gpu_s: f64,
+    pub cpu_experts_s: f64,
+    pub tail_s: f64,
 }
 
 /// Bring `expert` into `slot` of `layer`, over what is there.

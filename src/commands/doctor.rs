@@ -5,41 +5,61 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::check_output;
-use super::console::Console;
+use super::console::{Console, Unit};
 use super::machine::{HardwareFile, this_machine};
+use crate::backend::cpu::CpuPrecision;
+use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use crate::formats::Document;
 use crate::formats::document::HARDWARE;
-use crate::hardware::HardwareBody;
+use crate::hardware::{GpuProbe, HardwareBody};
+use crate::model::Source;
 use crate::report::doctor_report;
 
 /// Show what this machine can do, measured
 ///
 /// CPU features as the system grants them, cores and memory within the limits of the control
 /// group, GPU and driver or why there is none, and the bandwidth of RAM, which bounds every expert
-/// that is not in VRAM. Takes about two seconds. The file can be planned for: `moectl plan --hardware`.
+/// that is not in VRAM. Takes about two seconds; --measure adds the GPU's and the bus' figures, by
+/// the kernels of this program, in up to a minute. The file can be planned for: `moectl plan
+/// --hardware`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   moectl doctor
-  moectl doctor --json -o hardware.json")]
+  moectl doctor --json -o hardware.json
+  moectl doctor --measure -o hardware.json")]
 pub struct DoctorArgs {
     /// Also write the facts to this file
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Leave the measurement out
-    #[arg(long)]
+    #[arg(long, conflicts_with = "measure")]
     no_measure: bool,
+    /// Measure the GPU too: VRAM, PCIe both ways, kernels, hand-offs to the CPU
+    #[arg(long)]
+    measure: bool,
+    /// Synthetic model whose layers --measure runs
+    #[arg(long, value_name = "MODEL", hide = true, default_value = SLICE)]
+    measure_model: String,
 }
+
+/// Layers of the 80B model, with experts enough that no cache holds those of a token.
+const SLICE: &str = "synth:qwen3-next-80b-a3b?layers=8&experts=32&vocab-size=16384";
+/// Room for steps; they start over when it is full.
+const TOKENS: usize = 128;
 
 pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
     if let Some(path) = &args.output {
         check_output(path)?;
     }
-    let facts = if args.no_measure {
+    let mut facts = if args.no_measure {
         HardwareBody::detect()
     } else {
         HardwareBody::measure()
     };
+    if args.measure {
+        facts.gpu_probe = measure_gpu(&args.measure_model, console)?;
+    }
     let machine = this_machine(&facts);
     let document = Document::new(HARDWARE, None, HardwareFile { facts, machine });
     if let Some(path) = &args.output {
@@ -52,4 +72,42 @@ pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
         console.result(doctor_report(&document.body.facts).trim_end())?;
     }
     Ok(())
+}
+
+/// `None`, after saying so, where no GPU takes part.
+fn measure_gpu(model: &str, console: &Console) -> anyhow::Result<Option<GpuProbe>> {
+    let backend = BackendChoice::Auto.resolve();
+    let BackendChoice::Cuda(_) = backend else {
+        console.note(match cfg!(feature = "cuda") {
+            true => "note: there is no GPU to measure",
+            false => {
+                "note: this build has no kernels for a GPU, nothing of it is measured; run \
+                 scripts/setup-cuda.sh and build with --features cuda"
+            }
+        });
+        return Ok(None);
+    };
+    let source = Source::resolve(Some(model))?;
+    let bar = console.progress("measure", 0, Unit::Bytes);
+    let options = LoadOptions {
+        backend,
+        threads: None,
+        cpu_precision: CpuPrecision::default(),
+        // Given shares are not searched for.
+        gpu: GpuOptions {
+            split: Some(vec![0]),
+            prefill_tokens: Some(64),
+            ..GpuOptions::default()
+        },
+        kv_dtype: None,
+        progress: &|done, total| {
+            bar.set_length(total as u64);
+            bar.set_position(done as u64);
+        },
+        max_tokens: TOKENS,
+    };
+    let mut engine = Engine::load(&source, &options)?;
+    let probe = engine.measure_gpu();
+    bar.finish_and_clear();
+    Ok(probe?)
 }

@@ -1,44 +1,98 @@
 //! Loading a model the way the flags ask, with a progress bar.
 
+use std::path::Path;
+
 use crate::backend::{BackendError, KvDtype};
 use crate::cli::ComputeArgs;
 use crate::commands::console::{Console, Unit};
-use crate::commands::{Failure, plan};
+use crate::commands::{Failure, cache_state, plan};
+use crate::engine::experts::ExpertManager;
 use crate::engine::footprint::footprint;
-use crate::engine::{BackendChoice, Engine, EngineError, LoadOptions};
+use crate::engine::{BackendChoice, Engine, EngineError, GpuOptions, LoadOptions};
+use crate::formats::{Document, ModelId};
 use crate::hardware::GpuReport;
 use crate::model::Source;
+use crate::planning::placement::Tier;
 use crate::planning::units::show_bytes;
 use crate::planning::{self, Footprint, LayerSlots, Placement, Throttle};
+
+/// What is known of a model and its placement before weights are read.
+pub struct Outline {
+    pub footprint: Footprint,
+    pub placement: Option<Document<Placement>>,
+    /// Of the placement, gone on from the saved state
+    experts: Option<ExpertManager>,
+}
+
+/// Reads headers, placement and saved cache; all that can be refused of them is refused here.
+pub fn outline(
+    source: &Source,
+    compute: &ComputeArgs,
+    cache_file: Option<&Path>,
+    console: &Console,
+) -> anyhow::Result<Outline> {
+    let checkpoint = source.local_checkpoint()?;
+    let footprint = footprint(&source.config()?, checkpoint.as_ref())?;
+    let model_id = source.model_id(checkpoint.as_ref())?;
+    let placement = (compute.placement.as_deref())
+        .map(|path| plan::read(path, &model_id, &footprint))
+        .transpose()?;
+    let mut experts = (placement.as_ref()).and_then(|p| manager(compute, &p.body));
+    restore(cache_file, &model_id, experts.as_mut(), console)?;
+    Ok(Outline {
+        footprint,
+        placement,
+        experts,
+    })
+}
+
+fn restore(
+    cache_file: Option<&Path>,
+    model_id: &ModelId,
+    experts: Option<&mut ExpertManager>,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let Some(path) = cache_file else {
+        return Ok(());
+    };
+    let used = experts.is_some();
+    if cache_state::restore(path, model_id, experts)? && used {
+        console.note(format!("experts go on from {}", path.display()));
+    }
+    Ok(())
+}
 
 /// Loads the model with room for `max_tokens`; says what its owner should know.
 pub fn engine(
     source: &Source,
     compute: &ComputeArgs,
+    outline: &mut Outline,
     max_tokens: usize,
     console: &Console,
 ) -> anyhow::Result<Engine> {
-    // All that can be refused is refused before the weights are loaded.
-    let checkpoint = source.local_checkpoint()?;
-    let footprint = footprint(&source.config()?, checkpoint.as_ref())?;
-    let placement = match &compute.placement {
-        Some(path) => {
-            let model_id = source.model_id(checkpoint.as_ref())?;
-            Some(plan::read(path, &model_id, &footprint)?.body)
-        }
-        None => None,
-    };
-    drop(checkpoint);
+    let mut gpu = compute.gpu();
+    let mut kv_dtype = compute.kv_dtype;
     if let BackendChoice::Cuda(index) = compute.backend.resolve() {
-        check_budget(compute, index, &footprint, max_tokens)?;
+        if let Some(placement) = &outline.placement {
+            gpu.head_in_ram = placement.body.head != Tier::Vram;
+            kv_dtype = kv_dtype.or(Some(planned_kv(&placement.body)));
+        }
+        check_budget(
+            compute,
+            index,
+            &gpu,
+            kv_dtype,
+            &outline.footprint,
+            max_tokens,
+        )?;
     }
     let bar = console.progress("load", 0, Unit::Bytes);
     let options = LoadOptions {
         backend: compute.backend,
         threads: compute.threads,
         cpu_precision: compute.cpu_precision.into(),
-        gpu: compute.gpu(),
-        kv_dtype: compute.kv_dtype,
+        gpu,
+        kv_dtype,
         progress: &|done, total| {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
@@ -73,25 +127,48 @@ pub fn engine(
         source.id(),
         engine.backend().name
     ));
-    if let Some(placement) = placement {
-        place(&mut engine, compute, &placement, console)?;
+    if let Some(experts) = outline.experts.take() {
+        start(&mut engine, experts, console)?;
     }
     Ok(engine)
+}
+
+fn start(engine: &mut Engine, experts: ExpertManager, console: &Console) -> anyhow::Result<()> {
+    let (slots, policy) = (experts.total_slots(), experts.config().label());
+    engine.place(experts)?;
+    if engine.experts().is_some() {
+        console.note(format!("experts: {slots} slots, policy {policy}"));
+    }
+    Ok(())
+}
+
+/// The type of keys and values that a placement has room for.
+fn planned_kv(placement: &Placement) -> KvDtype {
+    match placement.kv_dtype {
+        planning::KvDtype::F16 => KvDtype::F16,
+        planning::KvDtype::Int8 => KvDtype::Int8,
+    }
 }
 
 /// Refuses a GPU budget that cannot hold the model without experts, or that is not free.
 fn check_budget(
     compute: &ComputeArgs,
     index: usize,
+    gpu: &GpuOptions,
+    kv_dtype: Option<KvDtype>,
     footprint: &Footprint,
     max_tokens: usize,
 ) -> anyhow::Result<()> {
-    let kv = match compute.kv_dtype {
+    let kv = match kv_dtype {
         Some(KvDtype::Int8) => planning::KvDtype::Int8,
         _ => planning::KvDtype::F16,
     };
     let kv_bytes = max_tokens as u64 * footprint.kv_bytes_per_token(kv);
-    let needed = footprint.fixed_vram_bytes() + kv_bytes;
+    let fixed_bytes = match gpu.head_in_ram {
+        true => footprint.fixed_vram_bytes_without_head(),
+        false => footprint.fixed_vram_bytes(),
+    };
+    let needed = fixed_bytes + kv_bytes;
     let free = GpuReport::detect()
         .devices
         .get(index)
@@ -128,19 +205,29 @@ fn check_budget(
     }
 }
 
-/// Puts experts where `placement` says, under the policy of the flags or its own. A placement that
-/// knows no experts, because it was made without a profile, leaves them as they are.
+/// As if `placement` had been given with the flags.
 pub fn place(
     engine: &mut Engine,
     compute: &ComputeArgs,
     placement: &Placement,
+    cache_file: Option<&Path>,
     console: &Console,
 ) -> anyhow::Result<()> {
+    let Some(mut experts) = manager(compute, placement) else {
+        return Ok(());
+    };
+    restore(cache_file, engine.model_id(), Some(&mut experts), console)?;
+    start(engine, experts, console)
+}
+
+/// The experts of `placement` under the policy of the flags or its own. A placement that knows no
+/// experts, because it was made without a profile, leaves them as they are.
+fn manager(compute: &ComputeArgs, placement: &Placement) -> Option<ExpertManager> {
     let policy = compute.policy.unwrap_or(placement.policy);
     let knows_experts = (placement.layers.iter())
         .any(|layer| !layer.pinned_experts.is_empty() || !layer.initial_experts.is_empty());
     if compute.cpu_moe || (!policy.is_dynamic() && !knows_experts) {
-        return Ok(());
+        return None;
     }
     // Another policy pins other experts of the same order.
     let layers: Vec<LayerSlots> = (placement.layers.iter())
@@ -152,14 +239,11 @@ pub fn place(
             }
         })
         .collect();
-    engine.place(
+    let throttle = placement.throttle.unwrap_or(Throttle::NONE);
+    Some(ExpertManager::new(
         policy,
+        placement.num_experts,
         &layers,
-        placement.throttle.unwrap_or(Throttle::NONE),
-    )?;
-    if engine.experts().is_some() {
-        let slots: usize = layers.iter().map(|layer| layer.slots).sum();
-        console.note(format!("experts: {slots} slots, policy {}", policy.label()));
-    }
-    Ok(())
+        throttle,
+    ))
 }

@@ -8,8 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::formats::Document;
 use crate::formats::document::HARDWARE;
-use crate::hardware::{GpuReport, HardwareBody};
-use crate::planning::hardware::{Cpu, Figure, Hardware, KNOWN};
+use crate::hardware::gpu_probe::Micros;
+use crate::hardware::{GpuProbe, GpuReport, HardwareBody, Rate};
+use crate::planning::hardware::{CopyRate, Cpu, Figure, Gpu, Hardware, KNOWN};
 
 /// hardware.json as `doctor` writes it: what the machine is, and what plans are made from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -78,12 +79,18 @@ fn read(path: &Path) -> anyhow::Result<Hardware> {
     Ok(machine)
 }
 
-/// This machine without a GPU, if its RAM was measured.
+/// This machine, if its RAM was measured; with its GPU if that was measured too.
 pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
     let dram = &hardware.dram.as_ref()?.all_cores;
     let dram_read_gb_s = Figure {
         mad: Some(dram.mad_gb_s),
         ..Figure::measured(dram.median_gb_s)
+    };
+    let probe = hardware.gpu_probe.as_ref();
+    let expert_kernel_gb_s = match probe {
+        Some(probe) => figure(&probe.cpu_experts),
+        // The kernels wait for memory and for nothing else.
+        None => Figure::modelled(dram.median_gb_s),
     };
     Some(Hardware {
         label: hardware.summary(),
@@ -91,15 +98,49 @@ pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
             name: hardware.cpu.model_name.clone(),
             ram_bytes: hardware.memory.usable_total_bytes(),
             dram_read_gb_s,
-            // The kernels wait for memory and for nothing else.
-            expert_kernel_gb_s: Figure::modelled(dram.median_gb_s),
+            expert_kernel_gb_s,
             expert_kernel_gflops: Figure::modelled(
                 GFLOPS_PER_CORE * hardware.cpu.usable_cores() as f64,
             ),
             disk_read_gb_s: Figure::modelled(DISK_GB_S),
         },
-        gpu: None,
+        gpu: probe.map(measured_gpu),
     })
+}
+
+fn figure(rate: &Rate) -> Figure {
+    Figure {
+        mad: Some(rate.mad_gb_s),
+        ..Figure::measured(rate.median_gb_s)
+    }
+}
+
+fn measured_gpu(probe: &GpuProbe) -> Gpu {
+    let duration = |at_least: &Micros, d: &Micros| Figure {
+        mad: Some(d.mad_us),
+        ..Figure::measured(d.median_us.max(at_least.median_us))
+    };
+    let share = probe.expert_kernel.median_gb_s / probe.vram.median_gb_s;
+    let like = like_this().gpu.expect("known machines have one");
+    Gpu {
+        name: probe.name.clone(),
+        vram_bytes: probe.vram_bytes,
+        vram_gb_s: figure(&probe.vram),
+        weight_kernel_share: Figure::measured(share.min(1.0)),
+        h2d: (probe.h2d.iter())
+            .map(|copy| CopyRate {
+                bytes: copy.bytes,
+                gb_s: figure(&copy.rate),
+            })
+            .collect(),
+        cpu_and_pcie_gb_s: Some(figure(&probe.cpu_and_pcie)),
+        // Prefill's arithmetic is not measured.
+        gemm_tflops: Figure::modelled(like.gemm_tflops.value),
+        attention_tflops: Figure::modelled(like.attention_tflops.value),
+        kernel_boundary_us: duration(&probe.kernel_node, &probe.step_kernel),
+        // The difference of two steps; a flag alone takes that much at least.
+        flag_round_trip_us: duration(&probe.flag_round_trip, &probe.handoff),
+    }
 }
 
 /// The known machine that is most like this one, to plan for before anything is measured.

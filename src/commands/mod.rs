@@ -9,6 +9,7 @@ pub mod report;
 pub mod run;
 pub mod synth;
 
+mod cache_state;
 mod checkpoint_folder;
 mod console;
 mod interrupt;
@@ -21,9 +22,11 @@ use std::process::ExitCode;
 
 use thiserror::Error;
 
+use crate::backend::{DecodeTimes, LayerPicks};
 use crate::cli::{Cli, Command};
 use crate::formats::atomic;
 use crate::model::ModelConfig;
+use crate::report::record::ExpertCounts;
 use console::Console;
 
 /// Ends of a verb that have an exit code of their own; any other error is 1.
@@ -110,6 +113,26 @@ fn message(error: &anyhow::Error) -> String {
 fn check_output(path: &Path) -> anyhow::Result<()> {
     atomic::check_writable(path)
         .map_err(|e| anyhow::anyhow!("{}: cannot be written: {e}", path.display()))
+}
+
+/// The experts of a run: of its decode steps, if a GPU took part, else the CPU computed all
+/// `accesses`.
+fn expert_counts(times: Option<&DecodeTimes>, accesses: u64, num_layers: usize) -> ExpertCounts {
+    let Some(times) = times else {
+        return ExpertCounts {
+            misses: accesses,
+            cpu_share_by_layer: vec![1.0; num_layers],
+            ..ExpertCounts::default()
+        };
+    };
+    ExpertCounts {
+        hits: times.experts_vram,
+        misses: times.experts_cpu + times.experts_pcie,
+        promotions: times.promotions,
+        moved_bytes: times.promoted_bytes,
+        h2d_bytes: times.h2d_bytes,
+        cpu_share_by_layer: times.layers.iter().map(LayerPicks::cpu_share).collect(),
+    }
 }
 
 /// Refuses a context that the model cannot have.

@@ -8,9 +8,9 @@ use clap::Args;
 use serde::Serialize;
 
 use super::console::{Console, Unit};
-use super::{Failure, check_context, interrupt, load};
+use super::{Failure, cache_state, check_context, expert_counts, interrupt, load};
 use crate::backend::Routing;
-use crate::cli::{ComputeArgs, ModelArgs};
+use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::generate::{FinishReason, GenerateOptions, Generation, Observer};
 use crate::engine::sampler::SamplingParams;
 use crate::engine::{Engine, TextModel};
@@ -18,6 +18,7 @@ use crate::formats::ModelId;
 use crate::hardware::monitor::high_water_mark;
 use crate::model::{Message, ModelConfig, Source};
 use crate::planning::units::{parse_tokens, show_bytes};
+use crate::report::record::ExpertCounts;
 
 /// Generate text: one prompt, standard input, or a chat
 ///
@@ -72,6 +73,8 @@ pub struct RunArgs {
     model: ModelArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
 }
 
 /// How tokens are drawn; what is not given is the model's generation_config.json.
@@ -169,16 +172,6 @@ struct TimingsRecord {
     decode_tok_s: f64,
 }
 
-/// Where the picked experts were found.
-#[derive(Clone, Debug, Default, Serialize)]
-struct ExpertCounts {
-    /// Picks computed from VRAM slots
-    hits: u64,
-    /// Picks that were only in RAM
-    misses: u64,
-    h2d_bytes: u64,
-}
-
 pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
     if args.chat && console.json {
         return Err(Failure::Usage("--chat does not go with --json; use one prompt".into()).into());
@@ -227,9 +220,9 @@ fn one_prompt(
         ))
         .into());
     }
-    let mut engine = load::engine(source, &args.compute, max_tokens, console)?;
+    let mut engine = load(args, source, max_tokens, console)?;
     let interrupt = interrupt::flag();
-    let mut experts = ExpertCounts::default();
+    let mut accesses = 0;
     let show = !console.json;
     let generation = generate(
         &mut engine,
@@ -237,17 +230,12 @@ fn one_prompt(
         options,
         interrupt,
         show,
-        &mut experts,
+        &mut accesses,
         console,
     )?;
-    if let Some(times) = engine.take_times() {
-        // Of decode steps; prefill passes every expert by.
-        experts = ExpertCounts {
-            hits: times.experts_vram,
-            misses: times.experts_cpu + times.experts_pcie,
-            h2d_bytes: times.h2d_bytes,
-        };
-    }
+    cache_state::save(args.cache.cache_state.as_deref(), &engine, console)?;
+    let times = engine.take_times();
+    let experts = expert_counts(times.as_ref(), accesses, engine.shape().num_layers());
     if console.json {
         console.result_json(&record(&engine, options, prompt_ids, &generation, experts))?;
     } else {
@@ -258,6 +246,17 @@ fn one_prompt(
         FinishReason::Interrupted => Err(Failure::Interrupted.into()),
         _ => Ok(()),
     }
+}
+
+fn load(
+    args: &RunArgs,
+    source: &Source,
+    max_tokens: usize,
+    console: &Console,
+) -> anyhow::Result<Engine> {
+    let cache_file = args.cache.cache_state.as_deref();
+    let mut outline = load::outline(source, &args.compute, cache_file, console)?;
+    load::engine(source, &args.compute, &mut outline, max_tokens, console)
 }
 
 /// The prompt's token ids, from wherever the flags say.
@@ -316,7 +315,7 @@ fn generate(
     options: &GenerateOptions,
     interrupt: &AtomicBool,
     show: bool,
-    experts: &mut ExpertCounts,
+    accesses: &mut u64,
     console: &Console,
 ) -> anyhow::Result<Generation> {
     let bar = console.progress("prefill", prompt_ids.len() as u64, Unit::Tokens);
@@ -342,7 +341,7 @@ fn generate(
                 }
             },
             on_routing: &mut |_, _, routing: &Routing| {
-                experts.misses += routing.topk_ids.len() as u64;
+                *accesses += routing.topk_ids.len() as u64;
             },
         },
     )?;
@@ -432,7 +431,20 @@ fn chat(
     let max_tokens = args
         .ctx
         .map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx as usize);
-    let mut engine = load::engine(source, &args.compute, max_tokens, console)?;
+    let mut engine = load(args, source, max_tokens, console)?;
+    let ended = turns(args, &mut engine, limit, max_tokens, &options, console);
+    cache_state::save(args.cache.cache_state.as_deref(), &engine, console)?;
+    ended
+}
+
+fn turns(
+    args: &RunArgs,
+    engine: &mut Engine,
+    limit: usize,
+    max_tokens: usize,
+    options: &GenerateOptions,
+    console: &Console,
+) -> anyhow::Result<()> {
     let mut messages = system_message(args);
     // A template that cannot be used is told before the first line is typed.
     engine.text().encode_chat(&[Message::new("user", "")])?;
@@ -480,18 +492,17 @@ fn chat(
             .into());
         }
         let interrupt = interrupt::flag();
-        let mut experts = ExpertCounts::default();
         let generation = generate(
-            &mut engine,
+            engine,
             &ids[seen..],
-            &options,
+            options,
             interrupt,
             true,
-            &mut experts,
+            &mut 0,
             console,
         )?;
         writeln!(io::stdout())?;
-        closing_line(&engine, &generation, console);
+        closing_line(engine, &generation, console);
         if generation.finish_reason == FinishReason::Interrupted {
             return Err(Failure::Interrupted.into());
         }

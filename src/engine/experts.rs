@@ -6,9 +6,8 @@
 
 use super::{Engine, Result};
 use crate::backend::{Routing, SlotChange};
-use crate::planning::ExpertCache;
 use crate::planning::policy::{LayerSlots, PolicyConfig};
-use crate::planning::{LayerCounts, Throttle};
+use crate::planning::{CacheState, ExpertCache, LayerCounts, StateError, Throttle};
 
 /// Decode steps after which a cache must have paid for its copies, again and again.
 const TRIAL_STEPS: u64 = 96;
@@ -17,6 +16,8 @@ const TRIAL_STEPS: u64 = 96;
 pub struct ExpertManager {
     cache: ExpertCache,
     config: PolicyConfig,
+    /// `[layer]` as the placement has them
+    layers: Vec<LayerSlots>,
     changes: Vec<SlotChange>,
     /// `[layer][expert]`: whether it was in a slot at first
     at_first: Vec<Vec<bool>>,
@@ -49,21 +50,38 @@ impl ExpertManager {
         throttle: Throttle,
     ) -> Self {
         let cache = ExpertCache::build(config, num_experts, layers, throttle);
-        let at_first = (0..layers.len()).map(|layer| {
-            let mut here = vec![false; num_experts];
-            for expert in cache.contents(layer).iter().flatten() {
-                here[usize::from(*expert)] = true;
-            }
-            here
-        });
         ExpertManager {
-            at_first: at_first.collect(),
+            at_first: in_slots(&cache, layers.len(), num_experts),
             cache,
             config,
+            layers: layers.to_vec(),
             changes: Vec::new(),
             trial: Trial::default(),
             stopped: None,
         }
+    }
+
+    /// Goes on from where an earlier run ended, before any step.
+    ///
+    /// # Errors
+    /// [`StateError`] if the state is of another model, placement or policy; the manager is as it
+    /// was.
+    pub fn restore(&mut self, state: &CacheState) -> std::result::Result<(), StateError> {
+        let num_experts = self.at_first.first().map_or(0, Vec::len);
+        state.check_pins(&self.layers)?;
+        self.cache.restore(self.config, state)?;
+        self.at_first = in_slots(&self.cache, self.layers.len(), num_experts);
+        Ok(())
+    }
+
+    /// What a later run needs to go on from here.
+    pub fn state(&self) -> CacheState {
+        self.cache.state(self.config)
+    }
+
+    /// Slots of all layers.
+    pub fn total_slots(&self) -> usize {
+        self.layers.iter().map(|layer| layer.slots).sum()
     }
 
     /// `[layer][slot]`: the expert that each slot holds.
@@ -140,6 +158,11 @@ impl ExpertManager {
         self.stopped.as_deref()
     }
 
+    /// `[layer]` hits, misses and copies of decode steps.
+    pub fn layer_counts(&self) -> &[LayerCounts] {
+        self.cache.counts()
+    }
+
     /// Hits and misses of decode steps, all layers together.
     pub fn counts(&self) -> LayerCounts {
         let mut total = LayerCounts::default();
@@ -152,19 +175,24 @@ impl ExpertManager {
     }
 }
 
+/// `[layer][expert]`: whether it is in a slot.
+fn in_slots(cache: &ExpertCache, layers: usize, num_experts: usize) -> Vec<Vec<bool>> {
+    let of_layer = |layer| {
+        let mut here = vec![false; num_experts];
+        for expert in cache.contents(layer).iter().flatten() {
+            here[usize::from(*expert)] = true;
+        }
+        here
+    };
+    (0..layers).map(of_layer).collect()
+}
+
 impl Engine {
-    /// Puts experts where a placement says, and lets its policy change that from token to token.
+    /// Puts experts where `manager` says, and lets it change that from token to token.
     ///
     /// # Errors
     /// If the backend fails; one without a GPU ignores it.
-    pub fn place(
-        &mut self,
-        config: PolicyConfig,
-        layers: &[LayerSlots],
-        throttle: Throttle,
-    ) -> Result<()> {
-        let num_experts = self.shape().moe.num_experts;
-        let manager = ExpertManager::new(config, num_experts, layers, throttle);
+    pub fn place(&mut self, manager: ExpertManager) -> Result<()> {
         if self.runner.place(&manager.contents())? {
             self.experts = Some(manager);
         }
@@ -214,6 +242,40 @@ mod tests {
             assert_eq!(manager.take_changes().is_empty(), still, "step {step}");
         }
         assert!(manager.stopped().unwrap().contains("stopped"));
+    }
+
+    #[test]
+    fn a_restored_cache_starts_with_what_it_held_and_is_judged_by_that() {
+        let mut warm = lru(&[0, 1]);
+        for _ in 0..3 {
+            for layer in 0..2 {
+                warm.observe(layer, &routing(&[6, 7]), true);
+            }
+        }
+        let mut cold = lru(&[0, 1]);
+        cold.restore(&warm.state()).unwrap();
+        assert_eq!(cold.contents(), warm.contents());
+        // Slots left alone would have the same hits: no copies, nothing to pay.
+        for _ in 0..2 * TRIAL_STEPS {
+            for layer in 0..2 {
+                cold.observe(layer, &routing(&[6, 7]), true);
+            }
+        }
+        assert!(cold.stopped().is_none());
+        assert_eq!(cold.counts().misses, 0);
+    }
+
+    #[test]
+    fn a_state_without_the_experts_that_this_placement_pins_is_refused() {
+        let pinned = |expert| {
+            let config = PolicyConfig::LruPinned { pinned_share: 0.5 };
+            let layer = config.fill(2, &[expert, 5]);
+            ExpertManager::new(config, 8, &[layer], Throttle::NONE)
+        };
+        let state = pinned(3).state();
+        pinned(3).restore(&state).unwrap();
+        let error = pinned(4).restore(&state).unwrap_err().to_string();
+        assert!(error.contains("pins expert 4"), "{error}");
     }
 
     #[test]

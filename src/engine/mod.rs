@@ -19,6 +19,7 @@ use crate::backend::{
     NextLogits, VramHeld, VramMeter,
 };
 use crate::formats::{Checkpoint, FormatError, ModelId};
+use crate::hardware::GpuProbe;
 use crate::model::weights;
 use crate::model::{
     ChatError, GenerationConfigError, LogitRows, ModelConfig, OnRouting, Runner, Sequence, Source,
@@ -97,6 +98,8 @@ pub struct GpuOptions {
     pub split: Option<Vec<i32>>,
     /// Whether the CPU fetches experts early; measured if not given
     pub look_ahead: Option<bool>,
+    /// Whether the CPU computes the output head, from RAM
+    pub head_in_ram: bool,
 }
 
 /// How to load a model.
@@ -195,6 +198,7 @@ fn cuda(
         prefill_tokens: gpu.prefill_tokens,
         split: gpu.split,
         look_ahead: gpu.look_ahead,
+        head_in_ram: gpu.head_in_ram,
     };
     let shape = config.shape.clone();
     let (room, progress) = (options.max_tokens, options.progress);
@@ -329,6 +333,12 @@ impl Engine {
         self.runner.take_times()
     }
 
+    /// Measures the GPU with this model; `None` if none takes part. The sequence starts over.
+    pub fn measure_gpu(&mut self) -> Result<Option<GpuProbe>> {
+        self.tokens.clear();
+        Ok(self.runner.measure(&self.model_id.id)?)
+    }
+
     /// Microseconds of each GPU kernel of a decode step; the sequence starts over.
     pub fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
         self.tokens.clear();
@@ -378,7 +388,8 @@ impl Engine {
         rows: LogitRows,
         on_routing: &mut OnRouting<'_>,
     ) -> Result<Vec<f32>> {
-        self.feed(ids, on_routing, |runner, on_routing| {
+        let decode = ids.len() == 1;
+        self.feed(ids, decode, on_routing, |runner, on_routing| {
             runner.forward(ids, rows, on_routing)
         })
     }
@@ -394,15 +405,17 @@ impl Engine {
         wanted: usize,
         on_routing: &mut OnRouting<'_>,
     ) -> Result<NextLogits> {
-        self.feed(&[id], on_routing, |runner, on_routing| {
+        self.feed(&[id], true, on_routing, |runner, on_routing| {
             runner.forward_best(id, wanted, on_routing)
         })
     }
 
-    /// Has the runner feed `ids`, and the cache of experts see what the router picks.
+    /// Has the runner feed `ids`, and the experts' cache see what the router picks. `decode`: it
+    /// counts and moves, else it only learns.
     fn feed<T>(
         &mut self,
         ids: &[u32],
+        decode: bool,
         on_routing: &mut OnRouting<'_>,
         run: impl FnOnce(&mut dyn Runner, &mut OnRouting<'_>) -> backend::Result<T>,
     ) -> Result<T> {
@@ -416,7 +429,6 @@ impl Engine {
             self.tokens.extend(ids);
             return Ok(result);
         };
-        let decode = ids.len() == 1;
         let result = run(runner, &mut |layer, position, routing| {
             experts.observe(layer, routing, decode);
             on_routing(layer, position, routing);
@@ -454,7 +466,10 @@ impl Engine {
             } else {
                 LogitRows::None
             };
-            let logits = self.forward(chunk, rows, on_routing)?;
+            // Also where a chunk is one token.
+            let logits = self.feed(chunk, false, on_routing, |runner, on_routing| {
+                runner.forward(chunk, rows, on_routing)
+            })?;
             if last {
                 return Ok(Some(logits));
             }

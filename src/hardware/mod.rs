@@ -6,6 +6,7 @@
 pub mod cpu;
 pub mod disk;
 pub mod gpu;
+pub mod gpu_probe;
 pub mod memory;
 pub mod monitor;
 pub mod probe;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use cpu::{CpuFacts, CpuFeature};
 pub use gpu::{GpuFacts, GpuReport, NvmlGpu};
+pub use gpu_probe::GpuProbe;
 pub use memory::{MemoryFacts, NumaNode};
 pub use monitor::{GpuCounters, GpuReading, GpuSource, Monitor, MonitorRecord, Sample};
 pub use probe::{DramProbe, Rate};
@@ -30,6 +32,9 @@ pub struct HardwareBody {
     /// Only where it was measured; takes up to two seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dram: Option<DramProbe>,
+    /// Only where it was asked for; takes up to a minute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_probe: Option<GpuProbe>,
 }
 
 impl HardwareBody {
@@ -42,6 +47,7 @@ impl HardwareBody {
             memory: MemoryFacts::read(&root),
             gpu: GpuReport::detect(),
             dram: None,
+            gpu_probe: None,
         }
     }
 

@@ -174,16 +174,23 @@ fn pin_to(core: usize) {
 }
 
 impl Rate {
-    fn of(mut rates: Vec<f64>) -> Self {
-        let median_gb_s = median(&mut rates);
-        let mut deviations: Vec<f64> = rates.iter().map(|r| (r - median_gb_s).abs()).collect();
+    /// Of samples in GB/s.
+    pub fn of(mut rates: Vec<f64>) -> Self {
+        let (median_gb_s, mad_gb_s) = median_and_mad(&mut rates);
         Self {
             best_gb_s: rates.iter().copied().fold(0.0, f64::max),
             median_gb_s,
-            mad_gb_s: median(&mut deviations),
+            mad_gb_s,
             repetitions: rates.len(),
         }
     }
+}
+
+/// Median, and median absolute deviation from it; sorts `values`.
+pub(super) fn median_and_mad(values: &mut [f64]) -> (f64, f64) {
+    let middle = median(values);
+    let mut deviations: Vec<f64> = values.iter().map(|v| (v - middle).abs()).collect();
+    (middle, median(&mut deviations))
 }
 
 fn median(values: &mut [f64]) -> f64 {

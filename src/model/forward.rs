@@ -5,6 +5,8 @@ use crate::backend::{
     SlotChange, VramHeld, VramMeter,
 };
 
+use crate::hardware::GpuProbe;
+
 /// Which positions of a chunk want logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogitRows {
@@ -94,6 +96,11 @@ pub trait Runner: Send {
     /// What the backend found out about this machine while loading.
     fn notes(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Measures the GPU with this model, which is called `model`; `None` without one.
+    fn measure(&mut self, _model: &str) -> Result<Option<GpuProbe>> {
+        Ok(None)
     }
 
     /// Microseconds that each GPU kernel of a decode step takes, all its launches together; the
@@ -257,6 +264,10 @@ impl Runner for crate::backend::cuda::Cuda {
 
     fn notes(&self) -> Vec<String> {
         self.notes().to_vec()
+    }
+
+    fn measure(&mut self, model: &str) -> Result<Option<GpuProbe>> {
+        self.measure(model).map(Some)
     }
 
     fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {

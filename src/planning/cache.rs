@@ -200,6 +200,21 @@ impl ExpertCache {
 }
 
 impl CacheState {
+    /// Refuses a state that lacks what `layers` never let go: it is of another placement.
+    ///
+    /// # Errors
+    /// [`StateError::Layer`], naming the first such expert.
+    pub fn check_pins(&self, layers: &[LayerSlots]) -> Result<(), StateError> {
+        for (layer, (saved, planned)) in self.layers.iter().zip(layers).enumerate() {
+            let missing = |expert: &&u16| !saved.experts.contains(&Some(**expert));
+            if let Some(expert) = planned.pinned_experts.iter().find(missing) {
+                let reason = format!("this placement pins expert {expert}, which it does not hold");
+                return Err(StateError::Layer { layer, reason });
+            }
+        }
+        Ok(())
+    }
+
     fn check(&self, config: PolicyConfig, now: &[&[Option<u16>]]) -> Result<(), StateError> {
         let different = |what, found: String, expected: String| {
             Err(StateError::Different {

@@ -6,7 +6,7 @@ use super::metrics::{
 };
 use super::record::ContextRun;
 use super::regression::{comparisons, interval_text};
-use super::{Run, units};
+use super::{Run, terms, units};
 use crate::hardware::HardwareBody;
 
 /// One heading with what follows it.
@@ -228,10 +228,39 @@ fn prediction(runs: &[Run]) -> Option<Section> {
         "measured tok/s",
         "error",
     ];
-    let blocks = vec![Table::block(2, &header, rows)];
+    let mut blocks = vec![Table::block(2, &header, rows)];
+    blocks.extend(compared_terms(runs));
     contexts(runs)
         .any(|(_, context)| context.prediction.is_some())
         .then(|| Section::new("Prediction", blocks))
+}
+
+/// Where a prediction is off, if the measurement is split.
+fn compared_terms(runs: &[Run]) -> Option<Block> {
+    let rows = contexts(runs).flat_map(|(run, context)| {
+        terms::compare(context).into_iter().map(|term| {
+            // What is not predicted is off by all of it.
+            let error = term.error().filter(|_| term.predicted_ms > 0.0);
+            vec![
+                run.name.clone(),
+                term.name.to_string(),
+                units::tokens(context.context_tokens),
+                units::significant(term.predicted_ms),
+                units::significant(term.measured_ms),
+                error.map_or("-".into(), |e| format!("{:+.1}%", e * 100.0)),
+            ]
+        })
+    });
+    let rows: Vec<Vec<String>> = rows.collect();
+    let header = [
+        "run",
+        "part of a token",
+        "context",
+        "predicted ms",
+        "measured ms",
+        "error",
+    ];
+    (!rows.is_empty()).then(|| Table::block(2, &header, rows))
 }
 
 fn memory(runs: &[Run]) -> Option<Section> {

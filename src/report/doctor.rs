@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::units;
-use crate::hardware::{GpuFacts, HardwareBody, Rate};
+use crate::hardware::{GpuFacts, GpuProbe, HardwareBody, Rate};
 
 /// Size of the first model of the project, Qwen3-Next-80B in NF4, with its dense part.
 const LARGE_MODEL_BYTES: u64 = 42_000_000_000;
@@ -72,7 +72,32 @@ pub fn facts(hardware: &HardwareBody) -> Vec<(&'static str, String)> {
         let cuda = hardware.gpu.cuda_version.as_deref().unwrap_or("unknown");
         facts.push(("driver", format!("{driver}, CUDA up to {cuda}")));
     }
+    if let Some(probe) = &hardware.gpu_probe {
+        facts.extend(measured(probe));
+    }
     facts
+}
+
+/// A line for each figure of a measured GPU.
+fn measured(probe: &GpuProbe) -> Vec<(&'static str, String)> {
+    let mut lines = vec![(
+        "gpu measured",
+        format!(
+            "{} with {}, {:.0} s",
+            probe.name, probe.model, probe.seconds
+        ),
+    )];
+    let rates = probe.rates().into_iter();
+    lines.extend(rates.map(|(name, r)| ("", format!("{name}: {}", rate(r)))));
+    lines.extend(probe.durations().map(|(name, d)| {
+        let (median, mad) = (d.median_us, d.mad_us);
+        let text = format!(
+            "{name}: {median:.1} ± {mad:.1} us median of {}",
+            d.repetitions
+        );
+        ("", text)
+    }));
+    lines
 }
 
 /// What will cost speed or does not fit, each with the way out.

@@ -111,13 +111,17 @@ pub static EXPERT_HIT_RATE: Metric = Metric {
 
 pub static H2D_BYTES_PER_TOKEN: Metric = Metric {
     key: "h2d_bytes_per_token",
-    label: "Copied to the GPU",
+    label: "Experts over PCIe",
     unit: "bytes/token",
-    formula: "bytes copied from RAM to VRAM / (prompt_tokens + generated_tokens)",
+    formula: "bytes of experts over PCIe in decode steps, copied or read in place / steps",
     better: Better::Lower,
-    value: |r| match (r.experts.h2d_bytes, r.prompt_tokens + r.generated_tokens) {
-        (0, _) | (_, 0) => None,
-        (bytes, tokens) => Some(bytes as f64 / tokens as f64),
+    value: |r| {
+        // The last token is not fed.
+        let fed = r.generated_tokens.saturating_sub(1) as u64;
+        match (r.experts.h2d_bytes, r.decode_split.map_or(fed, |s| s.steps)) {
+            (0, _) | (_, 0) => None,
+            (bytes, steps) => Some(bytes as f64 / steps as f64),
+        }
     },
 };
 
@@ -208,6 +212,7 @@ mod tests {
                 misses: 10,
                 moved_bytes: 0,
                 h2d_bytes: 2100,
+                ..ExpertCounts::default()
             },
             decode_split: None,
             gpu_energy_j: Some(10.0),
@@ -221,7 +226,7 @@ mod tests {
         assert_eq!(TPOT_MS.of(&r), Some(25.0));
         assert_eq!(ITL_P50_MS.of(&r), Some(25.0));
         assert_eq!(EXPERT_HIT_RATE.of(&r), Some(0.75));
-        assert_eq!(H2D_BYTES_PER_TOKEN.of(&r), Some(20.0));
+        assert_eq!(H2D_BYTES_PER_TOKEN.of(&r), Some(525.0));
         assert_eq!(ENERGY_PER_TOKEN_J.of(&r), Some(2.0));
     }
 

@@ -14,6 +14,7 @@ pub mod regression;
 pub mod stats;
 pub mod svg;
 pub mod tables;
+pub mod terms;
 pub mod units;
 mod watched;
 

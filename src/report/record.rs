@@ -125,16 +125,22 @@ pub struct DecodeSplit {
     pub experts_pcie: f64,
 }
 
-/// Expert accesses of one repetition, one per token, layer and chosen expert.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Expert accesses of one repetition, one per token, layer and chosen expert; with a GPU those of
+/// decode steps, since its prefill passes every expert by.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExpertCounts {
-    /// Found in the fastest tier of the placement.
+    /// Found in VRAM.
     pub hits: u64,
     pub misses: u64,
-    /// Copied between tiers: fetches and promotions.
+    /// Experts copied into slots, and their bytes.
+    #[serde(default)]
+    pub promotions: u64,
     pub moved_bytes: u64,
-    /// Of those, over PCIe to the GPU.
+    /// Over PCIe to the GPU: those copies, and misses that the GPU read where they lie in RAM.
     pub h2d_bytes: u64,
+    /// `[layer]` share of the accesses that the CPU computed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cpu_share_by_layer: Vec<f64>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

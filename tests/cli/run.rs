@@ -59,7 +59,11 @@ fn json_has_prompt_tokens_text_reason_timings_and_experts() {
     // Two layers, two experts a token; the last token is never fed.
     assert_eq!(record["experts"]["misses"], (prompt.len() + 4) * 2 * 2);
     assert_eq!(record["experts"]["hits"], 0);
-    assert_eq!(record["experts"]["h2d_bytes"], 0);
+    for field in ["h2d_bytes", "moved_bytes", "promotions"] {
+        assert_eq!(record["experts"][field], 0, "{field}");
+    }
+    let shares = &record["experts"]["cpu_share_by_layer"];
+    assert_eq!(*shares, serde_json::json!([1.0, 1.0]));
 }
 
 #[test]

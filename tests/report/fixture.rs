@@ -116,6 +116,7 @@ fn repetition(tokens: usize, token_ms: f64, rng: &mut ChaCha8Rng) -> Repetition 
             misses: 28_000,
             moved_bytes: 9_000_000_000,
             h2d_bytes: 9_000_000_000,
+            ..ExpertCounts::default()
         },
         decode_split: None,
         gpu_energy_j: Some(310.0),

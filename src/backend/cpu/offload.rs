@@ -13,9 +13,10 @@ use super::activations::{Activations, Block, IntegerBlocks};
 use super::experts::{Expert, add_weighted, swiglu};
 use super::isa::Isa;
 use super::layout::{TILE_COLS, TILE_ROWS, Tile};
-use super::linear::{Panel, View, Weights};
+use super::linear::{Linear, Panel, View, Weights, add_product};
 use super::load::{self, Request};
 use super::memory::Huge;
+use super::rms_norm::rms_norm;
 use super::threads::{Parts, Pool};
 use super::{CpuPrecision, layout};
 use crate::backend::{BackendError, ExpertWeights, Result};
@@ -126,7 +127,7 @@ impl Offload {
         }
         let chosen: Vec<&Expert> = ids.iter().map(|&id| &experts[id as usize]).collect();
         let isa = self.isa;
-        self.set_x(x, chosen[0]);
+        self.set_x(x, &chosen[0].gate);
 
         let blocks = chosen.iter().map(|e| e.blocks()).max().unwrap_or(0);
         let integers = chosen[0].down.reads_integers();
@@ -224,9 +225,31 @@ impl Offload {
         })
     }
 
-    /// Cuts `x` into blocks, and quantises them as `expert` reads them.
-    fn set_x(&mut self, x: &[f32], expert: &Expert) {
-        let integers = expert.gate.reads_integers();
+    /// `out = linear norm(hidden)`: the output head of one token.
+    ///
+    /// - `hidden`, `scale`: `[D]`, the norm's scale as a factor
+    /// - `out`: `[rows]`
+    ///
+    /// # Errors
+    /// A panic in a worker.
+    pub fn head(
+        &mut self,
+        linear: &Linear,
+        hidden: &[f32],
+        scale: &[f32],
+        eps: f32,
+        out: &mut [f32],
+    ) -> Result<()> {
+        let mut x = vec![0.0; hidden.len()];
+        rms_norm(self.isa, hidden, scale, eps, &mut x);
+        self.set_x(&x, linear);
+        out.fill(0.0);
+        add_product(&mut self.pool, self.isa, linear, self.x.view(), &[0], out)
+    }
+
+    /// Cuts `x` into blocks, and quantises them as `linear` reads them.
+    fn set_x(&mut self, x: &[f32], linear: &Linear) {
+        let integers = linear.reads_integers();
         self.x.resize(1, x.len(), integers);
         let values = self.x.blocks.as_flattened_mut();
         values[..x.len()].copy_from_slice(x);

@@ -13,6 +13,7 @@
 //! | [`state`] | what a sequence carries on |
 //! | [`decode`] | one token; the hand-off between GPU and CPU |
 //! | [`prefill`] | chunks of tokens; experts stream over PCIe |
+//! | [`measure`] | the machine's figures that plans are made from |
 
 pub mod abi;
 mod arena;
@@ -25,6 +26,7 @@ pub mod driver;
 #[cfg(feature = "emulate")]
 pub mod emulated;
 pub mod geometry;
+mod measure;
 mod prefill;
 mod slots;
 pub mod state;
@@ -69,6 +71,8 @@ pub struct CudaOptions {
     pub split: Option<Vec<i32>>,
     /// Whether routers look ahead, so that the CPU fetches experts early; measured if not given
     pub look_ahead: Option<bool>,
+    /// The CPU computes the output head, from RAM: its memory on the device goes to experts
+    pub head_in_ram: bool,
 }
 
 /// Chunks up to this many tokens are decoded one by one: streaming all experts of a model over PCIe
@@ -161,6 +165,7 @@ impl Cuda {
             &shape,
             weights,
             options.cpu_precision,
+            options.head_in_ram,
             progress,
         )?;
         let layouts = [&store.layout, &shared_layout];
@@ -362,13 +367,14 @@ impl Cuda {
         wanted: usize,
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<NextLogits> {
-        if !decode::finds(&self.model.shape, wanted) {
+        let here = matches!(self.model.dense.lm_head, weights::Head::Vram(_));
+        if !here || !decode::finds(&self.model.shape, wanted) {
             return Ok(NextLogits::All(self.forward(&[id], 0..1, on_routing)?));
         }
         self.feed(1, |cuda| {
             cuda.settle_slots()?;
             cuda.step(id, Wanted::Best, on_routing)?;
-            cuda.decode.best(&cuda.model, wanted)
+            (cuda.decode).best(&cuda.model, &mut cuda.offload, wanted)
         })
     }
 

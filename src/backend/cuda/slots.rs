@@ -117,7 +117,14 @@ impl Cuda {
                 .start_fetch(change.layer, change.expert, slot, &self.copies)?;
             self.slots.pending.push((change.layer, change.expert, slot));
             self.slots.changed = true;
-            self.decode.times.h2d_bytes += self.model.store.layout.blob_bytes as u64;
+            // A new context fills the slots again: with what the policy believes is there.
+            if let Residency::Slots(contents) = &mut self.options.residency {
+                contents[change.layer][change.slot] = Some(change.expert as u16);
+            }
+            let (times, bytes) = (&mut self.decode.times, self.model.store.layout.blob_bytes);
+            times.promotions += 1;
+            times.promoted_bytes += bytes as u64;
+            times.h2d_bytes += bytes as u64;
         }
         Ok(())
     }

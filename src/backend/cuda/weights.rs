@@ -21,9 +21,20 @@ pub struct DenseWeights {
     pub layers: Vec<Layer>,
     /// `[D]`, 1 + w
     pub norm: u64,
-    pub lm_head: abi::Linear,
+    pub lm_head: Head,
     /// `[rotary_dim / 2]`
     pub inverse_frequencies: u64,
+}
+
+/// The output matrix.
+pub enum Head {
+    Vram(abi::Linear),
+    /// Computed by the CPU, with the final norm before it
+    Ram {
+        linear: Linear,
+        /// `[D]`, 1 + w
+        norm: Vec<f32>,
+    },
 }
 
 pub struct Layer {
@@ -95,6 +106,7 @@ pub fn load(
     shape: &ModelShape,
     weights: &ModelWeights,
     precision: CpuPrecision,
+    head_in_ram: bool,
     progress: Progress,
 ) -> Result<Loaded> {
     let mut loader = Loader {
@@ -127,7 +139,13 @@ pub fn load(
         done += layer_bytes(layer);
         progress(done, total);
     }
-    let lm_head = loader.linears(&[&weights.lm_head])?.remove(0);
+    let lm_head = match head_in_ram {
+        true => Head::Ram {
+            linear: loader.packed(&[&weights.lm_head])?.remove(0),
+            norm: one_plus(&weights.norm),
+        },
+        false => Head::Vram(loader.linears(&[&weights.lm_head])?.remove(0)),
+    };
     let attention = &shape.attention;
     let frequencies = rope::inverse_frequencies(attention.rope_theta, attention.rotary_dim);
     let dense = DenseWeights {
@@ -222,8 +240,7 @@ impl Loader<'_> {
     }
 
     fn expert(&mut self, matrices: &[&crate::formats::Matrix]) -> Result<Expert> {
-        let requests: Vec<Request> = matrices.iter().map(|&m| (m, CpuPrecision::Int16)).collect();
-        let mut linears = load::load(self.offload.pool(), &requests)?.into_iter();
+        let mut linears = self.packed(matrices)?.into_iter();
         let mut next = || linears.next().expect("a matrix for each request");
         Ok(Expert {
             gate: next(),
@@ -232,9 +249,13 @@ impl Loader<'_> {
         })
     }
 
-    fn linears(&mut self, matrices: &[&crate::formats::Matrix]) -> Result<Vec<abi::Linear>> {
+    fn packed(&mut self, matrices: &[&crate::formats::Matrix]) -> Result<Vec<Linear>> {
         let requests: Vec<Request> = matrices.iter().map(|&m| (m, CpuPrecision::Int16)).collect();
-        let packed = load::load(self.offload.pool(), &requests)?;
+        load::load(self.offload.pool(), &requests)
+    }
+
+    fn linears(&mut self, matrices: &[&crate::formats::Matrix]) -> Result<Vec<abi::Linear>> {
+        let packed = self.packed(matrices)?;
         packed.iter().map(|linear| self.upload(linear)).collect()
     }
 
@@ -264,9 +285,12 @@ impl Loader<'_> {
         self.arena.upload(values, self.stream)
     }
 
-    /// Zero-centred norm weights as factors.
     fn one_plus(&mut self, w: &[f32]) -> Result<u64> {
-        let factors: Vec<f32> = w.iter().map(|w| 1.0 + w).collect();
-        self.vector(&factors)
+        self.vector(&one_plus(w))
     }
+}
+
+/// Zero-centred norm weights as factors.
+fn one_plus(w: &[f32]) -> Vec<f32> {
+    w.iter().map(|w| 1.0 + w).collect()
 }

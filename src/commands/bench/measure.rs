@@ -6,13 +6,13 @@ use sha2::{Digest, Sha256};
 
 use crate::backend::{DecodeTimes, Routing};
 use crate::commands::console::{Console, Unit};
-use crate::commands::{Failure, interrupt};
+use crate::commands::{Failure, expert_counts, interrupt};
 use crate::engine::Engine;
 use crate::engine::generate::{FinishReason, GenerateOptions, Observer};
 use crate::engine::sampler::SamplingParams;
 use crate::formats::corpus::Corpus;
 use crate::hardware::{GpuCounters, GpuSource, NvmlGpu};
-use crate::report::record::{ContextRun, DecodeSplit, ExpertCounts, Repetition};
+use crate::report::record::{ContextRun, DecodeSplit, Repetition};
 
 pub struct MeasurePlan {
     /// Ascending; prompt and generated tokens together
@@ -89,7 +89,7 @@ fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Res
         ignore_eos: true,
         logprobs: 0,
     };
-    let mut experts = ExpertCounts::default();
+    let mut accesses = 0;
     engine.take_times();
     let start = Instant::now();
     let generation = engine.generate(
@@ -100,7 +100,7 @@ fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Res
             on_text: &mut |_| {},
             on_prefill: &mut |_| {},
             on_routing: &mut |_, _, routing: &Routing| {
-                experts.misses += routing.topk_ids.len() as u64;
+                accesses += routing.topk_ids.len() as u64;
             },
         },
     )?;
@@ -109,13 +109,7 @@ fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Res
         return Err(Failure::Interrupted.into());
     }
     let times = engine.take_times();
-    if let Some(times) = &times {
-        // Prefill passes every expert by; hits are of decode steps.
-        experts.hits = times.experts_vram;
-        experts.misses = times.experts_cpu + times.experts_pcie;
-        experts.h2d_bytes = times.h2d_bytes;
-        experts.moved_bytes = times.h2d_bytes;
-    }
+    let experts = expert_counts(times.as_ref(), accesses, engine.shape().num_layers());
     let timings = &generation.timings;
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     let mut hash = Sha256::new();

@@ -16,10 +16,10 @@ use super::console::Console;
 use super::machine::{self, this_machine};
 use super::plan::{self, Kv};
 use super::profile::{self, Settings as ProfileSettings};
-use super::{Failure, check_output, load, report, workloads};
-use crate::cli::{ComputeArgs, ModelArgs};
+use super::{Failure, cache_state, check_output, load, report, workloads};
+use crate::backend;
+use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::Engine;
-use crate::engine::footprint::footprint;
 use crate::formats::Document;
 use crate::formats::corpus::Corpus;
 use crate::formats::document::{PLACEMENT, RUN};
@@ -79,6 +79,8 @@ pub struct BenchArgs {
     model: ModelArgs,
     #[command(flatten)]
     compute: ComputeArgs,
+    #[command(flatten)]
+    cache: CacheArgs,
 }
 
 /// Records of each built-in corpus, and tokens of each record, that the quick profile reads.
@@ -113,17 +115,10 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         Some(path) => Corpus::open(path)?,
         None => workloads::by_name(workloads::LONG).expect("is built in")?,
     };
-    // All that can be refused is refused before the weights are loaded.
-    let checkpoint = source.local_checkpoint()?;
-    let footprint = footprint(&config, checkpoint.as_ref())?;
-    let model_id = source.model_id(checkpoint.as_ref())?;
-    let given = args.compute.placement.as_deref();
-    let given = given
-        .map(|path| plan::read(path, &model_id, &footprint))
-        .transpose()?;
-    drop(checkpoint);
-
-    let mut engine = load::engine(&source, &args.compute, room, console)?;
+    let cache_file = args.cache.cache_state.as_deref();
+    let mut outline = load::outline(&source, &args.compute, cache_file, console)?;
+    let mut engine = load::engine(&source, &args.compute, &mut outline, room, console)?;
+    let footprint = outline.footprint;
     let mut hardware = HardwareBody::detect();
     let facts = engine.backend();
     let executed_on = match facts.gpu() {
@@ -136,7 +131,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         hardware.summary()
     ));
 
-    let (placement, profile) = match given {
+    let (placement, profile) = match outline.placement {
         Some(placement) => (placement, None),
         None => {
             let (placement, profile) = plan_here(&args, &mut engine, &footprint, longest, console)?;
@@ -145,10 +140,13 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     };
 
     if profile.is_some() {
-        load::place(&mut engine, &args.compute, &placement.body, console)?;
+        let placement = &placement.body;
+        load::place(&mut engine, &args.compute, placement, cache_file, console)?;
     }
     let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&engine));
-    let mut contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console)?;
+    let contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console);
+    cache_state::save(cache_file, &engine, console)?;
+    let mut contexts = contexts?;
     let monitor = monitor.stop();
     if let Some(reason) = engine.experts().and_then(|experts| experts.stopped()) {
         console.note(format!("note: {reason}"));
@@ -164,19 +162,27 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     // Not before: its buffer would count as the model's memory.
     let threads = engine.backend().threads;
     hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
-    let (machine, hit_rates) = match facts.gpu() {
+    let (machine, situation) = match facts.gpu() {
         Some(_) => (
             Some(machine::with_gpu(&hardware)),
-            placement.body.expected_hit_rates.clone(),
+            situation(&args.compute, &placement.body),
         ),
-        None => (this_machine(&hardware), vec![0.0; footprint.num_layers]),
+        None => {
+            let on_cpu = Situation {
+                hit_rates: vec![0.0; footprint.num_layers],
+                promotions_per_token: 0.0,
+                kv_dtype: KvDtype::F16,
+                head: placement::Tier::Vram,
+            };
+            (this_machine(&hardware), on_cpu)
+        }
     };
     for context in &mut contexts {
         let tokens = context.context_tokens;
         context.bytes_read_per_token = engine.decode_read_bytes(tokens);
         context.prediction = machine
             .as_ref()
-            .map(|m| predict(&footprint, m, tokens as u64, &hit_rates));
+            .map(|m| predict(&footprint, m, tokens as u64, &situation));
         context.compare_prediction();
     }
     let quality = match args.quality_tokens {
@@ -318,16 +324,46 @@ fn plan_here(
     Ok((placement, profile))
 }
 
-fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64, hit_rates: &[f64]) -> Prediction {
+/// What a prediction takes from the plan and the flags.
+struct Situation {
+    /// `[layer]`
+    hit_rates: Vec<f64>,
+    promotions_per_token: f64,
+    kv_dtype: KvDtype,
+    head: placement::Tier,
+}
+
+fn situation(compute: &ComputeArgs, placement: &Placement) -> Situation {
+    let promoted = placement.decode.promotion_h2d_bytes_per_token;
+    let (hit_rates, promotions_per_token) = match compute.cpu_moe {
+        true => (vec![0.0; placement.layers.len()], 0.0),
+        false => (
+            placement.expected_hit_rates.clone(),
+            promoted / placement.expert_bytes.max(1) as f64,
+        ),
+    };
+    Situation {
+        hit_rates,
+        promotions_per_token,
+        kv_dtype: match compute.kv_dtype {
+            Some(backend::KvDtype::Int8) => KvDtype::Int8,
+            Some(_) => KvDtype::F16,
+            None => placement.kv_dtype,
+        },
+        head: placement.head,
+    }
+}
+
+fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64, at: &Situation) -> Prediction {
     let decode = cost::decode(
         footprint,
         machine,
         &DecodeSituation {
             ctx_tokens: ctx,
-            kv_dtype: KvDtype::F16,
-            head: placement::Tier::Vram,
-            hit_rates,
-            promotions_per_token: 0.0,
+            kv_dtype: at.kv_dtype,
+            head: at.head,
+            hit_rates: &at.hit_rates,
+            promotions_per_token: at.promotions_per_token,
             disk_share: 0.0,
         },
     );

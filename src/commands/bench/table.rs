@@ -5,6 +5,7 @@ use crate::report::metrics::{
     DECODE_TOK_S, ITL_P50_MS, ITL_P99_MS, Metric, PREFILL_TOK_S, TTFT_MS,
 };
 use crate::report::record::{ContextRun, RunBody};
+use crate::report::terms;
 
 const COLUMNS: [&Metric; 5] = [
     &PREFILL_TOK_S,
@@ -39,6 +40,7 @@ pub fn render(run: &RunBody) -> String {
     for context in &run.contexts {
         out += &roofline(run, context).unwrap_or_default();
         out += &decode_split(context).unwrap_or_default();
+        out += &compared(context).unwrap_or_default();
     }
     if let Some(quality) = &run.quality {
         out += &format!(
@@ -99,6 +101,35 @@ fn roofline(run: &RunBody, context: &ContextRun) -> Option<String> {
         show_bytes(bytes),
         100.0 * gb_s / dram
     ))
+}
+
+/// How far the prediction is off, and in which term.
+fn compared(context: &ContextRun) -> Option<String> {
+    let prediction = context.prediction.as_ref()?;
+    let measured_ms = 1e3 / DECODE_TOK_S.summary(context)?.median;
+    let percent = |error: f64| format!("{:+.0}%", 100.0 * error);
+    let predicted_ms = terms::predicted_ms(prediction);
+    let mut text = format!(
+        "\ncontext {}: predicted {predicted_ms:.2} ms a token, measured {measured_ms:.2} ({})",
+        show_tokens(context.context_tokens as u64),
+        percent((predicted_ms - measured_ms) / measured_ms)
+    );
+    for (i, term) in terms::compare(context).iter().enumerate() {
+        text += &format!(
+            "{} {} {:.2} for {:.2}",
+            if i == 0 { ":" } else { "," },
+            term.name,
+            term.predicted_ms,
+            term.measured_ms
+        );
+        // What is not predicted is off by all of it.
+        if term.predicted_ms > 0.0 {
+            text += &term
+                .error()
+                .map_or(String::new(), |e| format!(" ({})", percent(e)));
+        }
+    }
+    Some(text)
 }
 
 /// Where a decode step's time goes, in the repetition of median speed.

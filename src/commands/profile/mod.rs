@@ -103,7 +103,8 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
         let corpora = open_corpora(&args.corpora)?;
         let limit = source.config()?.max_position_embeddings;
         let room = (args.ctx as usize + args.generate).min(limit);
-        let mut engine = load::engine(&source, &args.compute, room, console)?;
+        let mut outline = load::outline(&source, &args.compute, None, console)?;
+        let mut engine = load::engine(&source, &args.compute, &mut outline, room, console)?;
         let settings = Settings {
             ctx: args.ctx as usize,
             generate: args.generate,

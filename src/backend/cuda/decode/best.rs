@@ -5,6 +5,7 @@ use super::super::arena::Arena;
 use super::super::device::{Device, Pinned, Stream, args};
 use super::super::geometry;
 use super::{Decode, Model};
+use crate::backend::cpu::offload::Offload;
 use crate::backend::{BestLogits, ModelShape, NextLogits, Result};
 
 /// Every token as good as this one, counted from the best, is brought back; more are rarely asked for.
@@ -65,12 +66,17 @@ impl BestBuffers {
 impl Decode {
     /// The best logits of the last step, if it was to find them; all of them where more than the best
     /// one is `wanted` and too many are equally good.
-    pub fn best(&mut self, model: &Model, wanted: usize) -> Result<NextLogits> {
+    pub fn best(
+        &mut self,
+        model: &Model,
+        offload: &mut Offload,
+        wanted: usize,
+    ) -> Result<NextLogits> {
         let &Best {
             count, id, logit, ..
         } = &self.best.host.as_slice()[0];
         if wanted > 1 && count as usize > MAX_CANDIDATES {
-            return Ok(NextLogits::All(self.fetch_logits(model)?.to_vec()));
+            return Ok(NextLogits::All(self.fetch_logits(model, offload)?.to_vec()));
         }
         let mut candidates = vec![(id as u32, logit)];
         if wanted > 1 {

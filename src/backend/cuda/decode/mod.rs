@@ -3,9 +3,10 @@
 //! Per layer the graph runs about seven kernels. The router's kernel writes its choice to host
 //! memory; this thread sees it, has the workers compute the experts that are not in VRAM, and sets a
 //! flag that the graph waits for before it adds both parts. Nothing else is synchronised, and no GPU
-//! kernel spins.
+//! kernel spins. An output head in RAM is the CPU's last act.
 
 mod best;
+mod measure;
 mod record;
 
 pub use best::finds;
@@ -19,9 +20,11 @@ use super::device::{Device, Event, Graph, Pinned, Stream};
 use super::geometry::{self, AttentionParts};
 use super::state::SequenceState;
 use super::store::ExpertStore;
-use super::weights::DenseWeights;
+use super::weights::{DenseWeights, Head};
 use crate::backend::cpu::offload::Offload;
-use crate::backend::{BackendError, DecodeTimes, ModelShape, Result, Routing};
+use crate::backend::{
+    BackendError, DecodeTimes, LayerPicks, ModelShape, Result, Routing, StepTimes,
+};
 
 /// The GPU must reach the next layer within this time.
 const WATCHDOG: Duration = Duration::from_secs(30);
@@ -91,7 +94,11 @@ pub struct Decode {
     done: Pinned<u32>,
     host_logits: Pinned<f32>,
     best: best::BestBuffers,
+    /// What a head in RAM starts from
+    host_hidden: Pinned<f32>,
 
+    /// Hands over in every layer, even if all experts are in VRAM: to measure what that takes
+    pub hand_over_always: bool,
     /// Runs routers ahead, beside the mixers; absent where that is not asked for
     side: Option<Side>,
     graphs: Vec<(Kind, Graph)>,
@@ -162,6 +169,8 @@ impl Decode {
             done: device.alloc_host(layers)?,
             host_logits: device.alloc_host(shape.vocab_size)?,
             best: best::BestBuffers::new(device, arena, shape.vocab_size, stream)?,
+            host_hidden: device.alloc_host(dim)?,
+            hand_over_always: false,
             side: None,
             graphs: Vec::new(),
             number: 0,
@@ -223,14 +232,14 @@ impl Decode {
         };
         let kind = Kind {
             wanted,
-            hybrid: !model.store.all_resident(),
+            hybrid: self.hand_over_always || !model.store.all_resident(),
         };
         let index = match self.graphs.iter().position(|(k, _)| *k == kind) {
             Some(index) => index,
             None => {
                 let graph = model
                     .stream
-                    .capture(|| self.record(model, state, kind, None))?;
+                    .capture(|| self.record(model, state, kind, &[]))?;
                 self.graphs.push((kind, graph));
                 self.graphs.len() - 1
             }
@@ -238,10 +247,9 @@ impl Decode {
         // SAFETY: the graph was recorded for this sequence, whose memory `state` holds.
         unsafe { model.stream.launch_graph(&self.graphs[index].1)? };
         let launched = Instant::now();
-        let mut times = DecodeTimes {
-            steps: 1,
+        let mut times = StepTimes {
             launch_s: (launched - start).as_secs_f64(),
-            ..DecodeTimes::default()
+            ..StepTimes::default()
         };
         if kind.hybrid {
             let served = self.serve(model, offload, &mut times);
@@ -256,10 +264,14 @@ impl Decode {
         }
         let served = Instant::now();
         model.stream.synchronize()?;
+        if wanted == Wanted::Logits {
+            self.finish_head(model, offload)?;
+        }
         let end = Instant::now();
         times.tail_s = (end - served).as_secs_f64();
         times.total_s = (end - start).as_secs_f64();
         state.position += 1;
+        self.times.add_step(&times);
 
         let k = model.shape.moe.num_experts_per_tok;
         let mut routing = Routing {
@@ -278,17 +290,20 @@ impl Decode {
                 let foreseen = &self.foreseen.as_slice()[layer];
                 let known = &foreseen.cpu_ids[..(foreseen.num_cpu.max(0) as usize).min(k)];
                 let asked = &handoff.cpu_ids[..(handoff.num_cpu.max(0) as usize).min(k)];
-                times.foreseen += asked.iter().filter(|id| known.contains(id)).count() as u64;
+                self.times.foreseen += asked.iter().filter(|id| known.contains(id)).count() as u64;
             }
             let missing = (routing.topk_ids.iter())
                 .filter(|&&id| model.store.resident(layer, usize::from(id)) == 0)
                 .count() as u64;
-            times.experts_cpu += cpu;
-            times.experts_pcie += missing - cpu.min(missing);
-            times.experts_vram += k as u64 - missing;
+            let picks = LayerPicks {
+                vram: k as u64 - missing,
+                cpu,
+                pcie: missing - cpu.min(missing),
+            };
+            let blob_bytes = model.store.layout.blob_bytes as u64;
+            self.times.add_picks(layer, picks, blob_bytes);
             on_routing(layer, &routing);
         }
-        self.times.add(&times);
         Ok(())
     }
 
@@ -298,25 +313,30 @@ impl Decode {
     }
 
     /// Logits of the residual stream at device address `hidden`, `[D]`; waits.
-    pub fn head_of(&mut self, model: &Model, hidden: u64) -> Result<&[f32]> {
+    pub fn head_of(&mut self, model: &Model, offload: &mut Offload, hidden: u64) -> Result<&[f32]> {
         self.record_head(model, hidden)?;
-        self.fetch_logits(model)
+        self.fetch_logits(model, offload)
     }
 
-    /// All logits of the last head that the device computed; waits.
-    pub fn fetch_logits(&mut self, model: &Model) -> Result<&[f32]> {
+    /// All logits of the last head; waits.
+    pub fn fetch_logits(&mut self, model: &Model, offload: &mut Offload) -> Result<&[f32]> {
         self.record_logits(model)?;
         model.stream.synchronize()?;
+        self.finish_head(model, offload)?;
         Ok(self.host_logits.as_slice())
     }
 
+    /// What is left of the head once the GPU is done: all of it, where it is in RAM.
+    fn finish_head(&mut self, model: &Model, offload: &mut Offload) -> Result<()> {
+        let Head::Ram { linear, norm } = &model.dense.lm_head else {
+            return Ok(());
+        };
+        let (hidden, logits) = (self.host_hidden.as_slice(), self.host_logits.as_mut_slice());
+        offload.head(linear, hidden, norm, model.shape.rms_norm_eps, logits)
+    }
+
     /// Computes what each layer leaves to the CPU, as the GPU gets there.
-    fn serve(
-        &mut self,
-        model: &Model,
-        offload: &mut Offload,
-        times: &mut DecodeTimes,
-    ) -> Result<()> {
+    fn serve(&mut self, model: &Model, offload: &mut Offload, times: &mut StepTimes) -> Result<()> {
         let dim = model.shape.hidden_size;
         let mut now = Instant::now();
         for layer in 0..model.shape.num_layers() {

@@ -4,27 +4,38 @@ use super::super::abi::Linear;
 use super::super::device::args;
 use super::super::geometry;
 use super::super::state::{LayerState, SequenceState};
-use super::super::weights::Mixer;
+use super::super::weights::{Head, Mixer};
 use super::{Decode, Kind, Model, RouterScratch, Wanted};
 use crate::backend::Result;
 
 impl Decode {
-    /// Final norm and output head; the logits stay on the device.
+    /// Final norm and output head; the logits stay on the device. Where the head is in RAM, only the
+    /// last hidden state to the host.
     pub(super) fn record_head(&self, model: &Model, hidden: u64) -> Result<()> {
         let none = Linear::default();
         let (dense, eps) = (&model.dense, model.shape.rms_norm_eps);
+        let lm_head = match &dense.lm_head {
+            Head::Vram(linear) => *linear,
+            Head::Ram { .. } => {
+                let to = self.host_hidden.pointer(0).cast::<u8>();
+                // SAFETY: `[hidden_size]` on both sides, as long as this struct.
+                return unsafe {
+                    (model.stream).copy_to_host(to, hidden, 4 * model.shape.hidden_size)
+                };
+            }
+        };
         // SAFETY: arguments are those of the kernel; `logits` is `[vocab_size]` and lives as long as
         // this struct.
         unsafe {
             model.stream.launch(
                 "decode_norm_linear",
-                geometry::norm_linear([&dense.lm_head, &none, &none], self.resident_blocks),
+                geometry::norm_linear([&lm_head, &none, &none], self.resident_blocks),
                 args![
                     self.step,
                     hidden,
                     dense.norm,
                     eps,
-                    dense.lm_head,
+                    lm_head,
                     none,
                     none,
                     self.logits,
@@ -37,70 +48,24 @@ impl Decode {
         }
     }
 
-    /// The device's logits to the host.
+    /// The device's logits to the host; none where the head is in RAM.
     pub(super) fn record_logits(&self, model: &Model) -> Result<()> {
+        if let Head::Ram { .. } = model.dense.lm_head {
+            return Ok(());
+        }
         let to = self.host_logits.pointer(0).cast::<u8>();
         let bytes = 4 * model.shape.vocab_size;
         // SAFETY: both are `[vocab_size]` and live as long as this struct.
         unsafe { model.stream.copy_to_host(to, self.logits, bytes) }
     }
 
-    /// Microseconds that each kernel of a step takes on the GPU, all its launches in a row.
-    ///
-    /// Beside each other in a step they overlap a little; alone, small ones show what a launch
-    /// costs. The sequence is not the same afterwards.
-    pub fn kernel_times(
-        &mut self,
-        model: &Model,
-        state: &SequenceState,
-    ) -> Result<Vec<(&'static str, f64)>> {
-        const KERNELS: [&str; 9] = [
-            "decode_norm_linear",
-            "decode_delta_net",
-            "decode_delta_out",
-            "decode_attention",
-            "decode_linear_add",
-            "decode_router",
-            "decode_experts_up",
-            "decode_experts_down",
-            "decode_combine",
-        ];
-        const ROUNDS: u32 = 5;
-        let device = model.stream.device();
-        let (start, end) = (device.new_event()?, device.new_event()?);
-        let kind = Kind {
-            wanted: Wanted::Nothing,
-            hybrid: true,
-        };
-        let mut times = Vec::new();
-        for name in KERNELS {
-            let graph = model
-                .stream
-                .capture(|| self.record(model, state, kind, Some(name)))?;
-            for round in 0..=ROUNDS {
-                if round == 1 {
-                    model.stream.record(&start)?;
-                }
-                // SAFETY: recorded for this sequence, which `state` holds.
-                unsafe { model.stream.launch_graph(&graph)? };
-            }
-            model.stream.record(&end)?;
-            model.stream.synchronize()?;
-            times.push((
-                name,
-                f64::from(end.ms_since(&start)?) * 1e3 / f64::from(ROUNDS),
-            ));
-        }
-        Ok(times)
-    }
-
-    /// Adds all kernels of a step to the stream, or those called `only`.
+    /// Adds all kernels of a step to the stream, or those that `only` names, if it names any.
     pub(super) fn record(
         &self,
         model: &Model,
         state: &SequenceState,
         kind: Kind,
-        only: Option<&str>,
+        only: &[&str],
     ) -> Result<()> {
         let Model {
             shape,
@@ -119,7 +84,7 @@ impl Decode {
         // and addresses are of buffers that live as long as the graph: this struct's, the model's
         // and the sequence's.
         let launch = |name, geometry, args, overlap| match only {
-            Some(only) if only != name => Ok(()),
+            [_, ..] if !only.contains(&name) => Ok(()),
             // SAFETY: see above.
             _ => unsafe { stream.launch(name, geometry, args, overlap) },
         };
@@ -295,7 +260,7 @@ impl Decode {
                 ),
                 true,
             )?;
-            if let (Some(side), true, None) = (&self.side, kind.hybrid, only)
+            if let (Some(side), true, true) = (&self.side, kind.hybrid, only.is_empty())
                 && let Some(next) = dense.layers.get(index + 1)
             {
                 // The GPU has time: it will wait for the CPU.
@@ -344,7 +309,7 @@ impl Decode {
                 true,
             )?;
             if kind.hybrid {
-                if only.is_none() {
+                if only.is_empty() {
                     // SAFETY: the flag lives as long as this struct.
                     unsafe { stream.wait_flag(self.done.at(index), 1)? };
                 }
@@ -362,7 +327,7 @@ impl Decode {
                 )?;
             }
         }
-        if let (Some(side), true, None) = (&self.side, kind.hybrid, only) {
+        if let (Some(side), true, true) = (&self.side, kind.hybrid, only.is_empty()) {
             side.stream.record(&side.join)?;
             stream.wait(&side.join)?;
         }

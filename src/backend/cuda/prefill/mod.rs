@@ -199,7 +199,8 @@ impl Cuda {
         chunk.run(&groups)?;
         for row in rows {
             let hidden = base + (self.prefill.places.hidden + 4 * row * dim) as u64;
-            logits.extend_from_slice(self.decode.head_of(&self.model, hidden)?);
+            let row = (self.decode).head_of(&self.model, &mut self.offload, hidden)?;
+            logits.extend_from_slice(row);
         }
         self.model.stream.synchronize()?;
         self.copies.synchronize()?;

@@ -1,0 +1,351 @@
+//! What this GPU, the bus and the RAM before it deliver: the figures that plans are made from.
+//!
+//! Bandwidths of copies are the device's alone; everything else is taken from the kernels, graphs
+//! and hand-offs of decode steps of the model that is loaded, so that what is measured is what runs.
+
+use std::time::{Duration, Instant};
+
+use super::abi::{Format, Linear};
+use super::device::{Buffer, Event, Pinned, Stream};
+use super::weights::Mixer;
+use super::{Cuda, Residency};
+use crate::backend::cpu::layout::{TILE_COLS, TILE_ROWS, Tile};
+use crate::backend::{BackendError, Result};
+use crate::hardware::gpu_probe::{CopyRate, GpuProbe, Micros};
+use crate::hardware::probe::Rate;
+
+/// Sizes of copies: part of an expert of the 80B model, about one, ten, and a stretch of prefill.
+const COPY_BYTES: [usize; 4] = [256 << 10, 1_671_168, 16 << 20, 64 << 20];
+/// Repetitions: as many as fit the time, within these bounds.
+const TIME_PER_FIGURE: Duration = Duration::from_millis(700);
+const REPETITIONS: std::ops::RangeInclusive<usize> = 3..=15;
+/// Kernels of a layer, as the cost model counts them.
+const KERNELS_PER_LAYER: usize = 7;
+/// Shares of missing experts over PCIe that are tried, in percent.
+const SHARES: [usize; 6] = [0, 10, 20, 30, 40, 50];
+const EXPERT_KERNELS: [&str; 3] = ["decode_router", "decode_experts_up", "decode_experts_down"];
+/// Spreads token ids over the vocabulary.
+const ID_STRIDE: usize = 7919;
+
+/// Samples of one figure.
+fn repeat(mut sample: impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
+    // The first one warms up.
+    sample()?;
+    let since = Instant::now();
+    let mut samples = Vec::new();
+    while samples.len() < *REPETITIONS.start()
+        || (samples.len() < *REPETITIONS.end() && since.elapsed() < TIME_PER_FIGURE)
+    {
+        samples.push(sample()?);
+    }
+    Ok(samples)
+}
+
+/// GB/s; an emulated clock may stand still.
+fn gb_s(bytes: usize, seconds: f64) -> f64 {
+    bytes as f64 / seconds.max(1e-9) / 1e9
+}
+
+/// Pinned memory, a device buffer beside it, and two streams with events.
+struct Bench<'a> {
+    host: Pinned<u8>,
+    device: Buffer,
+    streams: [&'a Stream; 2],
+    events: [Event; 2],
+}
+
+impl Bench<'_> {
+    /// Seconds of `work` on the first stream, by its events.
+    fn timed(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let stream = self.streams[0];
+        stream.record(&self.events[0])?;
+        work()?;
+        stream.record(&self.events[1])?;
+        stream.synchronize()?;
+        Ok(f64::from(self.events[1].ms_since(&self.events[0])?) / 1e3)
+    }
+
+    /// `count` copies of `bytes` each, to the device or back, side by side in the buffers.
+    fn copy(&self, stream: &Stream, bytes: usize, count: usize, to_device: bool) -> Result<()> {
+        let room = self.device.bytes() / bytes;
+        for i in 0..count {
+            let at = i % room * bytes;
+            // SAFETY: both ranges are inside buffers that outlive every wait here.
+            unsafe {
+                match to_device {
+                    true => {
+                        stream.copy_to_device(self.device.at(at), self.host.pointer(at), bytes)?
+                    }
+                    false => {
+                        stream.copy_to_host(self.host.pointer(at), self.device.at(at), bytes)?
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn rates(&self, to_device: bool) -> Result<Vec<CopyRate>> {
+        let largest = COPY_BYTES[COPY_BYTES.len() - 1];
+        let of_size = |bytes: usize| {
+            let count = (largest / bytes).min(16);
+            let samples = repeat(|| {
+                let s = self.timed(|| self.copy(self.streams[0], bytes, count, to_device))?;
+                Ok(gb_s(count * bytes, s))
+            })?;
+            Ok(CopyRate {
+                bytes: bytes as u64,
+                rate: Rate::of(samples),
+            })
+        };
+        COPY_BYTES.into_iter().map(of_size).collect()
+    }
+
+    /// Both directions together, the sum.
+    fn both_ways(&self) -> Result<Rate> {
+        let bytes = self.device.bytes() / 2;
+        Ok(Rate::of(repeat(|| {
+            let start = Instant::now();
+            let [a, b] = self.streams;
+            // SAFETY: each direction has its half of buffers that outlive the waits below.
+            unsafe {
+                a.copy_to_device(self.device.at(0), self.host.pointer(0), bytes)?;
+                b.copy_to_host(self.host.pointer(bytes), self.device.at(bytes), bytes)?;
+            }
+            a.synchronize()?;
+            b.synchronize()?;
+            Ok(gb_s(2 * bytes, start.elapsed().as_secs_f64()))
+        })?))
+    }
+
+    /// Copies from one half of the device's buffer to the other, bytes read.
+    fn within_device(&self) -> Result<Rate> {
+        const COPIES: usize = 8;
+        let bytes = self.device.bytes() / 2;
+        Ok(Rate::of(repeat(|| {
+            let s = self.timed(|| {
+                (0..COPIES).try_for_each(|_| {
+                    let (from, to) = (self.device.at(0), self.device.at(bytes));
+                    // SAFETY: two halves of a buffer that outlives the wait.
+                    unsafe { self.streams[0].copy_on_device(to, from, bytes) }
+                })
+            })?;
+            Ok(gb_s(COPIES * bytes, s))
+        })?))
+    }
+}
+
+impl Cuda {
+    /// Measures the device with the model that is loaded, whose experts must all fit. The sequence
+    /// starts over, and experts are where the options ask afterwards.
+    ///
+    /// # Errors
+    /// If memory is short, or the driver reports an error.
+    pub fn measure(&mut self, model: &str) -> Result<GpuProbe> {
+        let started = Instant::now();
+        let asked = self.options.residency.clone();
+        let split = vec![0; self.model.shape.moe.num_experts_per_tok + 1];
+        let mut probe = GpuProbe {
+            name: self.device.facts().name,
+            vram_bytes: self.device.facts().total_bytes,
+            model: model.into(),
+            ..GpuProbe::default()
+        };
+        self.measure_copies(&mut probe)?;
+        let measured = self.measure_steps(&mut probe);
+        self.decode.hand_over_always = false;
+        self.decode.set_split(&split, &self.model.stream)?;
+        self.options.residency = asked;
+        self.fill_slots()?;
+        self.state.clear(&self.model.stream)?;
+        measured?;
+        probe.seconds = started.elapsed().as_secs_f64();
+        Ok(probe)
+    }
+
+    fn measure_copies(&mut self, probe: &mut GpuProbe) -> Result<()> {
+        let bytes = 2 * COPY_BYTES[COPY_BYTES.len() - 1];
+        let bench = Bench {
+            host: self.device.alloc_host(bytes)?,
+            device: self.device.alloc(bytes, &self.model.stream)?,
+            streams: [&self.model.stream, &self.copies],
+            events: [self.device.new_event()?, self.device.new_event()?],
+        };
+        self.model.stream.synchronize()?;
+        probe.h2d = bench.rates(true)?;
+        probe.d2h = bench.rates(false)?;
+        probe.both_ways = bench.both_ways()?;
+        probe.vram = bench.within_device()?;
+
+        // The CPU's experts, alone and while copies run that are never waited for.
+        let experts = self.model.shape.moe.num_experts;
+        let k = self.model.shape.moe.num_experts_per_tok;
+        let x = vec![0.1; self.model.shape.hidden_size];
+        let mut out = x.clone();
+        let (mut round, layers) = (0, &self.model.store.layers);
+        let step_bytes = layers.len() * k * self.model.store.layout.blob_bytes as usize;
+        let offload = &mut self.offload;
+        let mut compute = || -> Result<f64> {
+            let start = Instant::now();
+            round += k;
+            for layer in layers {
+                let ids: Vec<i32> = (0..k).map(|i| ((round + i) % experts) as i32).collect();
+                offload.compute(&layer.experts, &ids, &vec![0.1; k], &x, &mut out)?;
+            }
+            Ok(start.elapsed().as_secs_f64())
+        };
+        let alone = repeat(&mut compute)?;
+        probe.cpu_experts = Rate::of(alone.iter().map(|&s| gb_s(step_bytes, s)).collect());
+        let (mut cpu, mut bus) = (Vec::new(), Vec::new());
+        let copy_bytes = COPY_BYTES[COPY_BYTES.len() - 1];
+        // So many that they run longer than the experts.
+        let seconds = middle(&alone);
+        let rate = probe.h2d.last().map_or(1.0, |c| c.rate.median_gb_s);
+        let count = (2.0 * seconds * rate * 1e9 / copy_bytes as f64)
+            .ceil()
+            .max(1.0) as usize;
+        repeat(|| {
+            bench.copy(bench.streams[0], copy_bytes, count, true)?;
+            let start = Instant::now();
+            let s = compute()?;
+            bench.streams[0].synchronize()?;
+            bus.push(gb_s(count * copy_bytes, start.elapsed().as_secs_f64()));
+            cpu.push(gb_s(step_bytes, s));
+            Ok(s)
+        })?;
+        probe.cpu_experts_beside_h2d = Rate::of(cpu);
+        probe.h2d_beside_cpu_experts = Rate::of(bus);
+        Ok(())
+    }
+
+    fn measure_steps(&mut self, probe: &mut GpuProbe) -> Result<()> {
+        let moe = &self.model.shape.moe;
+        let (layers, k) = (self.model.shape.num_layers(), moe.num_experts_per_tok);
+        let blob_bytes = self.model.store.layout.blob_bytes as usize;
+        let routed_bytes = layers * k * blob_bytes;
+
+        self.give_slots(Residency::Fill)?;
+        if !self.model.store.all_resident() {
+            return Err(BackendError::Other(
+                "the model to measure with does not fit the GPU with all its experts".into(),
+            ));
+        }
+        probe.kernel_node = Micros::of(repeat(|| self.decode.kernel_node_us(&self.model))?);
+        probe.flag_round_trip = Micros::of(repeat(|| self.decode.flag_round_trip_us(&self.model))?);
+        let in_vram = self.expert_kernel_seconds()?;
+        let shared_bytes = layers * self.model.shared_layout.blob_bytes as usize;
+        let of_vram = |&s: &f64| gb_s(routed_bytes + shared_bytes, s);
+        probe.expert_kernel = Rate::of(in_vram.iter().map(of_vram).collect());
+
+        // Steps with and without a hand-off that hands over nothing.
+        let alone = self.step_seconds()?;
+        let dense_us = 1e6 * (self.dense_bytes() as f64 / 1e9) / probe.expert_kernel.median_gb_s;
+        let experts_us = 1e6 * middle(&in_vram);
+        let kernels = (layers * KERNELS_PER_LAYER) as f64;
+        probe.step_kernel = Micros::of(repeat(|| {
+            let all = (self.decode).time_kernels(&self.model, &self.state, &[], 3)?;
+            // Where the weights' rate explains everything, nothing is left but the launches.
+            let beyond = (all - dense_us - experts_us) / kernels;
+            Ok(beyond.max(probe.kernel_node.median_us))
+        })?);
+        self.decode.hand_over_always = true;
+        let handed = self.step_seconds()?;
+        self.decode.hand_over_always = false;
+        let per_layer = |&s: &f64| ((s - middle(&alone)) * 1e6 / layers as f64).max(0.0);
+        probe.handoff = Micros::of(handed.iter().map(per_layer).collect());
+
+        // Nothing resident: the same kernels read over PCIe, then CPU and GPU share the misses.
+        self.give_slots(Residency::Nothing)?;
+        self.set_share(100)?;
+        self.step_all(&[0], 0..1, &mut |_, _, _| {})?;
+        let over_pcie = self.expert_kernel_seconds()?;
+        let rates = over_pcie.iter().map(|&s| gb_s(routed_bytes, s));
+        probe.expert_kernel_over_pcie = Rate::of(rates.collect());
+        let base = (middle(&handed) - middle(&in_vram)).max(0.0);
+        for percent in SHARES {
+            self.set_share(percent)?;
+            let steps = self.step_seconds()?;
+            let rates = steps
+                .iter()
+                .map(|s| gb_s(routed_bytes, (s - base).max(0.02 * s)));
+            let rate = Rate::of(rates.collect());
+            if rate.median_gb_s > probe.cpu_and_pcie.median_gb_s {
+                (probe.cpu_and_pcie, probe.pcie_share_percent) = (rate, percent);
+            }
+        }
+        Ok(())
+    }
+
+    fn give_slots(&mut self, residency: Residency) -> Result<()> {
+        self.options.residency = residency;
+        self.fill_slots()?;
+        self.state.clear(&self.model.stream)
+    }
+
+    /// Of `m` misses the GPU reads this share over PCIe.
+    fn set_share(&mut self, percent: usize) -> Result<()> {
+        let k = self.model.shape.moe.num_experts_per_tok;
+        let split: Vec<i32> = (0..=k).map(|m| ((m * percent + 50) / 100) as i32).collect();
+        self.decode.set_split(&split, &self.model.stream)
+    }
+
+    /// Seconds of the expert kernels of a step, routers taken off.
+    fn expert_kernel_seconds(&self) -> Result<Vec<f64>> {
+        let (decode, model, state) = (&self.decode, &self.model, &self.state);
+        let routers = middle(&repeat(|| {
+            decode.time_kernels(model, state, &EXPERT_KERNELS[..1], 5)
+        })?);
+        repeat(|| {
+            let all = decode.time_kernels(model, state, &EXPERT_KERNELS, 5)?;
+            Ok((all - routers).max(0.02 * all) / 1e6)
+        })
+    }
+
+    /// Seconds of whole steps, logits included.
+    fn step_seconds(&mut self) -> Result<Vec<f64>> {
+        let mut number = 0;
+        repeat(|| {
+            if self.state.position + 1 >= self.state.max_tokens {
+                self.state.clear(&self.model.stream)?;
+            }
+            let id = number * ID_STRIDE % self.model.shape.vocab_size;
+            number += 1;
+            let start = Instant::now();
+            self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
+            Ok(start.elapsed().as_secs_f64())
+        })
+    }
+
+    /// Bytes of weights and states that a step moves, experts and the head left out.
+    fn dense_bytes(&self) -> usize {
+        let net = &self.model.shape.delta_net;
+        let state = 2 * 4 * net.value_dim() * net.key_head_dim;
+        let of_layer = |layer: &super::weights::Layer| {
+            let mixer = match &layer.mixer {
+                Mixer::DeltaNet(n) => {
+                    [&n.qkvz, &n.ba, &n.out].map(bytes_of).iter().sum::<usize>() + state
+                }
+                Mixer::Attention(a) => [&a.q, &a.k, &a.v, &a.out].map(bytes_of).iter().sum(),
+            };
+            mixer + bytes_of(&layer.router)
+        };
+        self.model.dense.layers.iter().map(of_layer).sum()
+    }
+}
+
+fn bytes_of(linear: &Linear) -> usize {
+    let (rows, kblocks) = (linear.rows as usize, linear.kblocks as usize);
+    match linear.format {
+        f if f == Format::Nf4Tiles as i32 => {
+            rows.div_ceil(TILE_ROWS) * kblocks * size_of::<Tile<u16>>()
+        }
+        f if f == Format::Bf16Rows as i32 => rows * kblocks * TILE_COLS * 2,
+        _ => rows * kblocks * TILE_COLS * 4,
+    }
+}
+
+fn middle(samples: &[f64]) -> f64 {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}

@@ -1,0 +1,105 @@
+//! What `doctor --measure` finds out about a GPU and the bus before it.
+
+use serde::{Deserialize, Serialize};
+
+use super::Rate;
+
+/// Measured with the engine's own kernels and hand-offs on a few layers of a synthetic model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GpuProbe {
+    pub name: String,
+    pub vram_bytes: u64,
+    /// The synthetic model
+    pub model: String,
+    /// Pinned memory to the device and back, by the size of one copy, ascending
+    pub h2d: Vec<CopyRate>,
+    pub d2h: Vec<CopyRate>,
+    /// Both directions together, each on a stream of its own
+    pub both_ways: Rate,
+    /// Copies within the device, bytes read
+    pub vram: Rate,
+    /// Chosen experts read from VRAM by the kernels of a decode step
+    pub expert_kernel: Rate,
+    /// The same kernels reading the experts where they lie in RAM
+    pub expert_kernel_over_pcie: Rate,
+    /// Experts computed by the CPU
+    pub cpu_experts: Rate,
+    /// The same while copies to the device run, and those copies
+    pub cpu_experts_beside_h2d: Rate,
+    pub h2d_beside_cpu_experts: Rate,
+    /// Missing experts shared out between both, in whole decode steps, best share
+    pub cpu_and_pcie: Rate,
+    /// Of the missing experts, percent that the GPU read then
+    pub pcie_share_percent: usize,
+    /// A kernel tells the CPU, which sets the flag that the next one waits for
+    pub flag_round_trip: Micros,
+    /// A kernel of a captured graph that has next to nothing to do
+    pub kernel_node: Micros,
+    /// A kernel of a decode step, beyond its bytes at the rate of `expert_kernel`
+    pub step_kernel: Micros,
+    /// What a layer takes longer if the CPU is asked, though it has nothing to compute
+    pub handoff: Micros,
+    pub seconds: f64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CopyRate {
+    pub bytes: u64,
+    pub rate: Rate,
+}
+
+/// Repetitions of one short thing.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Micros {
+    pub median_us: f64,
+    /// Median absolute deviation from the median
+    pub mad_us: f64,
+    pub repetitions: usize,
+}
+
+impl Micros {
+    pub fn of(mut us: Vec<f64>) -> Self {
+        let repetitions = us.len();
+        let (median_us, mad_us) = super::probe::median_and_mad(&mut us);
+        Micros {
+            median_us,
+            mad_us,
+            repetitions,
+        }
+    }
+}
+
+impl GpuProbe {
+    /// Every rate by name.
+    pub fn rates(&self) -> Vec<(String, &Rate)> {
+        let mut rates: Vec<(String, &Rate)> = Vec::new();
+        for (name, copies) in [("h2d", &self.h2d), ("d2h", &self.d2h)] {
+            for CopyRate { bytes, rate } in copies {
+                rates.push((format!("{name} of {:.1} MB", *bytes as f64 / 1e6), rate));
+            }
+        }
+        for (name, rate) in [
+            ("both ways", &self.both_ways),
+            ("vram", &self.vram),
+            ("expert kernel", &self.expert_kernel),
+            ("expert kernel over PCIe", &self.expert_kernel_over_pcie),
+            ("CPU experts", &self.cpu_experts),
+            ("CPU experts beside copies", &self.cpu_experts_beside_h2d),
+            ("copies beside CPU experts", &self.h2d_beside_cpu_experts),
+            ("CPU and PCIe together", &self.cpu_and_pcie),
+        ] {
+            rates.push((name.to_string(), rate));
+        }
+        rates
+    }
+
+    /// Every duration by name.
+    pub fn durations(&self) -> [(&'static str, &Micros); 4] {
+        [
+            ("flag round trip", &self.flag_round_trip),
+            ("kernel in a graph", &self.kernel_node),
+            ("kernel of a step", &self.step_kernel),
+            ("hand-off of a layer", &self.handoff),
+        ]
+    }
+}
