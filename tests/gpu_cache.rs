@@ -329,9 +329,6 @@ fn ctrl_c_writes_the_state_and_kill_leaves_the_old_file_whole() {
 #[test]
 fn bytes_over_pcie_are_copies_and_what_the_gpu_reads_in_place() {
     let sandbox = sandbox();
-    let expert_bytes = sandbox.json("placement.json")["expert_bytes"]
-        .as_u64()
-        .unwrap();
     let run = |flags: &str| run(&sandbox, flags).ok().json()["experts"].clone();
     let of = |experts: &Value, field: &str| experts[field].as_u64().unwrap();
     let mut expert_bytes = None;

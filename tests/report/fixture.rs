@@ -197,6 +197,7 @@ fn hardware() -> HardwareBody {
             }],
             ..GpuReport::default()
         },
+        gpu_probe: None,
         dram: None,
     }
 }
