@@ -8,19 +8,20 @@ use super::check_output;
 use super::console::{Console, Unit};
 use super::machine::{HardwareFile, this_machine};
 use crate::backend::cpu::CpuPrecision;
+use crate::backend::cpu::measure::measure_experts;
 use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use crate::formats::Document;
 use crate::formats::document::HARDWARE;
-use crate::hardware::{GpuProbe, HardwareBody};
-use crate::model::Source;
+use crate::hardware::{ExpertProbe, GpuProbe, HardwareBody};
+use crate::model::{Source, weights};
 use crate::report::doctor_report;
 
 /// Show what this machine can do, measured
 ///
 /// CPU features as the system grants them, cores and memory within the limits of the control
 /// group, GPU and driver or why there is none, and the bandwidth of RAM, which bounds every expert
-/// that is not in VRAM. Takes about two seconds; --measure adds the GPU's and the bus' figures, by
-/// the kernels of this program, in up to a minute. The file can be planned for: `moectl plan
+/// that is not in VRAM. Takes about two seconds; --measure adds figures of the CPU's expert kernels,
+/// the GPU and the bus, by the kernels of this program, in up to a minute. The file can be planned for: `moectl plan
 /// --hardware`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -35,7 +36,7 @@ pub struct DoctorArgs {
     /// Leave the measurement out
     #[arg(long, conflicts_with = "measure")]
     no_measure: bool,
-    /// Measure the GPU too: VRAM, PCIe both ways, kernels, hand-offs to the CPU
+    /// Measure expert kernels too, and the GPU: VRAM, PCIe both ways, kernels, hand-offs to the CPU
     #[arg(long)]
     measure: bool,
     /// Synthetic model whose layers --measure runs
@@ -58,6 +59,7 @@ pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
         HardwareBody::measure()
     };
     if args.measure {
+        facts.cpu_experts = Some(measure_cpu(&args.measure_model, console)?);
         facts.gpu_probe = measure_gpu(&args.measure_model, console)?;
     }
     let machine = this_machine(&facts);
@@ -72,6 +74,14 @@ pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
         console.result(doctor_report(&document.body.facts).trim_end())?;
     }
     Ok(())
+}
+
+fn measure_cpu(model: &str, console: &Console) -> anyhow::Result<ExpertProbe> {
+    let source = Source::resolve(Some(model))?;
+    let config = source.config()?;
+    let weights = weights::load(&source.checkpoint()?, &config)?;
+    console.detail("measuring expert kernels of the CPU");
+    Ok(measure_experts(source.id(), &config.shape, &weights, None)?)
 }
 
 /// `None`, after saying so, where no GPU takes part.

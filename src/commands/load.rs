@@ -135,9 +135,15 @@ pub fn engine(
 
 fn start(engine: &mut Engine, experts: ExpertManager, console: &Console) -> anyhow::Result<()> {
     let (slots, policy) = (experts.total_slots(), experts.config().label());
-    engine.place(experts)?;
-    if engine.experts().is_some() {
-        console.note(format!("experts: {slots} slots, policy {policy}"));
+    let Some(fitting) = engine.place(experts)? else {
+        return Ok(());
+    };
+    console.note(format!("experts: {slots} slots, policy {policy}"));
+    if fitting < slots {
+        console.note(format!(
+            "note: {fitting} of the placement's {slots} slots fit; experts of the others are \
+             computed in RAM; raise --vram, lower --ctx, or plan for this budget"
+        ));
     }
     Ok(())
 }

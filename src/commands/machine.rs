@@ -87,10 +87,22 @@ pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
         ..Figure::measured(dram.median_gb_s)
     };
     let probe = hardware.gpu_probe.as_ref();
-    let expert_kernel_gb_s = match probe {
-        Some(probe) => figure(&probe.cpu_experts),
+    let kernels = hardware.cpu_experts.as_ref().map(|probe| &probe.batches);
+    let one_token = kernels.and_then(|batches| batches.first());
+    let many_tokens = kernels.and_then(|batches| batches.last());
+    let expert_kernel_gb_s = match (probe, one_token) {
+        // Cut as decode beside a GPU cuts it.
+        (Some(probe), _) => figure(&probe.cpu_experts),
+        (None, Some(batch)) => figure(&batch.weights),
         // The kernels wait for memory and for nothing else.
-        None => Figure::modelled(dram.median_gb_s),
+        (None, None) => Figure::modelled(dram.median_gb_s),
+    };
+    let expert_kernel_gflops = match many_tokens {
+        Some(batch) => Figure {
+            mad: Some(batch.mad_gflops),
+            ..Figure::measured(batch.median_gflops)
+        },
+        None => Figure::modelled(GFLOPS_PER_CORE * hardware.cpu.usable_cores() as f64),
     };
     Some(Hardware {
         label: hardware.summary(),
@@ -99,9 +111,7 @@ pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
             ram_bytes: hardware.memory.usable_total_bytes(),
             dram_read_gb_s,
             expert_kernel_gb_s,
-            expert_kernel_gflops: Figure::modelled(
-                GFLOPS_PER_CORE * hardware.cpu.usable_cores() as f64,
-            ),
+            expert_kernel_gflops,
             disk_read_gb_s: Figure::modelled(DISK_GB_S),
         },
         gpu: probe.map(measured_gpu),

@@ -190,13 +190,14 @@ fn in_slots(cache: &ExpertCache, layers: usize, num_experts: usize) -> Vec<Vec<b
 impl Engine {
     /// Puts experts where `manager` says, and lets it change that from token to token.
     ///
+    /// How many of its slots there is room for; `None` without a GPU, which ignores it.
+    ///
     /// # Errors
-    /// If the backend fails; one without a GPU ignores it.
-    pub fn place(&mut self, manager: ExpertManager) -> Result<()> {
-        if self.runner.place(&manager.contents())? {
-            self.experts = Some(manager);
-        }
-        Ok(())
+    /// If the backend fails.
+    pub fn place(&mut self, manager: ExpertManager) -> Result<Option<usize>> {
+        let fitting = self.runner.place(&manager.contents())?;
+        self.experts = fitting.is_some().then_some(manager);
+        Ok(fitting)
     }
 
     /// The cache of a placement, if one was placed.

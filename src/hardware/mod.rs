@@ -19,7 +19,7 @@ pub use gpu::{GpuFacts, GpuReport, NvmlGpu};
 pub use gpu_probe::GpuProbe;
 pub use memory::{MemoryFacts, NumaNode};
 pub use monitor::{GpuCounters, GpuReading, GpuSource, Monitor, MonitorRecord, Sample};
-pub use probe::{DramProbe, Rate};
+pub use probe::{DramProbe, ExpertProbe, Rate};
 
 /// The body of hardware.json, and the machine part of run.json.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,6 +32,9 @@ pub struct HardwareBody {
     /// Only where it was measured; takes up to two seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dram: Option<DramProbe>,
+    /// Only where it was asked for; takes some seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_experts: Option<ExpertProbe>,
     /// Only where it was asked for; takes up to a minute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_probe: Option<GpuProbe>,
@@ -47,6 +50,7 @@ impl HardwareBody {
             memory: MemoryFacts::read(&root),
             gpu: GpuReport::detect(),
             dram: None,
+            cpu_experts: None,
             gpu_probe: None,
         }
     }

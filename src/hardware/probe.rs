@@ -34,6 +34,40 @@ pub struct Rate {
     pub repetitions: usize,
 }
 
+/// The expert kernels of the `cpu` backend, by the number of tokens at once.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExpertProbe {
+    /// The synthetic model
+    pub model: String,
+    pub kernels: String,
+    pub threads: usize,
+    /// Ascending
+    pub batches: Vec<BatchRate>,
+    pub seconds: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct BatchRate {
+    pub tokens: usize,
+    /// Weights that are read, each expert once
+    pub weights: Rate,
+    /// Arithmetic, a multiplication and an addition for each weight and token
+    pub median_gflops: f64,
+    pub mad_gflops: f64,
+}
+
+impl BatchRate {
+    pub fn of(tokens: usize, weights: Rate, mut gflops: Vec<f64>) -> Self {
+        let (median_gflops, mad_gflops) = median_and_mad(&mut gflops);
+        BatchRate {
+            tokens,
+            weights,
+            median_gflops,
+            mad_gflops,
+        }
+    }
+}
+
 /// Far above any L3 share a virtual machine can hide, small enough to be filled in a moment.
 const SMALLEST_BUFFER: u64 = 1 << 30;
 const LARGEST_BUFFER: u64 = 2 << 30;

@@ -83,9 +83,10 @@ pub trait Runner: Send {
         None
     }
 
-    /// Fills the expert slots of each layer, `[layer][slot]`; false if there are none to fill.
-    fn place(&mut self, _contents: &[Vec<Option<u16>>]) -> Result<bool> {
-        Ok(false)
+    /// Fills the expert slots of each layer, `[layer][slot]`; how many of them there is room for, or
+    /// `None` without a GPU.
+    fn place(&mut self, _contents: &[Vec<Option<u16>>]) -> Result<Option<usize>> {
+        Ok(None)
     }
 
     /// Starts copying experts into slots; what a slot held is forgotten at once.
@@ -253,9 +254,8 @@ impl Runner for crate::backend::cuda::Cuda {
         Some(self.meter())
     }
 
-    fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<bool> {
-        self.place(contents)?;
-        Ok(true)
+    fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<Option<usize>> {
+        self.place(contents).map(Some)
     }
 
     fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {

@@ -72,6 +72,20 @@ pub fn facts(hardware: &HardwareBody) -> Vec<(&'static str, String)> {
         let cuda = hardware.gpu.cuda_version.as_deref().unwrap_or("unknown");
         facts.push(("driver", format!("{driver}, CUDA up to {cuda}")));
     }
+    if let Some(probe) = &hardware.cpu_experts {
+        for batch in &probe.batches {
+            facts.push((
+                "cpu experts",
+                format!(
+                    "{} tokens: {}, {:.0} ± {:.0} GFLOP/s",
+                    batch.tokens,
+                    rate(&batch.weights),
+                    batch.median_gflops,
+                    batch.mad_gflops
+                ),
+            ));
+        }
+    }
     if let Some(probe) = &hardware.gpu_probe {
         facts.extend(measured(probe));
     }

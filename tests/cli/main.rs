@@ -3,6 +3,7 @@
 mod bad_files;
 mod bad_flags;
 mod cache_state;
+mod doctor;
 mod exports;
 mod help;
 mod plan;

@@ -197,6 +197,7 @@ fn hardware() -> HardwareBody {
             }],
             ..GpuReport::default()
         },
+        cpu_experts: None,
         gpu_probe: None,
         dram: None,
     }

@@ -21,6 +21,7 @@ pub mod layout;
 pub mod linear;
 pub mod load;
 mod math;
+pub mod measure;
 pub(crate) mod memory;
 mod nf4_f32;
 mod nf4_integers;

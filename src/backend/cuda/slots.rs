@@ -93,11 +93,12 @@ impl Cuda {
         self.model.stream.synchronize()
     }
 
-    /// Puts `[layer][slot]` experts into VRAM, as far as they fit.
-    pub fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<()> {
+    /// Puts `[layer][slot]` experts into VRAM, as far as they fit: the number of slots that do.
+    pub fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<usize> {
         self.copies.synchronize()?;
         self.options.residency = Residency::Slots(contents.to_vec());
-        self.fill_slots()
+        self.fill_slots()?;
+        Ok(self.slots.layers.iter().map(|&(_, count)| count).sum())
     }
 
     /// Starts copies into slots; changes of slots that did not fit are passed over.
