@@ -109,6 +109,8 @@ pub trait Driver: Send + Sync {
     fn new_event(&self) -> Result<Handle>;
     fn free_event(&self, event: Handle);
     fn record(&self, event: Handle, stream: Handle) -> Result<()>;
+    /// Whether all work before the event's last record is done.
+    fn has_happened(&self, event: Handle) -> Result<bool>;
     /// Work added to `stream` later waits for `event`.
     fn wait_event(&self, stream: Handle, event: Handle) -> Result<()>;
     /// Milliseconds between two events that have happened.
@@ -555,6 +557,11 @@ pub struct Event {
 }
 
 impl Event {
+    /// Whether all work before the last record of this event is done.
+    pub fn has_happened(&self) -> Result<bool> {
+        self.device.driver.has_happened(self.handle)
+    }
+
     /// Milliseconds from `earlier` to this; both must have happened.
     pub fn ms_since(&self, earlier: &Event) -> Result<f32> {
         (self.device.driver).elapsed_ms(earlier.handle, self.handle)

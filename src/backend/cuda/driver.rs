@@ -398,6 +398,15 @@ impl Driver for Gpu {
         )
     }
 
+    fn has_happened(&self, handle: Handle) -> Result<bool> {
+        self.bind()?;
+        // SAFETY: the event exists.
+        match unsafe { sys::cuEventQuery(event(handle)) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            result => check(result, "run kernels").map(|()| true),
+        }
+    }
+
     fn wait_event(&self, on: Handle, handle: Handle) -> Result<()> {
         self.bind()?;
         // SAFETY: both exist.

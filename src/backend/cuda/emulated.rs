@@ -248,6 +248,12 @@ impl Driver for Emulated {
         )
     }
 
+    fn has_happened(&self, event: Handle) -> Result<bool> {
+        let event = self.event(event);
+        let state = event.state.lock().unwrap();
+        Ok(state.1 >= state.0)
+    }
+
     fn wait_event(&self, stream: Handle, event: Handle) -> Result<()> {
         let event = self.event(event);
         let target = event.state.lock().unwrap().0;

@@ -4,6 +4,9 @@
 //! token; the new one enters it before the first token that finds its copy done. Meanwhile it is
 //! computed from RAM like any other.
 
+use std::collections::VecDeque;
+
+use super::device::Event;
 use super::{Cuda, Residency};
 use crate::backend::{BackendError, Result, SlotChange};
 
@@ -12,10 +15,20 @@ use crate::backend::{BackendError, Result, SlotChange};
 pub struct Slots {
     /// First slot of each layer, and how many it has; empty unless a placement is in force
     layers: Vec<(usize, usize)>,
-    /// (layer, expert, slot) of copies that were started
-    pending: Vec<(usize, usize, usize)>,
+    /// Copies that were started, the oldest first
+    pending: VecDeque<Batch>,
+    /// Events that no batch waits for
+    events: Vec<Event>,
     /// Whether the host's table of addresses is newer than the device's
     changed: bool,
+}
+
+/// Copies that were started together.
+struct Batch {
+    /// Happens after the last of them
+    done: Event,
+    /// (layer, expert, slot)
+    copies: Vec<(usize, usize, usize)>,
 }
 
 impl Cuda {
@@ -103,6 +116,7 @@ impl Cuda {
 
     /// Starts copies into slots; changes of slots that did not fit are passed over.
     pub fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
+        let mut copies = Vec::with_capacity(changes.len());
         for change in changes {
             let Some(&(first, count)) = self.slots.layers.get(change.layer) else {
                 continue;
@@ -111,12 +125,15 @@ impl Cuda {
                 continue;
             }
             let slot = first + change.slot;
-            self.slots.pending.retain(|&(_, _, other)| other != slot);
+            for batch in &mut self.slots.pending {
+                batch.copies.retain(|&(_, _, other)| other != slot);
+            }
+            copies.retain(|&(_, _, other)| other != slot);
             // No kernel runs now, and the next ones get a table without the old expert.
             self.model
                 .store
                 .start_fetch(change.layer, change.expert, slot, &self.copies)?;
-            self.slots.pending.push((change.layer, change.expert, slot));
+            copies.push((change.layer, change.expert, slot));
             self.slots.changed = true;
             // A new context fills the slots again: with what the policy believes is there.
             if let Residency::Slots(contents) = &mut self.options.residency {
@@ -127,16 +144,32 @@ impl Cuda {
             times.promoted_bytes += bytes as u64;
             times.h2d_bytes += bytes as u64;
         }
+        if !copies.is_empty() {
+            let done = match self.slots.events.pop() {
+                Some(event) => event,
+                None => self.device.new_event()?,
+            };
+            self.copies.record(&done)?;
+            self.slots.pending.push_back(Batch { done, copies });
+        }
         Ok(())
     }
 
     /// Makes known to the device what has changed: what left, and what has arrived.
     pub(super) fn settle_slots(&mut self) -> Result<()> {
-        if !self.slots.pending.is_empty() && self.copies.is_idle()? {
-            for (layer, expert, slot) in self.slots.pending.drain(..) {
-                self.model.store.arrived(layer, expert, slot);
+        // Batch by batch: were all copies awaited, those of the last token would hold up the rest.
+        while let Some(batch) = self.slots.pending.front() {
+            if !batch.done.has_happened()? {
+                break;
             }
-            self.slots.changed = true;
+            let Some(Batch { done, copies }) = self.slots.pending.pop_front() else {
+                break;
+            };
+            for (layer, expert, slot) in copies {
+                self.model.store.arrived(layer, expert, slot);
+                self.slots.changed = true;
+            }
+            self.slots.events.push(done);
         }
         if std::mem::take(&mut self.slots.changed) {
             self.model.store.publish(&self.model.stream)?;
