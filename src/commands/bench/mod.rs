@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::console::Console;
 use super::machine::{self, this_machine};
-use super::plan::{self, Kv};
+use super::plan;
 use super::profile::{self, Settings as ProfileSettings};
 use super::{Failure, cache_state, check_output, load, report, workloads};
 use crate::backend;
@@ -66,9 +66,6 @@ pub struct BenchArgs {
     /// Repetitions before those, not counted
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmups: usize,
-    /// Type of the KV cache to plan for
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
-    kv: Kv,
     /// Held-out tokens to compare with the reference backend on; 0 skips it
     #[arg(long, value_name = "N", default_value_t = 512)]
     quality_tokens: usize,
@@ -299,10 +296,11 @@ fn plan_here(
     let (trace, _) = TraceReader::new(events.as_slice())?.read_all()?;
     let hardware = machine::like_this();
     let footprint = &gpu::measured(footprint, engine);
+    let kv = planned_kv(args.compute.kv_dtype).unwrap_or(KvDtype::F16);
     let held = engine.vram_held().unwrap_or_default();
     let vram_budget_bytes = args.compute.vram.unwrap_or_else(|| {
         // What the model holds already is not free, but the plan's to give.
-        let free = plan::default_budget(footprint, ctx, args.kv);
+        let free = plan::default_budget(footprint, ctx, kv);
         free + engine.vram_bytes().unwrap_or(0)
     });
     let mut placement = plan::make(&PlanRequest {
@@ -312,7 +310,7 @@ fn plan_here(
         vram_budget_bytes: vram_budget_bytes.saturating_sub(held.margin_bytes),
         ram_budget_bytes: None,
         ctx_tokens: ctx,
-        kv_dtypes: args.kv.dtypes(),
+        kv_dtypes: &[kv],
         heads: &[placement::Tier::Vram],
         policy: None,
         routing: RoutingSource::Trace(&trace),
@@ -345,13 +343,17 @@ fn situation(compute: &ComputeArgs, placement: &Placement) -> Situation {
     Situation {
         hit_rates,
         promotions_per_token,
-        kv_dtype: match compute.kv_dtype {
-            Some(backend::KvDtype::Int8) => KvDtype::Int8,
-            Some(_) => KvDtype::F16,
-            None => placement.kv_dtype,
-        },
+        kv_dtype: planned_kv(compute.kv_dtype).unwrap_or(placement.kv_dtype),
         head: placement.head,
     }
+}
+
+/// What plans call the type of the KV cache that was asked for. They know no f32, which no GPU keeps.
+fn planned_kv(dtype: Option<backend::KvDtype>) -> Option<KvDtype> {
+    dtype.map(|dtype| match dtype {
+        backend::KvDtype::Int8 => KvDtype::Int8,
+        backend::KvDtype::F16 | backend::KvDtype::F32 => KvDtype::F16,
+    })
 }
 
 fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64, at: &Situation) -> Prediction {

@@ -92,7 +92,7 @@ pub struct PlanArgs {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Kv {
+enum Kv {
     F16,
     /// Half the memory, a little less exact
     Int8,
@@ -101,7 +101,7 @@ pub enum Kv {
 }
 
 impl Kv {
-    pub fn dtypes(self) -> &'static [KvDtype] {
+    fn dtypes(self) -> &'static [KvDtype] {
         match self {
             Kv::F16 => &[KvDtype::F16],
             Kv::Int8 => &[KvDtype::Int8],
@@ -179,7 +179,7 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
         hardware: &hardware,
         vram_budget_bytes: args
             .vram
-            .unwrap_or_else(|| default_budget(&footprint, ctx, args.kv)),
+            .unwrap_or_else(|| default_budget(&footprint, ctx, args.kv.dtypes()[0])),
         ram_budget_bytes: args.ram,
         ctx_tokens: ctx,
         kv_dtypes: args.kv.dtypes(),
@@ -313,12 +313,12 @@ pub(super) fn read(
 }
 
 /// Free GPU memory, or what holds the dense part and a quarter of the experts.
-pub(super) fn default_budget(footprint: &Footprint, ctx: u64, kv: Kv) -> u64 {
+pub(super) fn default_budget(footprint: &Footprint, ctx: u64, kv: KvDtype) -> u64 {
     let gpus = GpuReport::detect().devices;
     gpus.first()
         .and_then(|gpu| gpu.memory_free_bytes)
         .unwrap_or_else(|| {
-            let kv_bytes = ctx * footprint.kv_bytes_per_token(kv.dtypes()[0]);
+            let kv_bytes = ctx * footprint.kv_bytes_per_token(kv);
             footprint.fixed_vram_bytes() + kv_bytes + footprint.experts_bytes() / 4
         })
 }
