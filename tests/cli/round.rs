@@ -119,6 +119,34 @@ fn a_trace_is_read_back_and_validates_the_plan() {
 }
 
 #[test]
+fn the_chosen_policy_is_never_a_point_below_static_or_lru_on_held_out_text() {
+    // The built-in model, because its router is trained.
+    let sandbox = Sandbox::new();
+    sandbox.run("profile --trace t.trace").ok();
+    let plan = sandbox.run("plan --trace t.trace --vram 2G --ctx 1k --json");
+    let validation = &plan.ok().json()["validation"];
+    assert!(validation["held_out_tokens"].as_u64().unwrap() > 20_000);
+    let shares = validation["by_share"].as_array().unwrap();
+    assert_eq!(shares.len(), 3);
+    for share in shares {
+        let scores = share["scores"].as_array().unwrap();
+        let rate = |of: &dyn Fn(&Value) -> bool| -> f64 {
+            let score = scores.iter().find(|score| of(score)).unwrap();
+            score["expert_hit_rate"].as_f64().unwrap()
+        };
+        let chosen = rate(&|score| score["chosen"] == true);
+        for other in ["static", "lru"] {
+            let other = rate(&|score| score["policy"] == other);
+            assert!(chosen >= other - 0.01, "{share}");
+        }
+        assert!(
+            chosen <= rate(&|score| score["policy"] == "belady"),
+            "{share}"
+        );
+    }
+}
+
+#[test]
 fn a_round_from_profile_to_report() {
     let sandbox = sandbox();
     sandbox.run("profile corpus.jsonl --generate 4").ok();
