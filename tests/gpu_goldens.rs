@@ -148,6 +148,20 @@ fn every_placement_of_experts_gives_the_same_tokens() {
                 },
                 "some read over PCIe",
             ),
+            (
+                CudaOptions {
+                    parts: Some(3),
+                    ..with(Residency::Exactly(some(3)))
+                },
+                "in three graphs",
+            ),
+            (
+                CudaOptions {
+                    parts: Some(2),
+                    ..with(Residency::Fill)
+                },
+                "all in VRAM, in two graphs",
+            ),
         ];
         // The emulator has no parallel branches in graphs.
         let ahead = CudaOptions {

@@ -198,6 +198,7 @@ fn cuda(
         prefill_tokens: gpu.prefill_tokens,
         split: gpu.split,
         look_ahead: gpu.look_ahead,
+        parts: None,
         head_in_ram: gpu.head_in_ram,
     };
     let shape = config.shape.clone();

@@ -1,7 +1,8 @@
-//! How many missing experts the GPU reads over PCIe while the CPU computes the others, and whether
-//! the CPU fetches experts ahead.
+//! How many missing experts the GPU reads over PCIe while the CPU computes the others, whether the
+//! CPU fetches experts ahead, and into how many graphs a step is cut.
 //!
-//! Both read the same RAM, so what they gain depends on the machine: a few steps of each kind tell.
+//! GPU and CPU read the same RAM, so what that gains depends on the machine, and so does what a graph
+//! costs: a few steps of each kind tell.
 //! The choice then stays as it is: results of a run do not depend on timing.
 
 use std::time::Instant;
@@ -11,6 +12,10 @@ use crate::backend::Result;
 
 /// Shares of a layer's missing experts that are tried, in percent.
 const SHARES: [usize; 6] = [0, 10, 20, 30, 40, 50];
+
+/// Graphs that a step may be cut into: the first is handed to the driver sooner than the whole, but
+/// between two of them the GPU stands still for a moment.
+const PARTS: [usize; 2] = [4, 8];
 
 /// Steps with each share, and those of them that don't count.
 const STEPS: usize = 10;
@@ -23,13 +28,15 @@ const MIN_EXPERT_BYTES: u64 = 1 << 30;
 const ID_STRIDE: usize = 7919;
 
 impl Cuda {
-    /// Chooses the share of misses that go over PCIe, unless it was given.
+    /// Chooses what was not given: the share of misses that go over PCIe, and the rest.
     pub(super) fn calibrate(&mut self) -> Result<()> {
         let layers = self.model.shape.num_layers() as u64;
         let experts = self.model.shape.moe.num_experts as u64;
         let bytes = layers * experts * self.model.store.slot_bytes();
-        let room = (SHARES.len() + 2) * STEPS <= self.state.max_tokens;
-        let given = self.options.split.is_some() || self.options.look_ahead.is_some();
+        let room = (SHARES.len() + 2 + PARTS.len()) * STEPS <= self.state.max_tokens;
+        let given = self.options.split.is_some()
+            || self.options.look_ahead.is_some()
+            || self.options.parts.is_some();
         if given || bytes < MIN_EXPERT_BYTES || self.model.store.all_resident() || !room {
             return Ok(());
         }
@@ -47,19 +54,26 @@ impl Cuda {
         }
         self.set_pcie_share(share)?;
         self.decode.look_ahead(false, &self.device)?;
-        if self.time_steps(
-            &mut tried,
-            99,
-            &format!("{share}% over PCIe, nothing ahead"),
-        )? < best
-        {
-            ahead = false;
+        let name = format!("{share}% over PCIe, nothing ahead");
+        let ms = self.time_steps(&mut tried, 99, &name)?;
+        if ms < best {
+            (best, ahead) = (ms, false);
         }
         self.decode.look_ahead(ahead, &self.device)?;
+        let mut parts = 1;
+        for cut in PARTS {
+            self.decode.cut_into(cut);
+            let ms = self.time_steps(&mut tried, 100 + cut, &format!("in {cut} graphs"))?;
+            if ms < best {
+                (best, parts) = (ms, cut);
+            }
+        }
+        self.decode.cut_into(parts);
         self.state.clear(&self.model.stream)?;
         self.take_times();
         self.notes = vec![format!(
-            "of missing experts the GPU reads {share}% over PCIe{} (median of steps: {})",
+            "of missing experts the GPU reads {share}% over PCIe{}; graphs of a step: {parts} \
+             (median of steps: {})",
             if ahead {
                 ", the CPU fetches its own ahead"
             } else {

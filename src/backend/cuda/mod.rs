@@ -71,6 +71,8 @@ pub struct CudaOptions {
     pub split: Option<Vec<i32>>,
     /// Whether routers look ahead, so that the CPU fetches experts early; measured if not given
     pub look_ahead: Option<bool>,
+    /// Graphs that a decode step is cut into; measured if not given
+    pub parts: Option<usize>,
     /// The CPU computes the output head, from RAM: its memory on the device goes to experts
     pub head_in_ram: bool,
 }
@@ -180,6 +182,7 @@ impl Cuda {
         if options.look_ahead == Some(true) {
             decode.look_ahead(true, &device)?;
         }
+        decode.cut_into(options.parts.unwrap_or(1));
         let state = SequenceState::new(&device, &shape, kv_dtype, max_tokens, &stream)?;
         let prefill = Prefill::new(
             &device,

@@ -52,7 +52,8 @@ impl Decode {
             // Flags are for whole steps: without the CPU those must not wait.
             hybrid: !only.is_empty(),
         };
-        let graph = (model.stream).capture(|| self.record(model, state, kind, only))?;
+        let graph = (model.stream)
+            .capture(|| self.record(model, state, kind, 0..model.shape.num_layers(), only))?;
         self.time_graph(model, &graph, rounds)
     }
 

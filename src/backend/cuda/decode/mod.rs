@@ -11,6 +11,7 @@ mod record;
 
 pub use best::finds;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,12 @@ struct Kind {
     wanted: Wanted,
     /// Whether the CPU may have experts to compute
     hybrid: bool,
+}
+
+/// The layers of one part of a step of so many `layers`.
+fn part_of(layers: usize, parts: usize, part: usize) -> Range<usize> {
+    let parts = parts.clamp(1, layers);
+    part * layers / parts..(part + 1) * layers / parts
 }
 
 /// What a router writes on the device.
@@ -101,7 +108,10 @@ pub struct Decode {
     pub hand_over_always: bool,
     /// Runs routers ahead, beside the mixers; absent where that is not asked for
     side: Option<Side>,
-    graphs: Vec<(Kind, Graph)>,
+    /// Graphs that a step is cut into: while the GPU is at one, the next is handed to the driver
+    parts: usize,
+    /// Each the parts of a step
+    graphs: Vec<(Kind, Vec<Graph>)>,
     number: u32,
     pub times: DecodeTimes,
 }
@@ -172,6 +182,7 @@ impl Decode {
             host_hidden: device.alloc_host(dim)?,
             hand_over_always: false,
             side: None,
+            parts: 1,
             graphs: Vec::new(),
             number: 0,
             times: DecodeTimes::default(),
@@ -202,6 +213,12 @@ impl Decode {
             false => None,
         };
         Ok(())
+    }
+
+    /// Cuts a step into so many graphs, or one per layer where layers are fewer.
+    pub fn cut_into(&mut self, parts: usize) {
+        self.forget_graphs();
+        self.parts = parts;
     }
 
     /// Graphs hold addresses of the sequence: they are made anew after it moved.
@@ -237,28 +254,36 @@ impl Decode {
         let index = match self.graphs.iter().position(|(k, _)| *k == kind) {
             Some(index) => index,
             None => {
-                let graph = model
-                    .stream
-                    .capture(|| self.record(model, state, kind, &[]))?;
-                self.graphs.push((kind, graph));
+                let layers = model.shape.num_layers();
+                let graphs = (0..self.parts.clamp(1, layers)).map(|part| {
+                    let layers = part_of(layers, self.parts, part);
+                    (model.stream).capture(|| self.record(model, state, kind, layers, &[]))
+                });
+                let graphs = graphs.collect::<Result<_>>()?;
+                self.graphs.push((kind, graphs));
                 self.graphs.len() - 1
             }
         };
-        // SAFETY: the graph was recorded for this sequence, whose memory `state` holds.
-        unsafe { model.stream.launch_graph(&self.graphs[index].1)? };
+        // Without the CPU's part nothing is left to do but to hand over all of them.
+        let at_once = if kind.hybrid { 1 } else { self.parts };
+        for graph in self.graphs[index].1.iter().take(at_once) {
+            // SAFETY: the graph was recorded for this sequence, whose memory `state` holds.
+            unsafe { model.stream.launch_graph(graph)? };
+        }
         let launched = Instant::now();
         let mut times = StepTimes {
             launch_s: (launched - start).as_secs_f64(),
             ..StepTimes::default()
         };
         if kind.hybrid {
-            let served = self.serve(model, offload, &mut times);
+            let served = self.serve(model, offload, index, &mut times);
             if let Err(error) = served {
-                // The graph must end, or the next call of the driver would wait for ever.
-                for layer in 0..model.shape.num_layers() {
-                    self.set_done(layer);
-                }
+                // The graph must end, or the next call of the driver would wait for ever; and no flag
+                // may be left for the next step, where a graph that never ran would have taken it back.
+                let layers = 0..model.shape.num_layers();
+                layers.clone().for_each(|layer| self.set_done(layer, 1));
                 model.stream.synchronize().ok();
+                layers.for_each(|layer| self.set_done(layer, 0));
                 return Err(error);
             }
         }
@@ -335,11 +360,28 @@ impl Decode {
         offload.head(linear, hidden, norm, model.shape.rms_norm_eps, logits)
     }
 
-    /// Computes what each layer leaves to the CPU, as the GPU gets there.
-    fn serve(&mut self, model: &Model, offload: &mut Offload, times: &mut StepTimes) -> Result<()> {
+    /// Computes what each layer leaves to the CPU, as the GPU gets there, and hands over the other
+    /// parts of the step: each when the GPU begins with the one before it.
+    fn serve(
+        &mut self,
+        model: &Model,
+        offload: &mut Offload,
+        graphs: usize,
+        times: &mut StepTimes,
+    ) -> Result<()> {
         let dim = model.shape.hidden_size;
+        let layers = model.shape.num_layers();
+        let (mut part, mut next_part) = (0, 0);
         let mut now = Instant::now();
-        for layer in 0..model.shape.num_layers() {
+        for layer in 0..layers {
+            if layer == next_part {
+                part += 1;
+                if let Some(graph) = self.graphs[graphs].1.get(part) {
+                    // SAFETY: as in `step`.
+                    unsafe { model.stream.launch_graph(graph)? };
+                    next_part = part_of(layers, self.parts, part).start;
+                }
+            }
             if self.side.is_some() && layer > 0 {
                 self.prefetch(layer, model, offload)?;
             }
@@ -365,7 +407,7 @@ impl Decode {
                 let out = self.cpu_out.as_mut_slice();
                 out[layer * dim..(layer + 1) * dim].fill(0.0);
             }
-            self.set_done(layer);
+            self.set_done(layer, 1);
             now = Instant::now();
             times.cpu_experts_s += (now - ready).as_secs_f64();
         }
@@ -402,9 +444,9 @@ impl Decode {
         unsafe { AtomicU32::from_ptr(ready) }
     }
 
-    fn set_done(&self, layer: usize) {
+    fn set_done(&self, layer: usize, done: u32) {
         // SAFETY: a u32 that only atomics and the GPU touch.
-        unsafe { AtomicU32::from_ptr(self.done.pointer(layer)) }.store(1, Ordering::Release);
+        unsafe { AtomicU32::from_ptr(self.done.pointer(layer)) }.store(done, Ordering::Release);
     }
 
     /// Spins until the router of `layer` has chosen.

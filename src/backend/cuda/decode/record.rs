@@ -1,5 +1,8 @@
 //! The kernels of a step, in order: what the graph is made of.
 
+use std::cell::Cell;
+use std::ops::Range;
+
 use super::super::abi::Linear;
 use super::super::device::args;
 use super::super::geometry;
@@ -59,12 +62,14 @@ impl Decode {
         unsafe { model.stream.copy_to_host(to, self.logits, bytes) }
     }
 
-    /// Adds all kernels of a step to the stream, or those that `only` names, if it names any.
+    /// Adds the kernels of some layers of a step to the stream, or those that `only` names, if it names
+    /// any. The first layers come with the token's embedding, the last with the head.
     pub(super) fn record(
         &self,
         model: &Model,
         state: &SequenceState,
         kind: Kind,
+        part: Range<usize>,
         only: &[&str],
     ) -> Result<()> {
         let Model {
@@ -83,23 +88,27 @@ impl Decode {
         // SAFETY, of all launches here: arguments are those of the kernels in `kernels/`, in order,
         // and addresses are of buffers that live as long as the graph: this struct's, the model's
         // and the sequence's.
+        let first = Cell::new(true);
         let launch = |name, geometry, args, overlap| match only {
             [_, ..] if !only.contains(&name) => Ok(()),
+            // There is nothing before the first kernel of a graph that it could overlap with.
             // SAFETY: see above.
-            _ => unsafe { stream.launch(name, geometry, args, overlap) },
+            _ => unsafe { stream.launch(name, geometry, args, overlap && !first.replace(false)) },
         };
-        launch(
-            "decode_begin",
-            geometry::begin(dim),
-            args![
-                self.embedding.at(0),
-                self.host_step.at(0),
-                self.hidden,
-                self.step,
-                dim as i32
-            ],
-            false,
-        )?;
+        if part.start == 0 {
+            launch(
+                "decode_begin",
+                geometry::begin(dim),
+                args![
+                    self.embedding.at(0),
+                    self.host_step.at(0),
+                    self.hidden,
+                    self.step,
+                    dim as i32
+                ],
+                false,
+            )?;
+        }
         let router_args = |index: usize, scratch: RouterScratch, handoff: u64, x: u64| {
             let (layer, layer_store) = (&dense.layers[index], &store.layers[index]);
             args![
@@ -128,7 +137,8 @@ impl Decode {
                 kind.hybrid as i32
             ]
         };
-        for (index, layer) in dense.layers.iter().enumerate() {
+        for index in part.clone() {
+            let layer = &dense.layers[index];
             match (&layer.mixer, &state.layers[index]) {
                 (Mixer::DeltaNet(net), &LayerState::DeltaNet { ring, memory }) => {
                     let s = &shape.delta_net;
@@ -330,6 +340,9 @@ impl Decode {
         if let (Some(side), true, true) = (&self.side, kind.hybrid, only.is_empty()) {
             side.stream.record(&side.join)?;
             stream.wait(&side.join)?;
+        }
+        if part.end < shape.num_layers() {
+            return Ok(());
         }
         if kind.wanted != Wanted::Nothing {
             self.record_head(model, self.hidden)?;
