@@ -6,7 +6,8 @@
 #
 # BIN_DIR holds gpu_kernels, gpu_engine, gpu_memory, gpu_goldens, gpu_program (with or without cargo's
 # hash behind the name) and moectl. compute-sanitizer comes from the PATH or from COMPUTE_SANITIZER; where there is
-# none, its steps are told as not run, and the exit status is 1. About five minutes on an H100.
+# none, its steps are told as not run, and the exit status is 1. gpu_cache and gpu_measure are left out: they
+# test what surrounds the GPU, on the emulator.
 # MOECTL_TINY_MOE names the built-in model's folder if moectl does not hold it.
 #
 # Writes OUT/STEP.log and OUT/summary.txt: each step's result, seconds, and last line of results. A step
