@@ -20,6 +20,14 @@ bench() {
   grep -A4 prefill_tok_s "$out/$name.log"
 }
 
+# budget NAME BUDGET FLAGS...: contexts of 4k and 32k by the placement for BUDGET.
+budget() {
+  local name=$1 budget=$2
+  shift 2
+  bench "$name" --model "$skewed" --placement "$out/$budget.json" --hardware "$out/hardware.json" \
+    --vram "$budget" --ctx 4k,32k -n 128 --repetitions 3 --quality-tokens 0 "$@"
+}
+
 run() {
   case $1 in
     tiny) bench tiny ;;
@@ -42,6 +50,20 @@ run() {
     static-14g)
       bench static-14g --model "$skewed" --placement "$out/planned-14g/placement.json" \
         --policy static --vram 14G --ctx 4k -n 128 --repetitions 3 --quality-tokens 0 ;;
+    # The loop closed: this machine measured, the text profiled, a plan for each budget, and what it
+    # says against what comes out, by the planned policy, by static slots and with no expert in VRAM.
+    # About eight minutes: a call of its own.
+    budgets)
+      "$binary" doctor --measure -o "$out/hardware.json" -q >"$out/doctor.log" 2>&1
+      "$binary" profile --model "$skewed" --trace "$out/routing.trace" -o "$out/profile.json" \
+        -q >"$out/profile.log" 2>&1
+      for budget in 14G 8G 24G; do
+        "$binary" plan --model "$skewed" --trace "$out/routing.trace" --vram $budget --ctx 32k \
+          --hardware "$out/hardware.json" -o "$out/$budget.json" >"$out/plan-$budget.log" 2>&1
+        budget "planned-$budget" $budget
+        budget "static-$budget" $budget --policy static
+      done
+      budget ram-14G 14G --cpu-moe ;;
     *) echo "$1: no such configuration" >&2 && return 2 ;;
   esac
 }

@@ -137,3 +137,12 @@ fn the_table_and_the_alternatives_are_for_people() {
         assert!(text.contains(part), "no `{part}` in\n{text}");
     }
 }
+
+#[test]
+fn a_machine_that_is_not_known_is_refused_before_anything_is_written() {
+    let sandbox = Sandbox::new();
+    for line in ["plan --hardware nix", "bench --hardware nix"] {
+        sandbox.run(line).fails(1, &["nix", "laptop-4090, h100"]);
+        assert!(sandbox.files().is_empty(), "{line}");
+    }
+}

@@ -13,7 +13,7 @@ use clap::Args;
 use sha2::{Digest, Sha256};
 
 use super::console::Console;
-use super::machine::{self, this_machine};
+use super::machine::{self, HardwareChoice, this_machine};
 use super::plan;
 use super::profile::{self, Settings as ProfileSettings};
 use super::{Failure, cache_state, check_output, load, report, workloads};
@@ -66,6 +66,10 @@ pub struct BenchArgs {
     /// Repetitions before those, not counted
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmups: usize,
+    /// Machine to plan and predict with: laptop-4090, h100, or a hardware.json of `moectl doctor
+    /// --measure -o` [default: the known one most like this, with the RAM measured in this run]
+    #[arg(long, value_name = "NAME|FILE")]
+    hardware: Option<HardwareChoice>,
     /// Held-out tokens to compare with the reference backend on; 0 skips it
     #[arg(long, value_name = "N", default_value_t = 512)]
     quality_tokens: usize,
@@ -104,6 +108,9 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         ))
         .into());
     }
+    let given = (args.hardware.as_ref())
+        .map(HardwareChoice::load)
+        .transpose()?;
     std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
     let run_path = args.output.join("run.json");
     check_output(&run_path)?;
@@ -131,7 +138,8 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let (placement, profile) = match outline.placement {
         Some(placement) => (placement, None),
         None => {
-            let (placement, profile) = plan_here(&args, &mut engine, &footprint, longest, console)?;
+            let (placement, profile) =
+                plan_here(&args, &given, &mut engine, &footprint, longest, console)?;
             (placement, Some(profile))
         }
     };
@@ -161,7 +169,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
     let (machine, situation) = match facts.gpu() {
         Some(_) => (
-            Some(machine::with_gpu(&hardware)),
+            Some(given.unwrap_or_else(|| machine::with_gpu(&hardware))),
             situation(&args.compute, &placement.body),
         ),
         None => {
@@ -171,7 +179,11 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
                 kv_dtype: KvDtype::F16,
                 head: placement::Tier::Vram,
             };
-            (this_machine(&hardware), on_cpu)
+            let given = given.map(|machine| Hardware {
+                gpu: None,
+                ..machine
+            });
+            (given.or_else(|| this_machine(&hardware)), on_cpu)
         }
     };
     for context in &mut contexts {
@@ -276,6 +288,7 @@ fn check(args: &BenchArgs) -> anyhow::Result<()> {
 /// A quick profile on the built-in workloads and a plan from it, both kept beside the run.
 fn plan_here(
     args: &BenchArgs,
+    given: &Option<Hardware>,
     engine: &mut Engine,
     footprint: &Footprint,
     ctx: u64,
@@ -294,7 +307,7 @@ fn plan_here(
     )?;
     profile.write(&args.output.join("profile.json"))?;
     let (trace, _) = TraceReader::new(events.as_slice())?.read_all()?;
-    let hardware = machine::like_this();
+    let hardware = given.clone().unwrap_or_else(machine::like_this);
     let footprint = &gpu::measured(footprint, engine);
     let kv = planned_kv(args.compute.kv_dtype).unwrap_or(KvDtype::F16);
     let held = engine.vram_held().unwrap_or_default();
