@@ -1,6 +1,8 @@
 //! The CPU as this process may use it: affinity, quota and the vector state the OS grants.
 
 use std::collections::BTreeSet;
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
@@ -161,6 +163,17 @@ fn features() -> Vec<CpuFeature> {
 #[cfg(target_arch = "x86_64")]
 fn features() -> Vec<CpuFeature> {
     x86::features()
+}
+
+/// Whether this process may use AMX tiles with bytes; the first call asks the system for them.
+#[cfg(target_arch = "x86_64")]
+pub fn has_amx() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let features = features();
+        let usable = |name| features.iter().any(|f| f.usable && f.name == name);
+        usable("amx-tile") && usable("amx-int8")
+    })
 }
 
 #[cfg(target_arch = "x86_64")]

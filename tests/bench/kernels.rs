@@ -171,7 +171,7 @@ fn matrix_kernels(bench: &Bench, isa: Isa) {
         if form == "nf4-wide" {
             linear.integers = Integers::Wide;
         }
-        for tokens in [1, 2, 4, 6, 8, 10, 12, 64, 512] {
+        for tokens in [1, 2, 4, 6, 8, 10, 12, 16, 24, 64, 512] {
             let x = activations(&mut pool, isa, tokens, 2048, linear.reads_integers());
             let flops = 2.0 * (matrix.rows() * matrix.cols() * tokens) as f64;
             let (units, unit) = if tokens <= 4 {
@@ -501,7 +501,10 @@ fn main() {
     let bench = Bench { filter };
     for isa in Isa::available() {
         matrix_kernels(&bench, isa);
-        other_kernels(&bench, isa);
+        // With AMX these are those of AVX-512.
+        if !matches!(isa, Isa::Amx(_)) {
+            other_kernels(&bench, isa);
+        }
     }
     memory_bound(&bench);
     for threads in [Some(1), None] {

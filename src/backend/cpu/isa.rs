@@ -4,6 +4,27 @@
 //! [`dispatch!`](super::dispatch) compiles a kernel body once per instruction set.
 
 use crate::backend::{BackendError, Result};
+#[cfg(target_arch = "x86_64")]
+use crate::hardware::cpu;
+
+/// Proof of AMX tiles with bytes, granted to this process, and of all that [`Avx512`] proves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Amx(Avx512);
+
+impl Amx {
+    pub fn avx512(self) -> Avx512 {
+        self.0
+    }
+
+    /// For tests that stand in for the missing instructions.
+    ///
+    /// # Safety
+    /// Something must execute AMX instructions on this machine.
+    #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+    pub(super) unsafe fn assume(avx512: Avx512) -> Amx {
+        Amx(avx512)
+    }
+}
 
 /// Proof of AVX-512 F, BW, VL, DQ and VNNI, and of all that [`Avx2`] proves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,9 +44,11 @@ pub enum Isa {
     Scalar(Scalar),
     Avx2(Avx2),
     Avx512(Avx512),
+    /// [`Avx512`] but for products of many tokens
+    Amx(Amx),
 }
 
-/// Environment variable that forces a lower instruction set: `scalar`, `avx2` or `avx512`.
+/// Environment variable that forces a lower instruction set: `scalar`, `avx2`, `avx512` or `amx`.
 pub const ISA_VARIABLE: &str = "MOECTL_ISA";
 
 impl Isa {
@@ -44,6 +67,9 @@ impl Isa {
                     && has!("avx512vnni")
                 {
                     found.push(Isa::Avx512(Avx512(())));
+                    if cpu::has_amx() {
+                        found.push(Isa::Amx(Amx(Avx512(()))));
+                    }
                 }
             }
         }
@@ -82,6 +108,7 @@ impl Isa {
             Isa::Scalar(_) => "scalar",
             Isa::Avx2(_) => "avx2",
             Isa::Avx512(_) => "avx512",
+            Isa::Amx(_) => "amx",
         }
     }
 }
@@ -116,10 +143,15 @@ macro_rules! dispatch {
                 // SAFETY: an `Avx512` exists only where `available` saw these features.
                 Isa::Avx512(s) => unsafe { avx512(s, $($arg),*) },
                 #[cfg(target_arch = "x86_64")]
+                // SAFETY: an `Amx` holds an `Avx512`.
+                Isa::Amx(amx) => unsafe { avx512(amx.avx512(), $($arg),*) },
+                #[cfg(target_arch = "x86_64")]
                 // SAFETY: an `Avx2` exists only where `available` saw these features.
                 Isa::Avx2(s) => unsafe { avx2(s, $($arg),*) },
                 #[cfg(not(target_arch = "x86_64"))]
-                Isa::Avx512(Avx512(..)) | Isa::Avx2(Avx2(..)) => unreachable!("never detected here"),
+                Isa::Amx(_) | Isa::Avx512(Avx512(..)) | Isa::Avx2(Avx2(..)) => {
+                    unreachable!("never detected here")
+                }
                 Isa::Scalar(s) => $body(s, $($arg),*),
             }
         }

@@ -23,6 +23,8 @@ pub mod load;
 mod math;
 pub mod measure;
 pub(crate) mod memory;
+#[cfg(target_arch = "x86_64")]
+mod nf4_amx;
 mod nf4_f32;
 mod nf4_integers;
 pub mod offload;

@@ -154,18 +154,20 @@ fn more_tokens_than_go_at_once_are_computed_like_one() {
 }
 
 #[test]
-fn avx2_and_avx512_agree_bit_for_bit() {
+fn avx2_avx512_and_amx_agree_bit_for_bit() {
     let mut pool = Pool::new(None).unwrap();
     let matrix = random_nf4(64, 512, 8);
     for (precision, integers, _) in ARITHMETIC {
         let linear = load_one(&mut pool, &matrix, precision, integers);
-        let x = random_vector(5 * 512, 23);
-        let mut results = Isa::available()
-            .into_iter()
-            .filter(|isa| *isa != Isa::Scalar(crate::backend::cpu::isa::Scalar))
-            .map(|isa| product(&mut pool, isa, &linear, &x));
-        if let Some(first) = results.next() {
-            assert!(results.all(|r| r == first));
+        for tokens in [5, 20] {
+            let x = random_vector(tokens * 512, 23);
+            let mut results = Isa::available()
+                .into_iter()
+                .filter(|isa| *isa != Isa::Scalar(crate::backend::cpu::isa::Scalar))
+                .map(|isa| product(&mut pool, isa, &linear, &x));
+            if let Some(first) = results.next() {
+                assert!(results.all(|r| r == first));
+            }
         }
     }
 }
