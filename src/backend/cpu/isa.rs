@@ -48,7 +48,7 @@ pub enum Isa {
     Amx(Amx),
 }
 
-/// Environment variable that forces a lower instruction set: `scalar`, `avx2`, `avx512` or `amx`.
+/// Environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `amx`.
 pub const ISA_VARIABLE: &str = "MOECTL_ISA";
 
 impl Isa {
@@ -78,12 +78,18 @@ impl Isa {
 
     /// The best one, or the one that [`ISA_VARIABLE`] names.
     ///
+    /// AMX only if named: its kernels have run on emulated instructions, not yet on a CPU with them.
+    ///
     /// # Errors
     /// If the variable names one that this machine lacks.
     pub fn detect() -> Result<Isa> {
         match std::env::var(ISA_VARIABLE) {
             Ok(name) => Isa::named(&name),
-            Err(_) => Ok(*Isa::available().last().expect("scalar is always there")),
+            Err(_) => {
+                let mut proven = Isa::available().into_iter();
+                let best = proven.rfind(|isa| !matches!(isa, Isa::Amx(_)));
+                Ok(best.expect("scalar is always there"))
+            }
         }
     }
 
