@@ -16,7 +16,7 @@ pub struct GpuProbe {
     pub d2h: Vec<CopyRate>,
     /// Both directions together, each on a stream of its own
     pub both_ways: Rate,
-    /// Copies within the device, bytes read
+    /// Copies within the device, bytes read and bytes written
     pub vram: Rate,
     /// Chosen experts read from VRAM by the kernels of a decode step
     pub expert_kernel: Rate,

@@ -88,7 +88,7 @@ impl RoutingStats {
         assert_eq!(topk_ids.len() % k, 0);
         let (num_layers, num_experts) = (self.profile.num_layers, self.profile.num_experts);
         // The entry is there once a document has begun, and is made for a text without one.
-        if !self.profile.domains.contains_key(&self.domain) {
+        if self.profile.domains.is_empty() {
             self.begin_document("");
         }
         let domain = self
@@ -108,8 +108,9 @@ impl RoutingStats {
 
         for (&id, &weight) in topk_ids.iter().zip(topk_weights) {
             counts.picks[usize::from(id)] += 1;
+            // To the nearest: weights are not negative.
             counts.weight_mass_q24[usize::from(id)] +=
-                (f64::from(weight) * WEIGHT_ONE_Q24).round() as u64;
+                (f64::from(weight) * WEIGHT_ONE_Q24 + 0.5) as u64;
         }
         for picks in topk_ids.chunks_exact(k) {
             state

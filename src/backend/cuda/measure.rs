@@ -16,6 +16,8 @@ use crate::hardware::probe::Rate;
 
 /// Sizes of copies: part of an expert of the 80B model, about one, ten, and a stretch of prefill.
 const COPY_BYTES: [usize; 4] = [256 << 10, 1_671_168, 16 << 20, 64 << 20];
+/// Copied within the device, half to half: several times what its caches hold.
+const VRAM_BYTES: usize = 512 << 20;
 /// Repetitions: as many as fit the time, within these bounds.
 const TIME_PER_FIGURE: Duration = Duration::from_millis(700);
 const REPETITIONS: std::ops::RangeInclusive<usize> = 3..=15;
@@ -118,19 +120,15 @@ impl Bench<'_> {
         })?))
     }
 
-    /// Copies from one half of the device's buffer to the other, bytes read.
-    fn within_device(&self) -> Result<Rate> {
-        const COPIES: usize = 8;
-        let bytes = self.device.bytes() / 2;
+    /// Copies from one half of `buffer` to the other, bytes read and bytes written.
+    fn within_device(&self, buffer: &Buffer) -> Result<Rate> {
+        let bytes = buffer.bytes() / 2;
         Ok(Rate::of(repeat(|| {
             let s = self.timed(|| {
-                (0..COPIES).try_for_each(|_| {
-                    let (from, to) = (self.device.at(0), self.device.at(bytes));
-                    // SAFETY: two halves of a buffer that outlives the wait.
-                    unsafe { self.streams[0].copy_on_device(to, from, bytes) }
-                })
+                // SAFETY: two halves of a buffer that outlives the wait.
+                unsafe { self.streams[0].copy_on_device(buffer.at(bytes), buffer.at(0), bytes) }
             })?;
-            Ok(gb_s(COPIES * bytes, s))
+            Ok(gb_s(2 * bytes, s))
         })?))
     }
 }
@@ -175,7 +173,9 @@ impl Cuda {
         probe.h2d = bench.rates(true)?;
         probe.d2h = bench.rates(false)?;
         probe.both_ways = bench.both_ways()?;
-        probe.vram = bench.within_device()?;
+        let large = self.device.alloc(VRAM_BYTES, &self.model.stream)?;
+        probe.vram = bench.within_device(&large)?;
+        drop(large);
 
         // The CPU's experts, alone and while copies run that are never waited for.
         let experts = self.model.shape.moe.num_experts;
