@@ -5,6 +5,7 @@
 #[path = "cli/program.rs"]
 mod program;
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Once;
@@ -309,8 +310,14 @@ fn ctrl_c_writes_the_state_and_kill_leaves_the_old_file_whole() {
     let read =
         |path: &Path| -> Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
     let path = sandbox.path("state.json");
-    let mut child = start("-n 2000 --ctx 4k --cache-state state.json");
-    std::thread::sleep(Duration::from_millis(1500));
+    // Once it is loaded and has had time for a few tokens.
+    let mut command = command(&sandbox, "-n 2000 --ctx 4k --cache-state state.json");
+    let mut child = (command.stdout(Stdio::null()).stderr(Stdio::piped()))
+        .spawn()
+        .unwrap();
+    let mut notes = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(notes.any(|line| line.unwrap().contains("slots, policy")));
+    std::thread::sleep(Duration::from_millis(300));
     // SAFETY: a signal to a process that we started and have not waited for.
     unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
     assert_eq!(child.wait().unwrap().code(), Some(130));
