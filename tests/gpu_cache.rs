@@ -11,7 +11,6 @@ use std::process::{Command, Stdio};
 use std::sync::Once;
 use std::time::Duration;
 
-use half::f16;
 use moectl::backend::KvDtype;
 use moectl::backend::cpu::CpuPrecision;
 use moectl::engine::experts::ExpertManager;
@@ -70,17 +69,8 @@ fn drive(engine: &mut Engine, prompt: &[u32], steps: &[u32]) -> (Vec<Record>, Ve
             true => Phase::Prefill,
             false => Phase::Decode,
         };
-        records.push(Record::Picks(Picks {
-            phase,
-            layer: layer as u16,
-            first_position: first as u32,
-            topk_ids: routing.topk_ids.clone(),
-            topk_weights: routing
-                .topk_weights
-                .iter()
-                .map(|&w| f16::from_f32(w))
-                .collect(),
-        }));
+        let (ids, weights) = (&routing.topk_ids, &routing.topk_weights);
+        records.push(Record::Picks(Picks::new(phase, layer, first, ids, weights)));
     };
     engine.reset(prompt.len() + steps.len()).unwrap();
     if !prompt.is_empty() {

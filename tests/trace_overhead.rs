@@ -4,7 +4,6 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use half::f16;
 use moectl::backend::Routing;
 use moectl::backend::cpu::CpuPrecision;
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
@@ -24,13 +23,7 @@ impl Capture<'_> {
         let start = Instant::now();
         let (ids, weights) = (&routing.topk_ids, &routing.topk_weights);
         self.stats.record(Phase::Decode, layer, ids, weights);
-        let picks = Picks {
-            phase: Phase::Decode,
-            layer: layer as u16,
-            first_position: position as u32,
-            topk_ids: ids.clone(),
-            topk_weights: weights.iter().map(|&w| f16::from_f32(w)).collect(),
-        };
+        let picks = Picks::new(Phase::Decode, layer, position, ids, weights);
         self.trace.push(&Record::Picks(picks)).unwrap();
         self.spent += start.elapsed();
     }

@@ -75,7 +75,7 @@ pub fn engine(
     if let BackendChoice::Cuda(index) = compute.backend.resolve() {
         if let Some(placement) = &outline.placement {
             gpu.head_in_ram = placement.body.head != Tier::Vram;
-            kv_dtype = kv_dtype.or(Some(planned_kv(&placement.body)));
+            kv_dtype = kv_dtype.or(Some(kv_of(&placement.body)));
         }
         check_budget(
             compute,
@@ -148,8 +148,16 @@ fn start(engine: &mut Engine, experts: ExpertManager, console: &Console) -> anyh
     Ok(())
 }
 
+/// What plans call a type of keys and values. They know no f32, which no GPU keeps.
+pub fn planned_kv(dtype: KvDtype) -> planning::KvDtype {
+    match dtype {
+        KvDtype::Int8 => planning::KvDtype::Int8,
+        KvDtype::F16 | KvDtype::F32 => planning::KvDtype::F16,
+    }
+}
+
 /// The type of keys and values that a placement has room for.
-fn planned_kv(placement: &Placement) -> KvDtype {
+fn kv_of(placement: &Placement) -> KvDtype {
     match placement.kv_dtype {
         planning::KvDtype::F16 => KvDtype::F16,
         planning::KvDtype::Int8 => KvDtype::Int8,
@@ -165,10 +173,7 @@ fn check_budget(
     footprint: &Footprint,
     max_tokens: usize,
 ) -> anyhow::Result<()> {
-    let kv = match kv_dtype {
-        Some(KvDtype::Int8) => planning::KvDtype::Int8,
-        _ => planning::KvDtype::F16,
-    };
+    let kv = planned_kv(kv_dtype.unwrap_or(KvDtype::F16));
     let kv_bytes = max_tokens as u64 * footprint.kv_bytes_per_token(kv);
     let fixed_bytes = match gpu.head_in_ram {
         true => footprint.fixed_vram_bytes_without_head(),

@@ -227,7 +227,8 @@ pub(super) fn median_and_mad(values: &mut [f64]) -> (f64, f64) {
     (middle, median(&mut deviations))
 }
 
-fn median(values: &mut [f64]) -> f64 {
+/// 0 of nothing; sorts `values`.
+pub fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     let middle = values.len() / 2;
     match values.len() {

@@ -45,6 +45,25 @@ pub struct Picks {
     pub topk_weights: Vec<f16>,
 }
 
+impl Picks {
+    /// From what the router gave, `[T, k]` each; weights are rounded to f16.
+    pub fn new(
+        phase: Phase,
+        layer: usize,
+        first_position: usize,
+        topk_ids: &[u16],
+        topk_weights: &[f32],
+    ) -> Self {
+        Picks {
+            phase,
+            layer: layer as u16,
+            first_position: first_position as u32,
+            topk_ids: topk_ids.to_vec(),
+            topk_weights: topk_weights.iter().map(|&w| f16::from_f32(w)).collect(),
+        }
+    }
+}
+
 /// A whole trace. Long ones are better read by iteration, with [`TraceReader`].
 ///
 /// [`TraceReader`]: super::TraceReader

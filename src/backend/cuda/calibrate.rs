@@ -9,9 +9,10 @@ use std::time::Instant;
 
 use super::Cuda;
 use crate::backend::Result;
+use crate::hardware::probe::median;
 
 /// Shares of a layer's missing experts that are tried, in percent.
-const SHARES: [usize; 6] = [0, 10, 20, 30, 40, 50];
+pub(super) const SHARES: [usize; 6] = [0, 10, 20, 30, 40, 50];
 
 /// Graphs that a step may be cut into: the first is handed to the driver sooner than the whole, but
 /// between two of them the GPU stands still for a moment.
@@ -25,7 +26,7 @@ const WARMUPS: usize = 3;
 const MIN_EXPERT_BYTES: u64 = 1 << 30;
 
 /// Spreads token ids over the vocabulary.
-const ID_STRIDE: usize = 7919;
+pub(super) const ID_STRIDE: usize = 7919;
 
 impl Cuda {
     /// Chooses what was not given: the share of misses that go over PCIe, and the rest.
@@ -94,16 +95,15 @@ impl Cuda {
             self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
             times.push(start.elapsed().as_secs_f64() * 1e3);
         }
-        let mut times = times.split_off(WARMUPS);
-        times.sort_by(f64::total_cmp);
-        let median = times[times.len() / 2];
+        let median = median(&mut times[WARMUPS..]);
         let split = self.take_times();
         let foreseen = 100 * split.foreseen / split.experts_cpu.max(1);
         tried.push(format!("{name} {median:.2} ms, {foreseen}% foreseen"));
         Ok(median)
     }
 
-    fn set_pcie_share(&mut self, percent: usize) -> Result<()> {
+    /// Of `m` missing experts the GPU reads this share over PCIe.
+    pub(super) fn set_pcie_share(&mut self, percent: usize) -> Result<()> {
         let k = self.model.shape.moe.num_experts_per_tok;
         let split: Vec<i32> = (0..=k).map(|m| ((m * percent + 50) / 100) as i32).collect();
         self.decode.set_split(&split, &self.model.stream)

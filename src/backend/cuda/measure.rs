@@ -6,13 +6,14 @@
 use std::time::{Duration, Instant};
 
 use super::abi::{Format, Linear};
+use super::calibrate::{ID_STRIDE, SHARES};
 use super::device::{Buffer, Event, Pinned, Stream};
 use super::weights::Mixer;
 use super::{Cuda, Residency};
 use crate::backend::cpu::layout::{TILE_COLS, TILE_ROWS, Tile};
 use crate::backend::{BackendError, Result};
 use crate::hardware::gpu_probe::{CopyRate, GpuProbe, Micros};
-use crate::hardware::probe::Rate;
+use crate::hardware::probe::{Rate, median};
 
 /// Sizes of copies: part of an expert of the 80B model, about one, ten, and a stretch of prefill.
 const COPY_BYTES: [usize; 4] = [256 << 10, 1_671_168, 16 << 20, 64 << 20];
@@ -23,11 +24,7 @@ const TIME_PER_FIGURE: Duration = Duration::from_millis(700);
 const REPETITIONS: std::ops::RangeInclusive<usize> = 3..=15;
 /// Kernels of a layer, as the cost model counts them.
 const KERNELS_PER_LAYER: usize = 7;
-/// Shares of missing experts over PCIe that are tried, in percent.
-const SHARES: [usize; 6] = [0, 10, 20, 30, 40, 50];
 const EXPERT_KERNELS: [&str; 3] = ["decode_router", "decode_experts_up", "decode_experts_down"];
-/// Spreads token ids over the vocabulary.
-const ID_STRIDE: usize = 7919;
 
 /// Samples of one figure.
 fn repeat(mut sample: impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
@@ -142,7 +139,6 @@ impl Cuda {
     pub fn measure(&mut self, model: &str) -> Result<GpuProbe> {
         let started = Instant::now();
         let asked = self.options.residency.clone();
-        let split = vec![0; self.model.shape.moe.num_experts_per_tok + 1];
         let mut probe = GpuProbe {
             name: self.device.facts().name,
             vram_bytes: self.device.facts().total_bytes,
@@ -152,7 +148,7 @@ impl Cuda {
         self.measure_copies(&mut probe)?;
         let measured = self.measure_steps(&mut probe);
         self.decode.hand_over_always = false;
-        self.decode.set_split(&split, &self.model.stream)?;
+        self.set_pcie_share(0)?;
         self.options.residency = asked;
         self.fill_slots()?;
         self.state.clear(&self.model.stream)?;
@@ -256,14 +252,14 @@ impl Cuda {
 
         // Nothing resident: the same kernels read over PCIe, then CPU and GPU share the misses.
         self.give_slots(Residency::Nothing)?;
-        self.set_share(100)?;
+        self.set_pcie_share(100)?;
         self.step_all(&[0], 0..1, &mut |_, _, _| {})?;
         let over_pcie = self.expert_kernel_seconds()?;
         let rates = over_pcie.iter().map(|&s| gb_s(routed_bytes, s));
         probe.expert_kernel_over_pcie = Rate::of(rates.collect());
         let base = (middle(&handed) - middle(&in_vram)).max(0.0);
         for percent in SHARES {
-            self.set_share(percent)?;
+            self.set_pcie_share(percent)?;
             let steps = self.step_seconds()?;
             let rates = steps
                 .iter()
@@ -280,13 +276,6 @@ impl Cuda {
         self.options.residency = residency;
         self.fill_slots()?;
         self.state.clear(&self.model.stream)
-    }
-
-    /// Of `m` misses the GPU reads this share over PCIe.
-    fn set_share(&mut self, percent: usize) -> Result<()> {
-        let k = self.model.shape.moe.num_experts_per_tok;
-        let split: Vec<i32> = (0..=k).map(|m| ((m * percent + 50) / 100) as i32).collect();
-        self.decode.set_split(&split, &self.model.stream)
     }
 
     /// Seconds of the expert kernels of a step, routers taken off.
@@ -345,7 +334,5 @@ fn bytes_of(linear: &Linear) -> usize {
 }
 
 fn middle(samples: &[f64]) -> f64 {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
+    median(&mut samples.to_vec())
 }

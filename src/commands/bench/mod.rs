@@ -17,7 +17,6 @@ use super::machine::{self, HardwareChoice, this_machine};
 use super::plan;
 use super::profile::{self, Settings as ProfileSettings};
 use super::{Failure, cache_state, check_output, load, report, workloads};
-use crate::backend;
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::Engine;
 use crate::formats::Document;
@@ -309,7 +308,7 @@ fn plan_here(
     let (trace, _) = TraceReader::new(events.as_slice())?.read_all()?;
     let hardware = given.clone().unwrap_or_else(machine::like_this);
     let footprint = &gpu::measured(footprint, engine);
-    let kv = planned_kv(args.compute.kv_dtype).unwrap_or(KvDtype::F16);
+    let kv = args.compute.kv_dtype.map_or(KvDtype::F16, load::planned_kv);
     let held = engine.vram_held().unwrap_or_default();
     let vram_budget_bytes = args.compute.vram.unwrap_or_else(|| {
         // What the model holds already is not free, but the plan's to give.
@@ -356,17 +355,11 @@ fn situation(compute: &ComputeArgs, placement: &Placement) -> Situation {
     Situation {
         hit_rates,
         promotions_per_token,
-        kv_dtype: planned_kv(compute.kv_dtype).unwrap_or(placement.kv_dtype),
+        kv_dtype: compute
+            .kv_dtype
+            .map_or(placement.kv_dtype, load::planned_kv),
         head: placement.head,
     }
-}
-
-/// What plans call the type of the KV cache that was asked for. They know no f32, which no GPU keeps.
-fn planned_kv(dtype: Option<backend::KvDtype>) -> Option<KvDtype> {
-    dtype.map(|dtype| match dtype {
-        backend::KvDtype::Int8 => KvDtype::Int8,
-        backend::KvDtype::F16 | backend::KvDtype::F32 => KvDtype::F16,
-    })
 }
 
 fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64, at: &Situation) -> Prediction {

@@ -5,7 +5,6 @@ use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
-use half::f16;
 
 use super::Settings;
 use super::progress::{Progress, TraceSink};
@@ -149,20 +148,10 @@ impl Sink<'_, '_> {
         } else {
             Phase::Decode
         };
-        self.stats
-            .record(phase, layer, &routing.topk_ids, &routing.topk_weights);
+        let (ids, weights) = (&routing.topk_ids, &routing.topk_weights);
+        self.stats.record(phase, layer, ids, weights);
         if let (Some(trace), None) = (&mut self.trace, &self.error) {
-            let event = Event::Picks(Picks {
-                phase,
-                layer: layer as u16,
-                first_position: first_position as u32,
-                topk_ids: routing.topk_ids.clone(),
-                topk_weights: routing
-                    .topk_weights
-                    .iter()
-                    .map(|&w| f16::from_f32(w))
-                    .collect(),
-            });
+            let event = Event::Picks(Picks::new(phase, layer, first_position, ids, weights));
             self.error = trace.push(&event).err();
         }
     }

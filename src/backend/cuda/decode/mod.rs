@@ -56,7 +56,6 @@ struct Kind {
 
 /// The layers of one part of a step of so many `layers`.
 fn part_of(layers: usize, parts: usize, part: usize) -> Range<usize> {
-    let parts = parts.clamp(1, layers);
     part * layers / parts..(part + 1) * layers / parts
 }
 
@@ -255,8 +254,9 @@ impl Decode {
             Some(index) => index,
             None => {
                 let layers = model.shape.num_layers();
-                let graphs = (0..self.parts.clamp(1, layers)).map(|part| {
-                    let layers = part_of(layers, self.parts, part);
+                let parts = self.parts.clamp(1, layers);
+                let graphs = (0..parts).map(|part| {
+                    let layers = part_of(layers, parts, part);
                     (model.stream).capture(|| self.record(model, state, kind, layers, &[]))
                 });
                 let graphs = graphs.collect::<Result<_>>()?;
@@ -265,7 +265,7 @@ impl Decode {
             }
         };
         // Without the CPU's part nothing is left to do but to hand over all of them.
-        let at_once = if kind.hybrid { 1 } else { self.parts };
+        let at_once = if kind.hybrid { 1 } else { usize::MAX };
         for graph in self.graphs[index].1.iter().take(at_once) {
             // SAFETY: the graph was recorded for this sequence, whose memory `state` holds.
             unsafe { model.stream.launch_graph(graph)? };
@@ -376,10 +376,11 @@ impl Decode {
         for layer in 0..layers {
             if layer == next_part {
                 part += 1;
-                if let Some(graph) = self.graphs[graphs].1.get(part) {
+                let parts = &self.graphs[graphs].1;
+                if let Some(graph) = parts.get(part) {
                     // SAFETY: as in `step`.
                     unsafe { model.stream.launch_graph(graph)? };
-                    next_part = part_of(layers, self.parts, part).start;
+                    next_part = part_of(layers, parts.len(), part).start;
                 }
             }
             if self.side.is_some() && layer > 0 {
