@@ -22,9 +22,10 @@ constexpr int WARPS_PER_ROW = ROUTER_WARPS / ROW_BLOCK_ROWS;
 
 constexpr int AREA_SQUARES = 32; /* float of a warp's area, behind its sums */
 
-/* What the deciding block keeps in shared memory, in the table's place. */
+/* What the deciding block keeps in shared memory, in the table's place. Aligned, so that reading four keys at once
+   touches nothing that another warp writes. */
 constexpr int MAX_EXPERTS = 1024;
-struct Candidates {
+struct __align__(16) Candidates {
   uint32_t keys[MAX_EXPERTS];
   int32_t ids[MAX_EXPERTS];
   int32_t best_ids[MAX_TOP_K];
