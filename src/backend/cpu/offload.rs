@@ -104,6 +104,7 @@ impl Offload {
     ///
     /// - `x`: `[D]`, normed
     /// - `out`: `[D]`
+    /// - `beside`: run by this thread now and then meanwhile
     ///
     /// # Errors
     /// An id out of range, or a panic in a worker.
@@ -114,6 +115,7 @@ impl Offload {
         weights: &[f32],
         x: &[f32],
         out: &mut [f32],
+        beside: &mut dyn FnMut(),
     ) -> Result<()> {
         if ids.is_empty() {
             out.fill(0.0);
@@ -142,7 +144,7 @@ impl Offload {
             let halves = &self.halves;
             // All experts' first rows come first: so a worker has the same rows of every expert,
             // whichever experts they are, and finds them where it prefetched them.
-            self.pool.run(2 * blocks * ids.len(), &|item| {
+            let job = |item: usize| {
                 let (tile_row, i) = (item / chosen.len(), item % chosen.len());
                 let (block, half) = (i * blocks + tile_row / 2, tile_row % 2);
                 let expert = chosen[i];
@@ -162,13 +164,14 @@ impl Offload {
                         unsafe { quantized.quantize(isa, kind, block, whole) };
                     }
                 }
-            })?;
+            };
+            (self.pool).run_beside(2 * blocks * ids.len(), &job, beside)?;
         }
         let rows = chosen[0].down.rows;
         assert_eq!(out.len(), rows);
         let out = Parts::new(out);
         let (hidden, integers) = (&self.hidden, &self.hidden_integers);
-        self.pool.run(chosen[0].down.tile_rows(), &|tile_row| {
+        let job = |tile_row: usize| {
             let mut sum = [[0.0; TILE_ROWS]];
             for (i, expert) in chosen.iter().enumerate() {
                 let range = i * blocks..i * blocks + expert.blocks();
@@ -189,7 +192,8 @@ impl Offload {
             // SAFETY: each item has output rows of its own.
             let out = unsafe { out.slice(first..last) };
             out.copy_from_slice(&sum[0][..last - first]);
-        })
+        };
+        (self.pool).run_beside(chosen[0].down.tile_rows(), &job, beside)
     }
 
     /// Brings experts that will probably be asked for into the caches of the workers that will
@@ -324,7 +328,14 @@ mod tests {
                 let mut out = vec![f32::NAN; dim];
                 for _ in 0..2 {
                     offload
-                        .compute(&layer.experts, &ids, &topk_weights, &x, &mut out)
+                        .compute(
+                            &layer.experts,
+                            &ids,
+                            &topk_weights,
+                            &x,
+                            &mut out,
+                            &mut || {},
+                        )
                         .unwrap();
                 }
                 let routing = Routing {
@@ -362,12 +373,12 @@ mod tests {
         let mut out = vec![1.0; 64];
         let x = vec![0.0; 64];
         offload
-            .compute(&layer.experts, &[], &[], &x, &mut out)
+            .compute(&layer.experts, &[], &[], &x, &mut out, &mut || {})
             .unwrap();
         assert!(out.iter().all(|&v| v == 0.0));
         assert!(
             offload
-                .compute(&layer.experts, &[2], &[1.0], &x, &mut out)
+                .compute(&layer.experts, &[2], &[1.0], &x, &mut out, &mut || {})
                 .is_err()
         );
     }

@@ -186,7 +186,14 @@ impl Cuda {
             round += k;
             for layer in layers {
                 let ids: Vec<i32> = (0..k).map(|i| ((round + i) % experts) as i32).collect();
-                offload.compute(&layer.experts, &ids, &vec![0.1; k], &x, &mut out)?;
+                offload.compute(
+                    &layer.experts,
+                    &ids,
+                    &vec![0.1; k],
+                    &x,
+                    &mut out,
+                    &mut || {},
+                )?;
             }
             Ok(start.elapsed().as_secs_f64())
         };
