@@ -36,7 +36,6 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::marker::PhantomData;
-use std::ops::Range;
 
 use super::activations::{Int8Block, Int16Block, Integers, WideBlock};
 use super::byte_rows::{ByteRowsView, Row};
@@ -50,6 +49,10 @@ pub const MIN_TOKENS: usize = 8;
 
 /// Tokens of one product, at most.
 const TOKENS: usize = 16;
+
+/// Tokens that meet a tile row before the next ones come, so that their totals and one block of their
+/// activations stay in the L1 cache, beside the tiles looked up: 8 KB each, 16 KB.
+const TOKENS_IN_L1: usize = 64;
 
 /// What one tile register holds: 16 rows of 64 bytes.
 #[derive(Clone, Copy)]
@@ -75,14 +78,22 @@ struct Sums([Square; 3]);
 struct Total([[f32; LANES]; 2]);
 
 struct Scratch {
+    registers: Registers,
     sums: Sums,
+    totals: [Total; TOKENS_IN_L1],
     /// `[block, even or odd][half]`: one block's are written while the other's are read
     weights: [[Weights; 2]; 2],
 }
 
 impl Scratch {
     const ZERO: Scratch = Scratch {
+        registers: Registers {
+            tokens: 0,
+            odd: false,
+            _of_this_thread: PhantomData,
+        },
         sums: Sums([ZERO; 3]),
+        totals: [Total([[0.0; LANES]; 2]); TOKENS_IN_L1],
         weights: [const {
             [const {
                 Weights {
@@ -96,8 +107,7 @@ impl Scratch {
 }
 
 thread_local! {
-    static SCRATCH: RefCell<(Box<Scratch>, Vec<Total>)> =
-        RefCell::new((Box::new(Scratch::ZERO), Vec::new()));
+    static SCRATCH: RefCell<Box<Scratch>> = RefCell::new(Box::new(Scratch::ZERO));
 }
 
 /// Whether [`tile_row`] can multiply these tokens, and should.
@@ -120,25 +130,37 @@ pub fn tile_row(
 ) {
     assert!(takes(x, tokens));
     assert_eq!(c.len(), tokens.len());
-    let first = tokens[0] as usize;
     if tiles.is_empty() {
         return c.fill([0.0; TILE_ROWS]);
     }
-    SCRATCH.with_borrow_mut(|(scratch, totals)| {
-        totals.clear();
-        totals.resize(c.len(), Total([[0.0; LANES]; 2]));
-        // SAFETY: an `Amx` holds an `Avx512`, which exists only where these features were seen.
-        unsafe {
-            match kind {
-                Integers::Int8 => add_tile_row::<Int8Block>(amx, tiles, x, first, totals, scratch),
-                Integers::Int16 => {
-                    add_tile_row::<Int16Block>(amx, tiles, x, first, totals, scratch)
+    SCRATCH.with_borrow_mut(|scratch| {
+        let at_once = nearly_equal(tokens.len(), TOKENS_IN_L1);
+        for (tokens, c) in tokens.chunks(at_once).zip(c.chunks_mut(at_once)) {
+            let first = tokens[0] as usize;
+            let totals = &mut scratch.totals[..tokens.len()];
+            totals.fill(Total([[0.0; LANES]; 2]));
+            // SAFETY: an `Amx` holds an `Avx512`, which exists only where these features were seen.
+            unsafe {
+                match kind {
+                    Integers::Int8 => {
+                        add_tile_row::<Int8Block>(amx, tiles, x, first, tokens.len(), scratch)
+                    }
+                    Integers::Int16 => {
+                        add_tile_row::<Int16Block>(amx, tiles, x, first, tokens.len(), scratch)
+                    }
+                    Integers::Wide => {
+                        add_tile_row::<WideBlock>(amx, tiles, x, first, tokens.len(), scratch)
+                    }
                 }
-                Integers::Wide => add_tile_row::<WideBlock>(amx, tiles, x, first, totals, scratch),
+                scale(amx.avx512(), unit, &scratch.totals, c);
             }
-            scale(amx.avx512(), unit, totals, c);
         }
     });
+}
+
+/// Size of parts that `len` is cut into, at most `most`: seventeen are 9 + 8, not 16 + 1.
+fn nearly_equal(len: usize, most: usize) -> usize {
+    len.div_ceil(len.div_ceil(most))
 }
 
 /// `c = totals * unit`
@@ -151,28 +173,33 @@ fn scale(s: Avx512, unit: f32, totals: &[Total], c: &mut [[f32; TILE_ROWS]]) {
     }
 }
 
-/// Adds the products of all tiles to `totals`.
+/// Adds the products of all tiles and `tokens` from `first` on to the totals.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn add_tile_row<X: Terms>(
     amx: Amx,
     tiles: &[Tile<u16>],
     x: ByteRowsView,
     first: usize,
-    totals: &mut [Total],
+    tokens: usize,
     scratch: &mut Scratch,
 ) {
     let s = amx.avx512();
-    let tokens = totals.len();
     let x_len = x.high.len().max(x.bytes.len());
     assert!(x_len.is_multiple_of(tiles.len()));
     let x_tokens = x_len / tiles.len();
-    // Groups of equal size: seventeen tokens are 9 + 9, the last group taking some again that the
-    // one before has, and adding up the others only.
-    let group_len = tokens.div_ceil(tokens.div_ceil(TOKENS));
-    let Scratch { sums, weights } = scratch;
+    // Groups of equal size: the last of 9 + 8 tokens begins with one that the first has as well, and
+    // adds up the others only.
+    let group_len = nearly_equal(tokens, TOKENS);
+    let Scratch {
+        registers,
+        sums,
+        weights,
+        totals,
+    } = scratch;
+    registers.configure(amx, group_len);
     let mut pipeline = Pipeline {
         s,
-        registers: Registers::configure(amx, group_len),
+        registers,
         sums,
         totals,
         multiplied: None,
@@ -190,30 +217,24 @@ fn add_tile_row<X: Terms>(
             while done < tokens {
                 let start = done.min(tokens - group_len);
                 let group = start..start + group_len;
-                let step = Step {
-                    tile,
+                let added = done..group.end;
+                let step = |words, scales| Step {
+                    words,
+                    absmax: &lanes(&tile.absmax)[half],
+                    scales,
                     half,
-                    scales: &[],
-                    tokens: done..group.end,
-                    skipped: done - start,
-                    words: false,
+                    token: done,
+                    row: done - start,
                 };
                 if X::WORDS.is_some() {
                     let (high, low) = (&x.high[group.clone()], &x.low[group.clone()]);
                     pipeline.registers.multiply_words(high, low, &now[half]);
-                    pipeline.advance(Step {
-                        words: true,
-                        scales: &x.word_scales[step.tokens.clone()],
-                        ..step.clone()
-                    });
+                    pipeline.advance(step(true, &x.word_scales[added.clone()]));
                 }
                 if X::BYTES {
                     let bytes = &x.bytes[group.clone()];
                     pipeline.registers.multiply_bytes(bytes, &now[half]);
-                    pipeline.advance(Step {
-                        scales: &x.byte_scales[step.tokens.clone()],
-                        ..step
-                    });
+                    pipeline.advance(step(false, &x.byte_scales[added]));
                 }
                 if let (0, Some(tile)) = (done, next_tile) {
                     look_up::<X>(s, tile, half, &mut next[half]);
@@ -290,18 +311,17 @@ fn look_up<X: Terms>(s: Avx512, tile: &Tile<u16>, half: usize, out: &mut Weights
 }
 
 /// One product on its way to the totals.
-#[derive(Clone)]
 struct Step<'a> {
-    tile: &'a Tile<u16>,
-    half: usize,
-    /// To add to
-    tokens: Range<usize>,
-    /// Of `tokens`
-    scales: &'a [f32],
-    /// Sums before those of `tokens`
-    skipped: usize,
-    /// Rather than bytes
+    /// Of words, or else of bytes
     words: bool,
+    /// `[row]`
+    absmax: &'a [u16; LANES],
+    /// Of the tokens to add up
+    scales: &'a [f32],
+    half: usize,
+    /// The first token, and its row of the sums
+    token: usize,
+    row: usize,
 }
 
 /// Three products are on their way at a time.
@@ -312,7 +332,7 @@ struct Step<'a> {
 /// do not fill up with what cannot start.
 struct Pipeline<'a> {
     s: Avx512,
-    registers: Registers,
+    registers: &'a mut Registers,
     sums: &'a mut Sums,
     totals: &'a mut [Total],
     multiplied: Option<Step<'a>>,
@@ -351,13 +371,11 @@ impl<'a> Pipeline<'a> {
             return;
         };
         let s = self.s;
-        let absmax = s.load_u16(&lanes(&step.tile.absmax)[step.half]);
-        let [high, mixed, low] = self
-            .sums
-            .0
-            .each_ref()
-            .map(|Square(sums)| &sums[step.skipped..]);
-        let totals = self.totals[step.tokens].iter_mut().zip(step.scales);
+        let absmax = s.load_u16(step.absmax);
+        let totals = &mut self.totals[step.token..];
+        let totals = totals.iter_mut().zip(step.scales);
+        let Sums([Square(high), Square(mixed), Square(low)]) = &*self.sums;
+        let (high, mixed, low) = (&high[step.row..], &mixed[step.row..], &low[step.row..]);
         let add = |Total(total): &mut Total, sum, scale: f32| {
             let total = &mut total[step.half];
             let scale = s.mul(absmax, s.splat(scale));
@@ -366,9 +384,9 @@ impl<'a> Pipeline<'a> {
         if step.words {
             let sums = high.iter().zip(mixed).zip(low);
             for ((total, &scale), ((high, mixed), low)) in totals.zip(sums) {
-                let [high, mixed, low] = [high, mixed, low].map(|sums| s.load_i32(sums));
-                let sum = s.add_i32(_mm512_slli_epi32::<8>(high), mixed);
-                let sum = s.add_i32(_mm512_slli_epi32::<8>(sum), low);
+                let high = _mm512_slli_epi32::<16>(s.load_i32(high));
+                let mixed = _mm512_slli_epi32::<8>(s.load_i32(mixed));
+                let sum = s.add_i32(s.add_i32(high, mixed), s.load_i32(low));
                 add(total, sum, scale);
             }
         } else {
@@ -379,12 +397,14 @@ impl<'a> Pipeline<'a> {
     }
 }
 
-/// The tile registers of this thread, in use: 0 to 2 are the sums of even products, 3 to 5 those of
-/// odd ones, 6 tokens, 7 weights.
+/// The tile registers of this thread: 0 to 2 are the sums of even products, 3 to 5 those of odd ones,
+/// 6 tokens, 7 weights.
 ///
 /// Between the pieces of assembly, shapes and sums stay there, which are nothing the compiler knows
-/// of: it has no use for tile registers of its own.
+/// of: it has no use for tile registers of its own. Shapes stay between calls too, because setting
+/// them takes as long as several products; so the system saves the registers when it stops a thread.
 struct Registers {
+    /// Rows of all tiles but weights, 0 before the first use
     tokens: usize,
     /// Whether the product now multiplied is an odd one
     odd: bool,
@@ -413,9 +433,12 @@ macro_rules! asm_for {
 }
 
 impl Registers {
-    /// `tokens` is how many rows the tiles of tokens and sums have, at most 16.
-    fn configure(_: Amx, tokens: usize) -> Registers {
+    /// Gives the tiles of tokens and of sums `tokens` rows, at most 16.
+    fn configure(&mut self, _: Amx, tokens: usize) {
         assert!((1..=TOKENS).contains(&tokens));
+        if tokens == self.tokens {
+            return;
+        }
         let mut config = TileConfig {
             palette: 1,
             start_row: 0,
@@ -438,11 +461,7 @@ impl Registers {
                 options(readonly, nostack, preserves_flags)
             );
         }
-        Registers {
-            tokens,
-            odd: false,
-            _of_this_thread: PhantomData,
-        }
+        self.tokens = tokens;
     }
 
     /// Begins a product of words: sums start at zero.
@@ -576,21 +595,6 @@ impl Registers {
                     options(nostack, preserves_flags)
                 );
             }
-        }
-    }
-}
-
-impl Drop for Registers {
-    /// Gives the registers back, so that the system need not save them.
-    fn drop(&mut self) {
-        // SAFETY: `configure` takes an `Amx`, which proves that the instruction exists.
-        unsafe {
-            asm!(
-                "tilerelease",
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nomem, nostack, preserves_flags)
-            );
         }
     }
 }
