@@ -19,13 +19,13 @@
 //!
 //! An estimate, from Intel's tables and not measured, in cycles for 16 tokens x one tile, which is
 //! two products: 16 for a product of bytes, 1 for a store of 64 bytes, 1/2 for a load or any other
-//! vector instruction, VNNI included. Lookups, which all tokens share, come on top.
+//! vector instruction, VNNI included. Up to 64 tokens share the lookup of a tile.
 //!
 //! ```text
-//!         tile products   stores   loads   vectors   lookup: stores, vectors   with VNNI
-//! int8         32            64       88       64              32   40             300
-//! int16       128           128      160      112              64   56             560
-//! wide        160           192      248      176              96   72             860
+//!         tile products   stores   loads   vectors   lookup: stores   vectors   with VNNI
+//! int8         32            64       80       48              32         40        300
+//! int16       128           128      160      112              64         56        560
+//! wide        160           192      240      160              96         72        860
 //! ```
 //!
 //! Columns overlap as far as work does not wait for other work, which is what the order of
@@ -202,8 +202,7 @@ fn add_tile_row<X: Terms>(
         registers,
         sums,
         totals,
-        multiplied: None,
-        stored: None,
+        steps: [None, None],
     };
     let [mut now, mut next] = weights.each_mut();
     for half in 0..2 {
@@ -229,12 +228,12 @@ fn add_tile_row<X: Terms>(
                 if X::WORDS.is_some() {
                     let (high, low) = (&x.high[group.clone()], &x.low[group.clone()]);
                     pipeline.registers.multiply_words(high, low, &now[half]);
-                    pipeline.advance(step(true, &x.word_scales[added.clone()]));
+                    pipeline.advance(Some(step(true, &x.word_scales[added.clone()])));
                 }
                 if X::BYTES {
                     let bytes = &x.bytes[group.clone()];
                     pipeline.registers.multiply_bytes(bytes, &now[half]);
-                    pipeline.advance(step(false, &x.byte_scales[added]));
+                    pipeline.advance(Some(step(false, &x.byte_scales[added])));
                 }
                 if let (0, Some(tile)) = (done, next_tile) {
                     look_up::<X>(s, tile, half, &mut next[half]);
@@ -244,7 +243,8 @@ fn add_tile_row<X: Terms>(
         }
         (now, next) = (next, now);
     }
-    pipeline.finish();
+    pipeline.advance(None);
+    pipeline.advance(None);
 }
 
 /// A code book of bytes, four times.
@@ -335,39 +335,27 @@ struct Pipeline<'a> {
     registers: &'a mut Registers,
     sums: &'a mut Sums,
     totals: &'a mut [Total],
-    multiplied: Option<Step<'a>>,
-    stored: Option<Step<'a>>,
+    /// The last two that are not in the totals yet, the even and the odd one
+    steps: [Option<Step<'a>>; 2],
 }
 
 impl<'a> Pipeline<'a> {
-    /// Once `step` was given to the tile registers, brings those before it on.
+    /// Brings on the steps before `step`, which was given to the tile registers.
     #[target_feature(enable = "avx512f")]
-    fn advance(&mut self, step: Step<'a>) {
-        self.add_stored();
-        self.store_multiplied();
-        self.multiplied = Some(step);
-        self.registers.odd ^= true;
-    }
-
-    #[target_feature(enable = "avx512f")]
-    fn finish(&mut self) {
-        self.add_stored();
-        self.store_multiplied();
-        self.add_stored();
-    }
-
-    #[inline(always)]
-    fn store_multiplied(&mut self) {
-        if let Some(step) = &self.multiplied {
-            self.registers.store_last(step.words, self.sums);
+    fn advance(&mut self, step: Option<Step<'a>>) {
+        let now = usize::from(self.registers.odd);
+        self.add_stored(now);
+        if let Some(last) = &self.steps[1 - now] {
+            self.registers.store_last(last.words, self.sums);
         }
-        self.stored = self.multiplied.take();
+        self.steps[now] = step;
+        self.registers.odd ^= true;
     }
 
     /// `totals += sums * absmax * scales`
     #[target_feature(enable = "avx512f")]
-    fn add_stored(&mut self) {
-        let Some(step) = self.stored.take() else {
+    fn add_stored(&mut self, step: usize) {
+        let Some(step) = &self.steps[step] else {
             return;
         };
         let s = self.s;
@@ -401,8 +389,9 @@ impl<'a> Pipeline<'a> {
 /// 6 tokens, 7 weights.
 ///
 /// Between the pieces of assembly, shapes and sums stay there, which are nothing the compiler knows
-/// of: it has no use for tile registers of its own. Shapes stay between calls too, because setting
-/// them takes as long as several products; so the system saves the registers when it stops a thread.
+/// of: it has no use for tile registers of its own. Shapes stay between calls too, as in oneDNN
+/// (`amx_tile_lazy_configure`), because setting them is slow; so the system saves the registers
+/// when it stops a thread.
 struct Registers {
     /// Rows of all tiles but weights, 0 before the first use
     tokens: usize,
