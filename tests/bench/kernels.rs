@@ -209,7 +209,7 @@ fn amx_against_avx512() {
     for (form, precision, integers) in forms {
         for tokens in [6, 8, 10, 12, 16, 32, 64, 512] {
             // One call is a small part of a run, or one.
-            let rows = (512 * 16 / tokens / 32 * 32).clamp(32, 512);
+            let rows = (512 * 16 / tokens / 32 * 32).clamp(64, 512);
             let matrix = nf4(rows, 2048);
             let mut linear = load(&mut pool, &[(&matrix, precision)]).unwrap().remove(0);
             linear.integers = integers;

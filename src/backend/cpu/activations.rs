@@ -140,7 +140,8 @@ impl IntegerBlocks {
         self.int8.resize(len_of(Integers::Int8), Int8Block::ZERO);
         self.int16.resize(len_of(Integers::Int16), Int16Block::ZERO);
         self.wide.resize(len_of(Integers::Wide), WideBlock::ZERO);
-        self.rows.resize(len, kind.filter(|_| has_tiles(isa)));
+        self.rows
+            .resize(len, kind.filter(|_| matches!(isa, Isa::Amx(_))));
     }
 
     /// For jobs that each fill blocks of their own.
@@ -162,10 +163,6 @@ pub struct IntegerParts<'a> {
     rows: ByteRowsParts<'a>,
 }
 
-fn has_tiles(isa: Isa) -> bool {
-    matches!(isa, Isa::Amx(_))
-}
-
 impl IntegerParts<'_> {
     /// Quantises `x` into block `i` of `kind`, for which there is room.
     ///
@@ -178,23 +175,23 @@ impl IntegerParts<'_> {
                 Integers::Int8 => {
                     let block = quantize_int8(isa, x);
                     *self.int8.item(i) = block;
-                    if has_tiles(isa) {
-                        self.rows.put_bytes(i, &block);
+                    if let Isa::Amx(amx) = isa {
+                        self.rows.put_bytes(amx, i, &block);
                     }
                 }
                 Integers::Int16 => {
                     let block = quantize_block(isa, x);
                     *self.int16.item(i) = block;
-                    if has_tiles(isa) {
-                        self.rows.put_words(i, &block);
+                    if let Isa::Amx(amx) = isa {
+                        self.rows.put_words(amx, i, &block);
                     }
                 }
                 Integers::Wide => {
                     let block = quantize_wide(isa, x);
                     *self.wide.item(i) = block;
-                    if has_tiles(isa) {
-                        self.rows.put_words(i, &block.coarse);
-                        self.rows.put_bytes(i, &block.rest);
+                    if let Isa::Amx(amx) = isa {
+                        self.rows.put_words(amx, i, &block.coarse);
+                        self.rows.put_bytes(amx, i, &block.rest);
                     }
                 }
             }

@@ -3,10 +3,14 @@
 //! Made where activations are quantised, so that no product of a matrix has to: tiles have up to
 //! 16 rows a constant distance apart, and tokens `t..t + 16` of a block are one tile of a list.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::activations::{Int8Block, Int16Block, Integers};
+use super::isa::{Amx, Isa, dispatch};
 use super::layout::TILE_COLS;
+use super::simd::{Simd, lanes};
 use super::threads::Parts;
 
 /// One block of one token, in the order of [`Int8Block::quads`], one cache line.
@@ -76,23 +80,50 @@ impl ByteRows {
     }
 
     /// Becomes `tokens` of `x`, which has `x_tokens`, one after the other.
-    pub fn gather(&mut self, x: ByteRowsView, x_tokens: usize, tokens: &[u32]) {
+    pub fn gather(&mut self, isa: Isa, x: ByteRowsView, x_tokens: usize, tokens: &[u32]) {
         let len_of = |list: &[Row]| list.len() / x_tokens * tokens.len();
         self.resize_lists(len_of(x.high), len_of(x.bytes));
-        gather(x.high, x_tokens, tokens, &mut self.high);
-        gather(x.low, x_tokens, tokens, &mut self.low);
-        gather(x.word_scales, x_tokens, tokens, &mut self.word_scales);
-        gather(x.bytes, x_tokens, tokens, &mut self.bytes);
-        gather(x.byte_scales, x_tokens, tokens, &mut self.byte_scales);
+        gather_rows(isa, x.high, x_tokens, tokens, &mut self.high);
+        gather_rows(isa, x.low, x_tokens, tokens, &mut self.low);
+        gather_rows(isa, x.bytes, x_tokens, tokens, &mut self.bytes);
+        gather(
+            x.word_scales,
+            x_tokens,
+            tokens,
+            &mut self.word_scales,
+            |x| *x,
+        );
+        gather(
+            x.byte_scales,
+            x_tokens,
+            tokens,
+            &mut self.byte_scales,
+            |x| *x,
+        );
     }
 }
 
-/// `out[kb, i] = x[kb, tokens[i]]`
-fn gather<T: Copy>(x: &[T], x_tokens: usize, tokens: &[u32], out: &mut [T]) {
+dispatch! {
+    /// [`gather`] of whole vectors.
+    fn gather_rows(x: &[Row], x_tokens: usize, tokens: &[u32], out: &mut [Row]) = gather_rows_body
+}
+
+#[inline(always)]
+fn gather_rows_body<S: Simd>(s: S, x: &[Row], x_tokens: usize, tokens: &[u32], out: &mut [Row]) {
+    gather(x, x_tokens, tokens, out, |Row(x)| {
+        let mut row = Row([0; TILE_COLS / 4]);
+        s.store_i32(s.load_i32(x), &mut row.0);
+        row
+    });
+}
+
+/// `out[kb, i] = copy(x[kb, tokens[i]])`
+#[inline(always)]
+fn gather<T>(x: &[T], x_tokens: usize, tokens: &[u32], out: &mut [T], copy: impl Fn(&T) -> T) {
     let blocks = x.chunks_exact(x_tokens);
     for (x, out) in blocks.zip(out.chunks_exact_mut(tokens.len())) {
         for (out, &token) in out.iter_mut().zip(tokens) {
-            *out = x[token as usize];
+            *out = copy(&x[token as usize]);
         }
     }
 }
@@ -132,10 +163,11 @@ impl ByteRowsParts<'_> {
     ///
     /// # Safety
     /// No two threads may write the same block at the same time.
-    pub unsafe fn put_words(&self, i: usize, block: &Int16Block) {
-        // SAFETY: the caller promises that this block is nobody else's now.
+    pub unsafe fn put_words(&self, amx: Amx, i: usize, block: &Int16Block) {
+        // SAFETY: the caller promises that this block is nobody else's now, and an `Amx` holds an
+        // `Avx512`, which exists only where these features were seen.
         unsafe {
-            (*self.high.item(i), *self.low.item(i)) = split(&block.pairs);
+            split(amx, &block.pairs, self.high.item(i), self.low.item(i));
             *self.word_scales.item(i) = block.scale;
         }
     }
@@ -144,7 +176,7 @@ impl ByteRowsParts<'_> {
     ///
     /// # Safety
     /// As there.
-    pub unsafe fn put_bytes(&self, i: usize, block: &Int8Block) {
+    pub unsafe fn put_bytes(&self, _: Amx, i: usize, block: &Int8Block) {
         // SAFETY: the caller promises that this block is nobody else's now.
         unsafe {
             *self.bytes.item(i) = Row(block.quads);
@@ -154,15 +186,24 @@ impl ByteRowsParts<'_> {
 }
 
 /// High and low bytes.
-///
-/// Pairs 0 to 3 of a group hold its nibbles 0 and 4, 2 and 6, 1 and 5, 3 and 7; quads hold the even
-/// nibbles, then the odd ones.
-fn split(pairs: &[i32; TILE_COLS / 2]) -> (Row, Row) {
-    let (mut high, mut low) = ([0; TILE_COLS / 4], [0; TILE_COLS / 4]);
-    for (i, pairs) in pairs.as_chunks::<2>().0.iter().enumerate() {
-        let [[a0, a1, a2, a3], [b0, b1, b2, b3]] = pairs.map(i32::to_le_bytes);
-        high[i] = i32::from_le_bytes([a1, b1, a3, b3]);
-        low[i] = i32::from_le_bytes([a0, b0, a2, b2]);
-    }
-    (Row(high), Row(low))
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn split(amx: Amx, pairs: &[i32; TILE_COLS / 2], high: &mut Row, low: &mut Row) {
+    let s = amx.avx512();
+    // Of each group's four pairs, the high bytes of even nibbles and of odd ones, then the low bytes.
+    let order = _mm512_broadcast_i32x4(_mm_setr_epi8(
+        1, 5, 3, 7, 9, 13, 11, 15, 0, 4, 2, 6, 8, 12, 10, 14,
+    ));
+    let pairs = lanes(pairs);
+    let a = _mm512_shuffle_epi8(s.load_i32(&pairs[0]), order);
+    let b = _mm512_shuffle_epi8(s.load_i32(&pairs[1]), order);
+    let high_quads = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    let low_quads = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
+    s.store_i32(_mm512_permutex2var_epi64(a, high_quads, b), &mut high.0);
+    s.store_i32(_mm512_permutex2var_epi64(a, low_quads, b), &mut low.0);
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn split(_: Amx, _: &[i32; TILE_COLS / 2], _: &mut Row, _: &mut Row) {
+    unreachable!("never detected here")
 }

@@ -252,7 +252,7 @@ pub fn with_tokens_for<R>(
         && linears.iter().all(|l| l.reads_integers().is_some())
     {
         return GATHERED.with_borrow_mut(|(rows, numbers)| {
-            rows.gather(x.rows, x.tokens, tokens);
+            rows.gather(isa, x.rows, x.tokens, tokens);
             numbers.clear();
             numbers.extend(0..tokens.len() as u32);
             let gathered = View {
