@@ -153,3 +153,52 @@ fn the_pool_gives_the_bits_of_vectors() {
     });
     assert!(found == expected);
 }
+
+#[test]
+fn experts_with_scattered_tokens_give_the_bits_of_vectors() {
+    use crate::backend::Routing;
+    use crate::backend::cpu::experts::{Buffers, Expert, add_experts};
+
+    const TOKENS: usize = 300;
+    let Some((amx, avx512)) = isas() else { return };
+    let mut pool = Pool::new(None).unwrap();
+    for kind in KINDS {
+        let mut expert = |size| Expert {
+            gate: linear(&mut pool, size, 128, kind),
+            up: linear(&mut pool, size, 128, kind),
+            down: linear(&mut pool, 128, size, kind),
+        };
+        let (experts, shared) = ([64, 128, 64].map(&mut expert), expert(64));
+        // The first expert has many tokens, the second some, the last too few for tiles.
+        let id = |t: usize| match t % 60 {
+            7 => 2,
+            t if t % 3 == 0 => 1,
+            _ => 0,
+        };
+        let routing = Routing {
+            num_experts_per_tok: 1,
+            topk_ids: (0..TOKENS).map(id).collect(),
+            topk_weights: vec![0.5; TOKENS],
+        };
+        let all: Vec<u32> = (0..TOKENS as u32).collect();
+        let [found, expected] = [amx, avx512].map(|isa| {
+            let x = inputs(&mut pool, isa, TOKENS, &shared.gate);
+            let mut out = vec![0.0; TOKENS * 128];
+            add_experts(
+                &mut pool,
+                isa,
+                &experts,
+                &shared,
+                &routing,
+                &[0.25; TOKENS],
+                &x,
+                &all,
+                &mut Buffers::default(),
+                &mut out,
+            )
+            .unwrap();
+            out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        });
+        assert!(found == expected, "{kind:?}");
+    }
+}
