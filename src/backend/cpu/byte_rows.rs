@@ -145,9 +145,14 @@ impl<'a> ByteRowsView<'a> {
         }
     }
 
+    /// Blocks of all tokens.
+    pub fn len(&self) -> usize {
+        self.high.len().max(self.bytes.len())
+    }
+
     /// Whether nothing was quantised for tiles.
     pub fn is_empty(&self) -> bool {
-        self.high.is_empty() && self.bytes.is_empty()
+        self.len() == 0
     }
 }
 

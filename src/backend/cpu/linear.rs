@@ -112,6 +112,7 @@ impl Linear {
                 #[cfg(target_arch = "x86_64")]
                 if let (Isa::Amx(amx), true) = (isa, nf4_amx::takes(x.rows, tokens)) {
                     let kind = self.integers;
+                    assert_eq!(x.rows.len(), tiles.len() * x.tokens);
                     return nf4_amx::tile_row(amx, kind, tiles, unit, x.rows, tokens, c);
                 }
                 match self.integers {

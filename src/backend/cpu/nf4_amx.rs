@@ -184,9 +184,7 @@ fn add_tile_row<X: Terms>(
     scratch: &mut Scratch,
 ) {
     let s = amx.avx512();
-    let x_len = x.high.len().max(x.bytes.len());
-    assert!(x_len.is_multiple_of(tiles.len()));
-    let x_tokens = x_len / tiles.len();
+    let x_tokens = x.len() / tiles.len();
     // Groups of equal size: the last of 9 + 8 tokens begins with one that the first has as well, and
     // adds up the others only.
     let group_len = nearly_equal(tokens, TOKENS);
