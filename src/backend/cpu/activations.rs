@@ -3,6 +3,7 @@
 //! Block `kb` of token `t` is `blocks[kb * tokens + t]`, so that a kernel that walks along a row of
 //! tiles meets all tokens of one tile side by side. The last block is padded with zeros.
 
+use super::byte_rows::{ByteRows, ByteRowsParts};
 use super::isa::{Isa, dispatch};
 use super::layout::TILE_COLS;
 use super::simd::{
@@ -128,15 +129,19 @@ pub struct IntegerBlocks {
     pub int8: Vec<Int8Block>,
     pub int16: Vec<Int16Block>,
     pub wide: Vec<WideBlock>,
+    /// The same for tiles, on AMX only
+    pub rows: ByteRows,
 }
 
 impl IntegerBlocks {
     /// Makes room for `len` blocks of `kind`, keeping memory of earlier use.
-    pub fn resize(&mut self, len: usize, kind: Option<Integers>) {
+    pub fn resize(&mut self, isa: Isa, len: usize, kind: Option<Integers>) {
         let len_of = |of| if kind == Some(of) { len } else { 0 };
         self.int8.resize(len_of(Integers::Int8), Int8Block::ZERO);
         self.int16.resize(len_of(Integers::Int16), Int16Block::ZERO);
         self.wide.resize(len_of(Integers::Wide), WideBlock::ZERO);
+        self.rows
+            .resize(len, kind.filter(|_| matches!(isa, Isa::Amx(_))));
     }
 
     /// For jobs that each fill blocks of their own.
@@ -145,6 +150,7 @@ impl IntegerBlocks {
             int8: Parts::new(&mut self.int8),
             int16: Parts::new(&mut self.int16),
             wide: Parts::new(&mut self.wide),
+            rows: self.rows.parts(),
         }
     }
 }
@@ -154,6 +160,7 @@ pub struct IntegerParts<'a> {
     int8: Parts<'a, Int8Block>,
     int16: Parts<'a, Int16Block>,
     wide: Parts<'a, WideBlock>,
+    rows: ByteRowsParts<'a>,
 }
 
 impl IntegerParts<'_> {
@@ -165,9 +172,28 @@ impl IntegerParts<'_> {
         // SAFETY: the caller promises that this block is nobody else's now.
         unsafe {
             match kind {
-                Integers::Int8 => *self.int8.item(i) = quantize_int8(isa, x),
-                Integers::Int16 => *self.int16.item(i) = quantize_block(isa, x),
-                Integers::Wide => *self.wide.item(i) = quantize_wide(isa, x),
+                Integers::Int8 => {
+                    let block = quantize_int8(isa, x);
+                    *self.int8.item(i) = block;
+                    if let Isa::Amx(amx) = isa {
+                        self.rows.put_bytes(amx, i, &block);
+                    }
+                }
+                Integers::Int16 => {
+                    let block = quantize_block(isa, x);
+                    *self.int16.item(i) = block;
+                    if let Isa::Amx(amx) = isa {
+                        self.rows.put_words(amx, i, &block);
+                    }
+                }
+                Integers::Wide => {
+                    let block = quantize_wide(isa, x);
+                    *self.wide.item(i) = block;
+                    if let Isa::Amx(amx) = isa {
+                        self.rows.put_words(amx, i, &block.coarse);
+                        self.rows.put_bytes(amx, i, &block.rest);
+                    }
+                }
             }
         }
     }
@@ -185,11 +211,11 @@ pub struct Activations {
 
 impl Activations {
     /// Makes room for `[tokens, cols]`, keeping memory of earlier use; contents are arbitrary.
-    pub fn resize(&mut self, tokens: usize, cols: usize, integers: Option<Integers>) {
+    pub fn resize(&mut self, isa: Isa, tokens: usize, cols: usize, integers: Option<Integers>) {
         let len = tokens * cols.div_ceil(TILE_COLS);
         self.tokens = tokens;
         self.blocks.resize(len, [0.0; TILE_COLS]);
-        self.integers.resize(len, integers);
+        self.integers.resize(isa, len, integers);
     }
 
     /// Columns, padded to 64.

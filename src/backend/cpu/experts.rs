@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use super::activations::{Activations, Block, IntegerBlocks};
 use super::isa::{Isa, dispatch};
 use super::layout::{TILE_COLS, TILE_ROWS};
-use super::linear::{Linear, Panel, View, with_panels};
+use super::linear::{Linear, Panel, TOKENS_AT_ONCE, View, with_panels, with_tokens_for};
 use super::math::silu;
 use super::simd::{Simd, lanes, lanes_mut};
 use super::threads::{Parts, Pool};
@@ -147,7 +147,7 @@ pub fn add_experts(
     } = buffers;
     let expert_of = |group: &Group| experts.get(group.expert).unwrap_or(shared);
     let integers = (groups.iter()).find_map(|g| expert_of(g).down.reads_integers());
-    hidden_integers.resize(hidden.len(), integers);
+    hidden_integers.resize(isa, hidden.len(), integers);
 
     {
         let hidden = Parts::new(hidden);
@@ -184,14 +184,7 @@ pub fn add_experts(
             for group in groups.iter() {
                 let expert = expert_of(group);
                 let blocks = group.first_block..group.first_block + group.tokens * expert.blocks();
-                let h = View {
-                    tokens: group.tokens,
-                    blocks: &hidden[blocks.clone()],
-                    // A list that is not filled stays empty.
-                    int8: hidden_integers.int8.get(blocks.clone()).unwrap_or(&[]),
-                    int16: hidden_integers.int16.get(blocks.clone()).unwrap_or(&[]),
-                    wide: hidden_integers.wide.get(blocks).unwrap_or(&[]),
-                };
+                let h = hidden_integers.view(group.tokens, hidden, blocks);
                 let range = group.first_token..group.first_token + group.tokens;
                 let (tokens, weights) = (&tokens[range.clone()], &weights[range]);
                 with_panels(group.tokens, |c| {
@@ -243,15 +236,19 @@ fn gate_and_up(
     tokens: &[u32],
     hidden: &mut [Block],
 ) {
-    with_panels(2 * tokens.len(), |panels| {
-        let (gate, up) = panels.split_at_mut(tokens.len());
-        for half in 0..2 {
-            let tile_row = 2 * block + half;
-            expert.gate.tile_row(isa, tile_row, x, tokens, gate);
-            expert.up.tile_row(isa, tile_row, x, tokens, up);
-            swiglu(isa, gate, up, half, hidden);
-        }
-    });
+    for (tokens, hidden) in (tokens.chunks(TOKENS_AT_ONCE)).zip(hidden.chunks_mut(TOKENS_AT_ONCE)) {
+        with_tokens_for(isa, [&expert.gate, &expert.up], x, tokens, |x, tokens| {
+            with_panels(2 * tokens.len(), |panels| {
+                let (gate, up) = panels.split_at_mut(tokens.len());
+                for half in 0..2 {
+                    let tile_row = 2 * block + half;
+                    expert.gate.tile_row(isa, tile_row, x, tokens, gate);
+                    expert.up.tile_row(isa, tile_row, x, tokens, up);
+                    swiglu(isa, gate, up, half, hidden);
+                }
+            });
+        });
+    }
 }
 
 dispatch! {

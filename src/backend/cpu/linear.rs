@@ -6,10 +6,15 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use super::activations::{Activations, Block, Int8Block, Int16Block, Integers, WideBlock};
+use super::activations::{
+    Activations, Block, Int8Block, Int16Block, IntegerBlocks, Integers, WideBlock,
+};
+use super::byte_rows::{ByteRows, ByteRowsView};
 use super::isa::Isa;
 use super::layout::{TILE_COLS, TILE_ROWS, Tile};
 use super::memory::Huge;
+#[cfg(target_arch = "x86_64")]
+use super::nf4_amx;
 use super::threads::{Parts, Pool};
 use super::{dense, nf4_f32, nf4_integers};
 use crate::backend::Result;
@@ -57,16 +62,26 @@ pub struct View<'a> {
     pub int8: &'a [Int8Block],
     pub int16: &'a [Int16Block],
     pub wide: &'a [WideBlock],
+    pub rows: ByteRowsView<'a>,
 }
 
 impl Activations {
     pub fn view(&self) -> View<'_> {
+        let all = 0..self.blocks.len();
+        self.integers.view(self.tokens, &self.blocks, all)
+    }
+}
+
+impl IntegerBlocks {
+    /// Blocks `range`, of `tokens` tokens, in both forms; a list that is not filled stays empty.
+    pub fn view<'a>(&'a self, tokens: usize, blocks: &'a [Block], range: Range<usize>) -> View<'a> {
         View {
-            tokens: self.tokens,
-            blocks: &self.blocks,
-            int8: &self.integers.int8,
-            int16: &self.integers.int16,
-            wide: &self.integers.wide,
+            tokens,
+            blocks: &blocks[range.clone()],
+            int8: self.int8.get(range.clone()).unwrap_or(&[]),
+            int16: self.int16.get(range.clone()).unwrap_or(&[]),
+            wide: self.wide.get(range.clone()).unwrap_or(&[]),
+            rows: self.rows.view().slice(range),
         }
     }
 }
@@ -94,6 +109,12 @@ impl Linear {
             Weights::Nf4Int16(tiles) => {
                 let unit = tiles.units[tile_row];
                 let tiles = tiles.row(tile_row, kblocks);
+                #[cfg(target_arch = "x86_64")]
+                if let (Isa::Amx(amx), true) = (isa, nf4_amx::takes(x.rows, tokens)) {
+                    let kind = self.integers;
+                    assert_eq!(x.rows.len(), tiles.len() * x.tokens);
+                    return nf4_amx::tile_row(amx, kind, tiles, unit, x.rows, tokens, c);
+                }
                 match self.integers {
                     Integers::Int8 => {
                         nf4_integers::tile_row(isa, tiles, unit, x.int8, x.tokens, tokens, c)
@@ -131,8 +152,8 @@ impl Linear {
 }
 
 /// Tokens that a matrix meets before the next ones come: their activations, which are read again for
-/// every 32 rows, stay in the L2 cache.
-const TOKENS_AT_ONCE: usize = 512;
+/// every 32 rows, stay in the L2 cache; 2048 columns of 256 tokens take 1 MB.
+pub const TOKENS_AT_ONCE: usize = 256;
 
 /// Outputs of matrices in panels of 32 rows: `[panel, tokens]`. For one token that is plain order.
 #[derive(Default)]
@@ -206,6 +227,47 @@ pub fn with_panels<R>(len: usize, f: impl FnOnce(&mut [Panel]) -> R) -> R {
         }
         f(&mut panels[..len])
     })
+}
+
+#[cfg(target_arch = "x86_64")]
+thread_local! {
+    static GATHERED: RefCell<(ByteRows, Vec<u32>)> = RefCell::default();
+}
+
+/// Lends `f` some tokens so that the kernels of `linears` read them fastest.
+///
+/// Tiles load tokens that lie one after the other; where enough of them do not, they are copied,
+/// once for all that `f` multiplies.
+pub fn with_tokens_for<R>(
+    isa: Isa,
+    linears: [&Linear; 2],
+    x: View,
+    tokens: &[u32],
+    f: impl FnOnce(View, &[u32]) -> R,
+) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if matches!(isa, Isa::Amx(_))
+        && tokens.len() >= nf4_amx::MIN_TOKENS
+        && !x.rows.is_empty()
+        && !nf4_amx::takes(x.rows, tokens)
+        && linears.iter().all(|l| l.reads_integers().is_some())
+    {
+        return GATHERED.with_borrow_mut(|(rows, numbers)| {
+            rows.gather(isa, x.rows, x.tokens, tokens);
+            numbers.clear();
+            numbers.extend(0..tokens.len() as u32);
+            let gathered = View {
+                tokens: tokens.len(),
+                blocks: &[],
+                int8: &[],
+                int16: &[],
+                wide: &[],
+                rows: rows.view(),
+            };
+            f(gathered, numbers)
+        });
+    }
+    f(x, tokens)
 }
 
 /// `hidden += W x`, `hidden: [tokens, rows]`.

@@ -8,6 +8,7 @@
 
 pub mod activations;
 pub mod attention;
+mod byte_rows;
 pub mod conv;
 pub mod delta_rule;
 mod dense;
@@ -263,7 +264,7 @@ impl Activations {
         integers: Option<Integers>,
         row: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Result<()> {
-        self.resize(tokens, cols, integers);
+        self.resize(isa, tokens, cols, integers);
         let kblocks = self.padded_cols() / layout::TILE_COLS;
         let blocks = Parts::new(&mut self.blocks);
         let quantized = self.integers.parts();

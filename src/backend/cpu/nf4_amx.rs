@@ -13,30 +13,32 @@
 //! fits in 32 bits.
 //!
 //! One product is 16 tokens x 16 rows x 64 columns: the first factor has a token in each row of its
-//! tile, the second has four columns of 16 weight rows in each, as a lookup of codes leaves them.
-//! Columns go in the order of the codes, even nibbles of a group before odd ones.
+//! tile, as [`byte_rows`](super::byte_rows) keeps them; the second has four columns of 16 weight
+//! rows in each, as a lookup of codes leaves them. Columns go in the order of the codes, even
+//! nibbles of a group before odd ones.
 //!
 //! An estimate, from Intel's tables and not measured, in cycles for 16 tokens x one tile, which is
-//! two products: 16 for a product of bytes, 1 for a store of 64 bytes, 1/2 for any other vector
-//! instruction, VNNI included.
+//! two products: 16 for a product of bytes, 1 for a store of 64 bytes, 1/2 for a load or any other
+//! vector instruction, VNNI included. Up to 64 tokens share the lookup of a tile.
 //!
 //! ```text
-//!         tile products   stores   vector instructions   kernel with VNNI   faster, at most
-//! int8         32           80             50                  300                3.8
-//! int16       128          160            145                  560                3.5
-//! wide        160          210            190                  860                4.1
+//!         tile products   stores   loads   vectors   lookup: stores   vectors   with VNNI
+//! int8         32            64       80       48              32         40        300
+//! int16       128           128      160      112              64         56        560
+//! wide        160           192      240      160              96         72        860
 //! ```
 //!
-//! The first three columns overlap as far as work does not wait for other work, which is what the
-//! order below is for: vectors add up sums while tiles multiply, and what a tile loads was stored a
-//! product earlier, so that it has left the store buffer. Tiles of bf16, the other kind, would take
-//! two products in place of four, but their sums are f32, rounded in an order of their own.
+//! Columns overlap as far as work does not wait for other work, which is what the order of
+//! [`Pipeline`] is for. Tiles of bf16, the other kind, would take two products in place of four, but
+//! their sums are f32, rounded in an order of their own.
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
+use super::activations::{Int8Block, Int16Block, Integers, WideBlock};
+use super::byte_rows::{ByteRowsView, Row};
 use super::isa::{Amx, Avx512};
 use super::layout::{TILE_ROWS, TILES_AHEAD, Tile};
 use super::nf4_integers::Terms;
@@ -48,6 +50,10 @@ pub const MIN_TOKENS: usize = 8;
 /// Tokens of one product, at most.
 const TOKENS: usize = 16;
 
+/// Tokens that meet a tile row before the next ones come, so that their totals and one block of their
+/// activations stay in the L1 cache, beside the tiles looked up: 8 KB each, 16 KB.
+const TOKENS_IN_L1: usize = 64;
+
 /// What one tile register holds: 16 rows of 64 bytes.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
@@ -55,62 +61,47 @@ struct Square([[i32; LANES]; 16]);
 
 const ZERO: Square = Square([[0; LANES]; 16]);
 
-/// One tile looked up, quads of bytes `[half][quad][row]`.
+/// Half the rows of a tile looked up, quads of bytes `[quad][row]`.
 struct Weights {
-    high: [Square; 2],
-    low: [Square; 2],
-    bytes: [Square; 2],
-}
-
-/// One block of up to 16 tokens, quads of bytes `[token][quad]`.
-struct Staged {
     high: Square,
     low: Square,
     bytes: Square,
-    word_scales: [f32; TOKENS],
-    byte_scales: [f32; TOKENS],
 }
 
-/// Sums of one product, `[token][row]`.
-struct Sums {
-    high: Square,
-    mixed: Square,
-    low: Square,
-    bytes: Square,
-}
+/// Sums of one product, `[token][row]`: high, mixed and low ones of words, or one of bytes.
+#[repr(C, align(64))]
+struct Sums([Square; 3]);
 
-/// Two of each: one is written while the other is read.
+/// Sums of all blocks so far, `[half][row]`, in a cache line each, as a caller's panel may not be.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Total([[f32; LANES]; 2]);
+
 struct Scratch {
-    weights: [Weights; 2],
-    staged: [Staged; 2],
-    sums: [Sums; 2],
+    registers: Registers,
+    sums: Sums,
+    totals: [Total; TOKENS_IN_L1],
+    /// `[block, even or odd][half]`: one block's are written while the other's are read
+    weights: [[Weights; 2]; 2],
 }
 
 impl Scratch {
     const ZERO: Scratch = Scratch {
+        registers: Registers {
+            tokens: 0,
+            odd: false,
+            _of_this_thread: PhantomData,
+        },
+        sums: Sums([ZERO; 3]),
+        totals: [Total([[0.0; LANES]; 2]); TOKENS_IN_L1],
         weights: [const {
-            Weights {
-                high: [ZERO; 2],
-                low: [ZERO; 2],
-                bytes: [ZERO; 2],
-            }
-        }; 2],
-        staged: [const {
-            Staged {
-                high: ZERO,
-                low: ZERO,
-                bytes: ZERO,
-                word_scales: [0.0; TOKENS],
-                byte_scales: [0.0; TOKENS],
-            }
-        }; 2],
-        sums: [const {
-            Sums {
-                high: ZERO,
-                mixed: ZERO,
-                low: ZERO,
-                bytes: ZERO,
-            }
+            [const {
+                Weights {
+                    high: ZERO,
+                    low: ZERO,
+                    bytes: ZERO,
+                }
+            }; 2]
         }; 2],
     };
 }
@@ -119,94 +110,139 @@ thread_local! {
     static SCRATCH: RefCell<Box<Scratch>> = RefCell::new(Box::new(Scratch::ZERO));
 }
 
-/// [`nf4_integers::tile_row`](super::nf4_integers::tile_row) on tiles.
-pub fn tile_row<X: Terms>(
+/// Whether [`tile_row`] can multiply these tokens, and should.
+///
+/// - `x`: all tokens' activations
+pub fn takes(x: ByteRowsView, tokens: &[u32]) -> bool {
+    tokens.len() >= MIN_TOKENS && !x.is_empty() && tokens.is_sorted_by(|a, b| a + 1 == *b)
+}
+
+/// [`nf4_integers::tile_row`](super::nf4_integers::tile_row) on tiles, for tokens it
+/// [`takes`] of activations of `kind`.
+pub fn tile_row(
     amx: Amx,
+    kind: Integers,
     tiles: &[Tile<u16>],
     unit: f32,
-    x: &[X],
-    x_tokens: usize,
+    x: ByteRowsView,
     tokens: &[u32],
     c: &mut [[f32; TILE_ROWS]],
 ) {
-    assert_eq!(x.len(), tiles.len() * x_tokens);
+    assert!(takes(x, tokens));
     assert_eq!(c.len(), tokens.len());
-    c.fill([0.0; TILE_ROWS]);
-    if c.is_empty() || tiles.is_empty() {
-        return;
+    if tiles.is_empty() {
+        return c.fill([0.0; TILE_ROWS]);
     }
     SCRATCH.with_borrow_mut(|scratch| {
-        // SAFETY: an `Amx` holds an `Avx512`, which exists only where these features were seen.
-        unsafe { add_tile_row(amx, tiles, x, x_tokens, tokens, c, scratch) };
-        // SAFETY: as above.
-        unsafe { scale(amx.avx512(), unit, c) };
+        let at_once = nearly_equal(tokens.len(), TOKENS_IN_L1);
+        for (tokens, c) in tokens.chunks(at_once).zip(c.chunks_mut(at_once)) {
+            let first = tokens[0] as usize;
+            let totals = &mut scratch.totals[..tokens.len()];
+            totals.fill(Total([[0.0; LANES]; 2]));
+            // SAFETY: an `Amx` holds an `Avx512`, which exists only where these features were seen.
+            unsafe {
+                match kind {
+                    Integers::Int8 => {
+                        add_tile_row::<Int8Block>(amx, tiles, x, first, tokens.len(), scratch)
+                    }
+                    Integers::Int16 => {
+                        add_tile_row::<Int16Block>(amx, tiles, x, first, tokens.len(), scratch)
+                    }
+                    Integers::Wide => {
+                        add_tile_row::<WideBlock>(amx, tiles, x, first, tokens.len(), scratch)
+                    }
+                }
+                scale(amx.avx512(), unit, &scratch.totals, c);
+            }
+        }
     });
 }
 
-/// `c *= unit`
+/// Size of parts that `len` is cut into, at most `most`: seventeen are 9 + 8, not 16 + 1.
+fn nearly_equal(len: usize, most: usize) -> usize {
+    len.div_ceil(len.div_ceil(most))
+}
+
+/// `c = totals * unit`
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
-fn scale(s: Avx512, unit: f32, c: &mut [[f32; TILE_ROWS]]) {
-    for v in lanes_mut(c.as_flattened_mut()) {
-        s.store(s.mul(s.load(v), s.splat(unit)), v);
+fn scale(s: Avx512, unit: f32, totals: &[Total], c: &mut [[f32; TILE_ROWS]]) {
+    for (total, c) in totals.iter().zip(c) {
+        for (total, c) in total.0.iter().zip(lanes_mut(c)) {
+            s.store(s.mul(s.load(total), s.splat(unit)), c);
+        }
     }
 }
 
-/// Adds the products of all tiles to `c`, one block of up to 16 tokens after the other.
-///
-/// A block has two products, one for each half of the tile's rows. After each was given to the tile
-/// registers, vectors do what does not depend on it: add up the sums of the product before, and
-/// prepare the next block.
+/// Adds the products of all tiles and `tokens` from `first` on to the totals.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
 fn add_tile_row<X: Terms>(
     amx: Amx,
     tiles: &[Tile<u16>],
-    x: &[X],
-    x_tokens: usize,
-    tokens: &[u32],
-    c: &mut [[f32; TILE_ROWS]],
+    x: ByteRowsView,
+    first: usize,
+    tokens: usize,
     scratch: &mut Scratch,
 ) {
     let s = amx.avx512();
-    // Groups of nearly equal size: seventeen tokens are 9 + 8, not 16 + 1. Rows of the tiles that
-    // the last group has no tokens for compute with what was there, and nobody looks.
-    let group_len = tokens.len().div_ceil(tokens.len().div_ceil(TOKENS));
-    let groups = tokens.len().div_ceil(group_len);
-    let steps = tiles.len() * groups;
-    let at = |step: usize| {
-        let (kb, first) = (step / groups, step % groups * group_len);
-        (kb, first..tokens.len().min(first + group_len))
-    };
-
+    let x_tokens = x.len() / tiles.len();
+    // Groups of equal size: the last of 9 + 8 tokens begins with one that the first has as well, and
+    // adds up the others only.
+    let group_len = nearly_equal(tokens, TOKENS);
     let Scratch {
+        registers,
+        sums,
         weights,
-        staged,
-        sums: [first_sums, second_sums],
+        totals,
     } = scratch;
-    let registers = Registers::configure(amx, group_len);
-    look_up::<X>(s, &tiles[0], &mut weights[0]);
-    stage(s, &x[..x_tokens], &tokens[..group_len], &mut staged[0]);
-    let mut before = None;
-    for step in 0..steps {
-        let ((kb, range), now) = (at(step), step % 2);
-        registers.multiply::<X>(&staged[now], &weights[kb % 2], 0, first_sums);
-        if let Some((kb, range)) = before {
-            second_sums.add_to::<X>(s, &tiles[kb], 1, &staged[1 - now], &mut c[range]);
-        }
-        if step + 1 < steps {
-            let (next_kb, range) = at(step + 1);
-            if next_kb != kb {
-                look_up::<X>(s, &tiles[next_kb], &mut weights[next_kb % 2]);
+    registers.configure(amx, group_len);
+    let mut pipeline = Pipeline {
+        s,
+        registers,
+        sums,
+        totals,
+        steps: [None, None],
+    };
+    let [mut now, mut next] = weights.each_mut();
+    for half in 0..2 {
+        look_up::<X>(s, &tiles[0], half, &mut now[half]);
+    }
+    for (kb, tile) in tiles.iter().enumerate() {
+        let x = x.slice(kb * x_tokens + first..kb * x_tokens + first + tokens);
+        let next_tile = tiles.get(kb + 1);
+        for half in 0..2 {
+            let mut done = 0;
+            while done < tokens {
+                let start = done.min(tokens - group_len);
+                let group = start..start + group_len;
+                let added = done..group.end;
+                let step = |words, scales| Step {
+                    words,
+                    absmax: &lanes(&tile.absmax)[half],
+                    scales,
+                    half,
+                    token: done,
+                    row: done - start,
+                };
+                if X::WORDS.is_some() {
+                    let (high, low) = (&x.high[group.clone()], &x.low[group.clone()]);
+                    pipeline.registers.multiply_words(high, low, &now[half]);
+                    pipeline.advance(Some(step(true, &x.word_scales[added.clone()])));
+                }
+                if X::BYTES {
+                    let bytes = &x.bytes[group.clone()];
+                    pipeline.registers.multiply_bytes(bytes, &now[half]);
+                    pipeline.advance(Some(step(false, &x.byte_scales[added])));
+                }
+                if let (0, Some(tile)) = (done, next_tile) {
+                    look_up::<X>(s, tile, half, &mut next[half]);
+                }
+                done = group.end;
             }
-            let x = &x[next_kb * x_tokens..(next_kb + 1) * x_tokens];
-            stage(s, x, &tokens[range], &mut staged[1 - now]);
         }
-        registers.multiply::<X>(&staged[now], &weights[kb % 2], 1, second_sums);
-        first_sums.add_to::<X>(s, &tiles[kb], 0, &staged[now], &mut c[range.clone()]);
-        before = Some((kb, range));
+        (now, next) = (next, now);
     }
-    if let Some((kb, range)) = before {
-        second_sums.add_to::<X>(s, &tiles[kb], 1, &staged[(steps - 1) % 2], &mut c[range]);
-    }
+    pipeline.advance(None);
+    pipeline.advance(None);
 }
 
 /// A code book of bytes, four times.
@@ -240,10 +276,12 @@ const fn word_books(words: Option<&[i16; 16]>) -> [Book; 2] {
     }
 }
 
-/// All weights of a tile.
+/// Half the weights of a tile.
 #[target_feature(enable = "avx512f,avx512bw")]
-fn look_up<X: Terms>(s: Avx512, tile: &Tile<u16>, out: &mut Weights) {
-    s.prefetch((tile as *const Tile<u16>).wrapping_add(TILES_AHEAD));
+fn look_up<X: Terms>(s: Avx512, tile: &Tile<u16>, half: usize, out: &mut Weights) {
+    if half == 0 {
+        s.prefetch((tile as *const Tile<u16>).wrapping_add(TILES_AHEAD));
+    }
     // Not kept for all tiles: a struct of these vectors lost its alignment on the stack (LLVM 22
     // merged it with an array of i32), which ended in a fault.
     let [high, low, bytes] = const {
@@ -253,94 +291,110 @@ fn look_up<X: Terms>(s: Avx512, tile: &Tile<u16>, out: &mut Weights) {
     let [high, low, bytes] = [s.load_i32(&high), s.load_i32(&low), s.load_i32(&bytes)];
     let nibbles = _mm512_set1_epi8(15);
     for (group, codes) in tile.codes.iter().enumerate() {
-        for half in 0..2 {
-            let codes = s.load_u32(&lanes(codes)[half]);
-            let even = _mm512_and_si512(codes, nibbles);
-            let odd = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), nibbles);
-            let put = |table, out: &mut [Square; 2]| {
-                let quads = &mut out[half].0;
-                s.store_i32(_mm512_shuffle_epi8(table, even), &mut quads[2 * group]);
-                s.store_i32(_mm512_shuffle_epi8(table, odd), &mut quads[2 * group + 1]);
-            };
-            if X::WORDS.is_some() {
-                put(high, &mut out.high);
-                put(low, &mut out.low);
-            }
-            if X::BYTES {
-                put(bytes, &mut out.bytes);
-            }
-        }
-    }
-}
-
-/// Copies one block of `tokens` to where tiles can load it, `x` being that block of all tokens.
-#[target_feature(enable = "avx512f,avx512bw")]
-fn stage<X: Terms>(s: Avx512, x: &[X], tokens: &[u32], out: &mut Staged) {
-    // Of each group's four pairs, the high bytes of even nibbles and of odd ones, then the low bytes.
-    let split = _mm512_broadcast_i32x4(_mm_setr_epi8(
-        1, 5, 3, 7, 9, 13, 11, 15, 0, 4, 2, 6, 8, 12, 10, 14,
-    ));
-    let high_quads = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
-    let low_quads = _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15);
-    for (i, &token) in tokens.iter().enumerate() {
-        let x = &x[token as usize];
+        let codes = s.load_u32(&lanes(codes)[half]);
+        let even = _mm512_and_si512(codes, nibbles);
+        let odd = _mm512_and_si512(_mm512_srli_epi16::<4>(codes), nibbles);
+        let put = |table, Square(quads): &mut Square| {
+            s.store_i32(_mm512_shuffle_epi8(table, even), &mut quads[2 * group]);
+            s.store_i32(_mm512_shuffle_epi8(table, odd), &mut quads[2 * group + 1]);
+        };
         if X::WORDS.is_some() {
-            let block = x.words();
-            let pairs = lanes(&block.pairs);
-            let a = _mm512_shuffle_epi8(s.load_i32(&pairs[0]), split);
-            let b = _mm512_shuffle_epi8(s.load_i32(&pairs[1]), split);
-            let high = _mm512_permutex2var_epi64(a, high_quads, b);
-            s.store_i32(high, &mut out.high.0[i]);
-            let low = _mm512_permutex2var_epi64(a, low_quads, b);
-            s.store_i32(low, &mut out.low.0[i]);
-            out.word_scales[i] = block.scale;
+            put(high, &mut out.high);
+            put(low, &mut out.low);
         }
         if X::BYTES {
-            let block = x.bytes();
-            s.store_i32(s.load_i32(&block.quads), &mut out.bytes.0[i]);
-            out.byte_scales[i] = block.scale;
+            put(bytes, &mut out.bytes);
         }
     }
 }
 
-impl Sums {
-    /// `c += sums * absmax * scales`, for the rows of `half`
-    #[target_feature(enable = "avx512f")]
-    fn add_to<X: Terms>(
-        &self,
-        s: Avx512,
-        tile: &Tile<u16>,
-        half: usize,
-        x: &Staged,
-        c: &mut [[f32; TILE_ROWS]],
-    ) {
-        let absmax = s.load_u16(&lanes(&tile.absmax)[half]);
-        for i in 0..c.len().min(TOKENS) {
-            let c = &mut lanes_mut(&mut c[i])[half];
-            let mut total = s.load(c);
-            if X::WORDS.is_some() {
-                let [high, mixed, low] =
-                    [&self.high, &self.mixed, &self.low].map(|sums| s.load_i32(&sums.0[i]));
-                let high = s.add_i32(_mm512_slli_epi32::<8>(high), mixed);
-                let sum = s.add_i32(_mm512_slli_epi32::<8>(high), low);
-                let scale = s.mul(absmax, s.splat(x.word_scales[i]));
-                total = s.mul_add(s.to_f32(sum), scale, total);
-            }
-            if X::BYTES {
-                let sum = s.load_i32(&self.bytes.0[i]);
-                let scale = s.mul(absmax, s.splat(x.byte_scales[i]));
-                total = s.mul_add(s.to_f32(sum), scale, total);
-            }
-            s.store(total, c);
-        }
-    }
+/// One product on its way to the totals.
+struct Step<'a> {
+    /// Of words, or else of bytes
+    words: bool,
+    /// `[row]`
+    absmax: &'a [u16; LANES],
+    /// Of the tokens to add up
+    scales: &'a [f32],
+    half: usize,
+    /// The first token, and its row of the sums
+    token: usize,
+    row: usize,
 }
 
-/// The tile registers of this thread, in use: 0 to 2 are sums, 3 and 4 tokens, 5 and 6 weights.
+/// Three products are on their way at a time.
 ///
-/// Between the pieces of assembly only their shapes stay, which are nothing the compiler knows of;
-/// each piece loads what it multiplies and stores what comes out.
+/// While tiles multiply one, vectors add up the one before the last, whose sums have been in memory
+/// for a while, and then the last one's sums are stored in their place. So nothing waits for what
+/// was only just begun: the sums of two products are in registers, in turns, and the schedulers
+/// do not fill up with what cannot start.
+struct Pipeline<'a> {
+    s: Avx512,
+    registers: &'a mut Registers,
+    sums: &'a mut Sums,
+    totals: &'a mut [Total],
+    /// The last two that are not in the totals yet, the even and the odd one
+    steps: [Option<Step<'a>>; 2],
+}
+
+impl<'a> Pipeline<'a> {
+    /// Brings on the steps before `step`, which was given to the tile registers.
+    #[target_feature(enable = "avx512f")]
+    fn advance(&mut self, step: Option<Step<'a>>) {
+        let now = usize::from(self.registers.odd);
+        self.add_stored(now);
+        if let Some(last) = &self.steps[1 - now] {
+            self.registers.store_last(last.words, self.sums);
+        }
+        self.steps[now] = step;
+        self.registers.odd ^= true;
+    }
+
+    /// `totals += sums * absmax * scales`
+    #[target_feature(enable = "avx512f")]
+    fn add_stored(&mut self, step: usize) {
+        let Some(step) = &self.steps[step] else {
+            return;
+        };
+        let s = self.s;
+        let absmax = s.load_u16(step.absmax);
+        let totals = &mut self.totals[step.token..];
+        let totals = totals.iter_mut().zip(step.scales);
+        let Sums([Square(high), Square(mixed), Square(low)]) = &*self.sums;
+        let (high, mixed, low) = (&high[step.row..], &mixed[step.row..], &low[step.row..]);
+        let add = |Total(total): &mut Total, sum, scale: f32| {
+            let total = &mut total[step.half];
+            let scale = s.mul(absmax, s.splat(scale));
+            s.store(s.mul_add(s.to_f32(sum), scale, s.load(total)), total);
+        };
+        if step.words {
+            let sums = high.iter().zip(mixed).zip(low);
+            for ((total, &scale), ((high, mixed), low)) in totals.zip(sums) {
+                let high = _mm512_slli_epi32::<16>(s.load_i32(high));
+                let mixed = _mm512_slli_epi32::<8>(s.load_i32(mixed));
+                let sum = s.add_i32(s.add_i32(high, mixed), s.load_i32(low));
+                add(total, sum, scale);
+            }
+        } else {
+            for ((total, &scale), sums) in totals.zip(high) {
+                add(total, s.load_i32(sums), scale);
+            }
+        }
+    }
+}
+
+/// The tile registers of this thread: 0 to 2 are the sums of even products, 3 to 5 those of odd ones,
+/// 6 tokens, 7 weights.
+///
+/// Between the pieces of assembly, shapes and sums stay there, which are nothing the compiler knows
+/// of: it has no use for tile registers of its own. Shapes stay between calls too, as in oneDNN
+/// (`amx_tile_lazy_configure`), because setting them is slow; so the system saves the registers
+/// when it stops a thread.
 struct Registers {
+    /// Rows of all tiles but weights, 0 before the first use
+    tokens: usize,
+    /// Whether the product now multiplied is an odd one
+    odd: bool,
     _of_this_thread: PhantomData<*const ()>,
 }
 
@@ -354,10 +408,24 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
+/// `asm!` for an even product, or for an odd one.
+macro_rules! asm_for {
+    ($odd:expr, $template:ident, $($operands:tt)*) => {
+        if $odd {
+            asm!($template!("tmm3", "tmm4", "tmm5"), $($operands)*)
+        } else {
+            asm!($template!("tmm0", "tmm1", "tmm2"), $($operands)*)
+        }
+    };
+}
+
 impl Registers {
-    /// `tokens` is how many rows the tiles of tokens and sums have, at most 16.
-    fn configure(_: Amx, tokens: usize) -> Registers {
+    /// Gives the tiles of tokens and of sums `tokens` rows, at most 16.
+    fn configure(&mut self, _: Amx, tokens: usize) {
         assert!((1..=TOKENS).contains(&tokens));
+        if tokens == self.tokens {
+            return;
+        }
         let mut config = TileConfig {
             palette: 1,
             start_row: 0,
@@ -365,9 +433,9 @@ impl Registers {
             row_bytes: [0; 16],
             rows: [0; 16],
         };
-        config.row_bytes[..7].fill(64);
-        config.rows[..5].fill(tokens as u8);
-        config.rows[5..7].fill(16);
+        config.row_bytes[..8].fill(64);
+        config.rows[..7].fill(tokens as u8);
+        config.rows[7] = 16;
         // SAFETY: an `Amx` exists only where this instruction does and the system granted its
         // registers. It reads the 64 bytes of `config`, which are valid: palette 1 has eight tiles
         // of up to 16 rows and 64 bytes.
@@ -380,79 +448,140 @@ impl Registers {
                 options(readonly, nostack, preserves_flags)
             );
         }
-        Registers {
-            _of_this_thread: PhantomData,
-        }
+        self.tokens = tokens;
     }
 
-    /// Products of the tokens with the rows of `half`.
+    /// Begins a product of words: sums start at zero.
     #[inline(always)]
-    fn multiply<X: Terms>(&self, x: &Staged, weights: &Weights, half: usize, sums: &mut Sums) {
-        if X::WORDS.is_some() {
-            // SAFETY: `configure` shaped the tiles, which takes an `Amx`. Loads and stores touch up
-            // to 16 rows, 64 bytes apart, of the squares that these references borrow.
-            unsafe {
-                asm!(
-                    "tileloadd tmm3, [{x_high} + {stride}]",
-                    "tileloadd tmm5, [{w_high} + {stride}]",
-                    "tilezero tmm0",
-                    "tdpbssd tmm0, tmm3, tmm5",
-                    "tileloadd tmm4, [{x_low} + {stride}]",
-                    "tilezero tmm1",
-                    "tdpbusd tmm1, tmm4, tmm5",
-                    "tileloadd tmm6, [{w_low} + {stride}]",
-                    "tilezero tmm2",
-                    "tdpbuud tmm2, tmm4, tmm6",
-                    "tdpbsud tmm1, tmm3, tmm6",
-                    "tilestored [{high} + {stride}], tmm0",
-                    "tilestored [{low} + {stride}], tmm2",
-                    "tilestored [{mixed} + {stride}], tmm1",
-                    x_high = in(reg) &raw const x.high,
-                    x_low = in(reg) &raw const x.low,
-                    w_high = in(reg) &raw const weights.high[half],
-                    w_low = in(reg) &raw const weights.low[half],
-                    high = in(reg) &raw mut sums.high,
-                    mixed = in(reg) &raw mut sums.mixed,
-                    low = in(reg) &raw mut sums.low,
-                    stride = in(reg) 64usize,
-                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                    out("tmm4") _, out("tmm5") _, out("tmm6") _,
-                    options(nostack, preserves_flags)
-                );
-            }
+    fn multiply_words(&self, x_high: &[Row], x_low: &[Row], weights: &Weights) {
+        assert_eq!((x_high.len(), x_low.len()), (self.tokens, self.tokens));
+        macro_rules! template {
+            ($high:literal, $mixed:literal, $low:literal) => {
+                concat!(
+                    "tileloadd tmm6, [{x_low} + {stride}]\n",
+                    "tileloadd tmm7, [{w_high} + {stride}]\n",
+                    "tilezero ",
+                    $mixed,
+                    "\n",
+                    "tdpbusd ",
+                    $mixed,
+                    ", tmm6, tmm7\n",
+                    "tileloadd tmm6, [{x_high} + {stride}]\n",
+                    "tilezero ",
+                    $high,
+                    "\n",
+                    "tdpbssd ",
+                    $high,
+                    ", tmm6, tmm7\n",
+                    "tileloadd tmm7, [{w_low} + {stride}]\n",
+                    "tdpbsud ",
+                    $mixed,
+                    ", tmm6, tmm7\n",
+                    "tileloadd tmm6, [{x_low} + {stride}]\n",
+                    "tilezero ",
+                    $low,
+                    "\n",
+                    "tdpbuud ",
+                    $low,
+                    ", tmm6, tmm7",
+                )
+            };
         }
-        if X::BYTES {
-            // SAFETY: as above.
-            unsafe {
-                asm!(
-                    "tileloadd tmm3, [{x} + {stride}]",
-                    "tileloadd tmm5, [{w} + {stride}]",
-                    "tilezero tmm0",
-                    "tdpbssd tmm0, tmm3, tmm5",
-                    "tilestored [{sums} + {stride}], tmm0",
-                    x = in(reg) &raw const x.bytes,
-                    w = in(reg) &raw const weights.bytes[half],
-                    sums = in(reg) &raw mut sums.bytes,
-                    stride = in(reg) 64usize,
-                    out("tmm0") _, out("tmm3") _, out("tmm5") _,
-                    options(nostack, preserves_flags)
-                );
-            }
-        }
-    }
-}
-
-impl Drop for Registers {
-    /// Gives the registers back, so that the system need not save them.
-    fn drop(&mut self) {
-        // SAFETY: `configure` takes an `Amx`, which proves that the instruction exists.
+        // SAFETY: `configure` shaped the tiles, which takes an `Amx`. Loads read `tokens` rows of
+        // 64 bytes, as long as the slices are, or squares.
         unsafe {
-            asm!(
-                "tilerelease",
+            asm_for!(
+                self.odd, template,
+                x_high = in(reg) x_high.as_ptr(),
+                x_low = in(reg) x_low.as_ptr(),
+                w_high = in(reg) &raw const weights.high,
+                w_low = in(reg) &raw const weights.low,
+                stride = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nomem, nostack, preserves_flags)
+                options(readonly, nostack, preserves_flags)
             );
+        }
+    }
+
+    /// Begins a product of bytes.
+    #[inline(always)]
+    fn multiply_bytes(&self, x: &[Row], weights: &Weights) {
+        assert_eq!(x.len(), self.tokens);
+        macro_rules! template {
+            ($sums:literal, $_mixed:literal, $_low:literal) => {
+                concat!(
+                    "tileloadd tmm6, [{x} + {stride}]\n",
+                    "tileloadd tmm7, [{w} + {stride}]\n",
+                    "tilezero ",
+                    $sums,
+                    "\n",
+                    "tdpbssd ",
+                    $sums,
+                    ", tmm6, tmm7",
+                )
+            };
+        }
+        // SAFETY: as for words.
+        unsafe {
+            asm_for!(
+                self.odd, template,
+                x = in(reg) x.as_ptr(),
+                w = in(reg) &raw const weights.bytes,
+                stride = in(reg) 64usize,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(readonly, nostack, preserves_flags)
+            );
+        }
+    }
+
+    /// Stores the sums of the product before the one now multiplied.
+    #[inline(always)]
+    fn store_last(&self, words: bool, sums: &mut Sums) {
+        let [high, mixed, low] = sums.0.each_mut().map(|sums| &raw mut *sums);
+        if words {
+            macro_rules! template {
+                ($high:literal, $mixed:literal, $low:literal) => {
+                    concat!(
+                        "tilestored [{high} + {stride}], ",
+                        $high,
+                        "\n",
+                        "tilestored [{mixed} + {stride}], ",
+                        $mixed,
+                        "\n",
+                        "tilestored [{low} + {stride}], ",
+                        $low,
+                    )
+                };
+            }
+            // SAFETY: `configure` shaped the tiles, which takes an `Amx`. Stores write up to 16
+            // rows, 64 bytes apart, of the squares that `sums` borrows.
+            unsafe {
+                asm_for!(
+                    !self.odd, template,
+                    high = in(reg) high,
+                    mixed = in(reg) mixed,
+                    low = in(reg) low,
+                    stride = in(reg) 64usize,
+                    options(nostack, preserves_flags)
+                );
+            }
+        } else {
+            macro_rules! template {
+                ($sums:literal, $_mixed:literal, $_low:literal) => {
+                    concat!("tilestored [{sums} + {stride}], ", $sums)
+                };
+            }
+            // SAFETY: as above.
+            unsafe {
+                asm_for!(
+                    !self.odd, template,
+                    sums = in(reg) high,
+                    stride = in(reg) 64usize,
+                    options(nostack, preserves_flags)
+                );
+            }
         }
     }
 }

@@ -11,8 +11,6 @@
 use super::activations::{Int8Block, Int16Block, WideBlock};
 use super::isa::{Isa, dispatch};
 use super::layout::{TILE_ROWS, TILES_AHEAD, Tile};
-#[cfg(target_arch = "x86_64")]
-use super::nf4_amx;
 use super::simd::{CODE_BOOK_INT16, CODE_BOOK_WIDE, Simd, lanes, lanes_mut};
 
 /// One tile, looked up: i16 pairs `[pair][row]`, then quads of bytes `[quad][row]`.
@@ -34,12 +32,6 @@ pub fn tile_row<X: Terms>(
     tokens: &[u32],
     c: &mut [[f32; TILE_ROWS]],
 ) {
-    #[cfg(target_arch = "x86_64")]
-    if let Isa::Amx(amx) = isa
-        && tokens.len() >= nf4_amx::MIN_TOKENS
-    {
-        return nf4_amx::tile_row(amx, tiles, unit, x, x_tokens, tokens, c);
-    }
     X::tile_row(isa, tiles, unit, x, x_tokens, tokens, c);
 }
 

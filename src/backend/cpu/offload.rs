@@ -134,7 +134,8 @@ impl Offload {
         let blocks = chosen.iter().map(|e| e.blocks()).max().unwrap_or(0);
         let integers = chosen[0].down.reads_integers();
         self.hidden.resize(ids.len() * blocks, [0.0; TILE_COLS]);
-        self.hidden_integers.resize(ids.len() * blocks, integers);
+        self.hidden_integers
+            .resize(isa, ids.len() * blocks, integers);
         self.halves
             .resize_with(ids.len() * blocks, AtomicU32::default);
         let view = self.x.view();
@@ -175,14 +176,7 @@ impl Offload {
             let mut sum = [[0.0; TILE_ROWS]];
             for (i, expert) in chosen.iter().enumerate() {
                 let range = i * blocks..i * blocks + expert.blocks();
-                let h = View {
-                    tokens: 1,
-                    blocks: &hidden[range.clone()],
-                    // A list that is not filled stays empty.
-                    int8: integers.int8.get(range.clone()).unwrap_or(&[]),
-                    int16: integers.int16.get(range.clone()).unwrap_or(&[]),
-                    wide: integers.wide.get(range).unwrap_or(&[]),
-                };
+                let h = integers.view(1, hidden, range);
                 let mut c = [[0.0; TILE_ROWS]];
                 expert.down.tile_row(isa, tile_row, h, &[0], &mut c);
                 add_weighted(isa, &c, &[0], &weights[i..i + 1], &mut sum);
@@ -254,7 +248,7 @@ impl Offload {
     /// Cuts `x` into blocks, and quantises them as `linear` reads them.
     fn set_x(&mut self, x: &[f32], linear: &Linear) {
         let integers = linear.reads_integers();
-        self.x.resize(1, x.len(), integers);
+        self.x.resize(self.isa, 1, x.len(), integers);
         let values = self.x.blocks.as_flattened_mut();
         values[..x.len()].copy_from_slice(x);
         values[x.len()..].fill(0.0);

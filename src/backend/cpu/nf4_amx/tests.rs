@@ -5,7 +5,7 @@ use crate::backend::cpu::CpuPrecision;
 use crate::backend::cpu::activations::{Activations, Integers};
 use crate::backend::cpu::isa::Isa;
 use crate::backend::cpu::layout::TILE_COLS;
-use crate::backend::cpu::linear::Linear;
+use crate::backend::cpu::linear::{Linear, with_tokens_for};
 use crate::backend::cpu::load::load;
 use crate::backend::cpu::tests::{random_nf4, random_vector};
 use crate::backend::cpu::threads::Pool;
@@ -80,7 +80,9 @@ fn product(isa: Isa, linear: &Linear, x: &Activations, tokens: &[u32]) -> Vec<u3
     let mut out = Vec::new();
     // One more than there are: that one is zeros.
     for tile_row in 0..=linear.tile_rows() {
-        linear.tile_row(isa, tile_row, x.view(), tokens, &mut c);
+        with_tokens_for(isa, [linear; 2], x.view(), tokens, |x, tokens| {
+            linear.tile_row(isa, tile_row, x, tokens, &mut c);
+        });
         out.extend(c.as_flattened().iter().map(|v| v.to_bits()));
     }
     out
@@ -94,8 +96,8 @@ fn any_number_of_tokens_gives_the_bits_of_vectors() {
     let mut pool = Pool::new(Some(1)).unwrap();
     for kind in KINDS {
         let linear = linear(&mut pool, 33, 128, kind);
-        for tokens in 1..=50 {
-            let x = inputs(&mut pool, avx512, tokens, &linear);
+        for tokens in (1..=50).chain([63, 64, 65, 70, 96, 130]) {
+            let x = inputs(&mut pool, amx, tokens, &linear);
             let all: Vec<u32> = (0..tokens as u32).collect();
             let found = product(amx, &linear, &x, &all);
             let expected = product(avx512, &linear, &x, &all);
@@ -112,7 +114,7 @@ fn matrices_of_any_shape_give_the_bits_of_vectors() {
         for rows in [16, 17, 31, 32, 33, 48, 70] {
             for cols in [64, 128, 192, 512] {
                 let linear = linear(&mut pool, rows, cols, kind);
-                let x = inputs(&mut pool, avx512, 40, &linear);
+                let x = inputs(&mut pool, amx, 40, &linear);
                 // Any tokens in any order, as experts have them.
                 for tokens in [8, 16, 19] {
                     let some: Vec<u32> = (0..tokens).map(|t| (t * 23 + 7) % 40).collect();
@@ -135,7 +137,7 @@ fn the_pool_gives_the_bits_of_vectors() {
     let Some((amx, avx512)) = isas() else { return };
     let mut pool = Pool::new(None).unwrap();
     let linear = linear(&mut pool, 200, 128, Integers::Wide);
-    let x = inputs(&mut pool, avx512, 37, &linear);
+    let x = inputs(&mut pool, amx, 37, &linear);
     let all: Vec<u32> = (0..37).collect();
     let [found, expected] = [amx, avx512].map(|isa| {
         let mut panels = Panels::default();
@@ -150,4 +152,53 @@ fn the_pool_gives_the_bits_of_vectors() {
         (0..37).map(token).collect::<Vec<_>>()
     });
     assert!(found == expected);
+}
+
+#[test]
+fn experts_with_scattered_tokens_give_the_bits_of_vectors() {
+    use crate::backend::Routing;
+    use crate::backend::cpu::experts::{Buffers, Expert, add_experts};
+
+    const TOKENS: usize = 300;
+    let Some((amx, avx512)) = isas() else { return };
+    let mut pool = Pool::new(None).unwrap();
+    for kind in KINDS {
+        let mut expert = |size| Expert {
+            gate: linear(&mut pool, size, 128, kind),
+            up: linear(&mut pool, size, 128, kind),
+            down: linear(&mut pool, 128, size, kind),
+        };
+        let (experts, shared) = ([64, 128, 64].map(&mut expert), expert(64));
+        // The first expert has many tokens, the second some, the last too few for tiles.
+        let id = |t: usize| match t % 60 {
+            7 => 2,
+            t if t % 3 == 0 => 1,
+            _ => 0,
+        };
+        let routing = Routing {
+            num_experts_per_tok: 1,
+            topk_ids: (0..TOKENS).map(id).collect(),
+            topk_weights: vec![0.5; TOKENS],
+        };
+        let all: Vec<u32> = (0..TOKENS as u32).collect();
+        let [found, expected] = [amx, avx512].map(|isa| {
+            let x = inputs(&mut pool, isa, TOKENS, &shared.gate);
+            let mut out = vec![0.0; TOKENS * 128];
+            add_experts(
+                &mut pool,
+                isa,
+                &experts,
+                &shared,
+                &routing,
+                &[0.25; TOKENS],
+                &x,
+                &all,
+                &mut Buffers::default(),
+                &mut out,
+            )
+            .unwrap();
+            out.iter().map(|v| v.to_bits()).collect::<Vec<_>>()
+        });
+        assert!(found == expected, "{kind:?}");
+    }
 }
