@@ -140,7 +140,7 @@ fn the_budget_is_a_ceiling_or_an_error_with_both_numbers() {
     }
     let experts = model.0.num_layers() * model.0.moe.num_experts;
     let mut residents = Vec::new();
-    for more in [48 << 20, (48 << 20) + 500_000, 64 << 20, 256 << 20] {
+    for more in [56 << 20, (56 << 20) + 500_000, 64 << 20, 256 << 20] {
         let budget = bare + more;
         let (loaded, used, resident) = run(Some(budget), Residency::Fill).unwrap();
         assert!(
@@ -153,7 +153,7 @@ fn the_budget_is_a_ceiling_or_an_error_with_both_numbers() {
     assert!(residents.is_sorted(), "{residents:?}");
     assert_eq!(residents.last(), Some(&experts));
     // More experts asked for than fit is an error too.
-    let error = run(Some(bare + (48 << 20)), every(1, &model.0)).unwrap_err();
+    let error = run(Some(bare + (56 << 20)), every(1, &model.0)).unwrap_err();
     if is_emulated(&device) {
         assert!(error.to_string().contains(&experts.to_string()), "{error}");
     }
@@ -190,7 +190,8 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
         let first = answer(&mut sequence);
         // What prefill borrowed is back.
         assert_eq!(sequence.resident_experts(), resident);
-        assert_eq!(sequence.used_bytes().unwrap(), used);
+        let now = sequence.used_bytes().unwrap();
+        assert!(now.abs_diff(used) <= SLACK_BYTES, "{used}, then {now}");
         if twice {
             let second = answer(&mut sequence);
             let same = (first.0.iter().zip(&second.0)).all(|(a, b)| a.to_bits() == b.to_bits());

@@ -74,12 +74,18 @@ pub fn tiny_moe_text(tokens: usize) -> Vec<u32> {
     let source = Source::resolve(Some(tiny_moe().to_str().unwrap())).unwrap();
     let text = TextModel::load(&source).unwrap();
     let prose = std::fs::read_to_string(tiny_moe().with_file_name("prose.jsonl")).unwrap();
-    let first = prose.lines().next().unwrap();
-    let record: serde_json::Value = serde_json::from_str(first).unwrap();
-    let ids = text
-        .tokenizer
-        .encode(record["text"].as_str().unwrap())
-        .unwrap();
+    let mut ids = Vec::new();
+    for line in prose.lines() {
+        let record: serde_json::Value = serde_json::from_str(line).unwrap();
+        ids.extend(
+            text.tokenizer
+                .encode(record["text"].as_str().unwrap())
+                .unwrap(),
+        );
+        if ids.len() >= tokens {
+            break;
+        }
+    }
     assert!(ids.len() >= tokens);
     ids[..tokens].to_vec()
 }
