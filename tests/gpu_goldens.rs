@@ -18,8 +18,6 @@ use support::*;
 /// Largest difference of a logit. Keys and values are f16: 0.02% off each, which the random weights
 /// of the goldens magnify.
 const TOLERANCE: f32 = 5e-3;
-/// Below this relative gap at the router's boundary, either expert is right.
-const DECIDED_GAP: f64 = 1e-3;
 
 fn cuda(device: &Device, options: CudaOptions, model: &(ModelShape, ModelWeights)) -> Cuda {
     let (shape, weights) = (model.0.clone(), &model.1);

@@ -12,7 +12,7 @@ mod support;
 use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::budget::Usage;
 use moectl::backend::cuda::{Cuda, CudaOptions, Residency};
-use moectl::backend::{BackendError, Result};
+use moectl::backend::{BackendError, Result, Routing};
 use moectl::model::Runner;
 use sequence::*;
 use support::*;
@@ -160,6 +160,46 @@ fn the_budget_is_a_ceiling_or_an_error_with_both_numbers() {
 }
 
 #[test]
+fn only_a_tie_of_experts_excuses_logits_that_differ() {
+    let step = |ids: [u16; 2], weights: [f32; 2], logit: f32| Step {
+        logits: vec![0.0, logit],
+        routing: vec![
+            Routing {
+                num_experts_per_tok: 2,
+                topk_ids: vec![7, 3],
+                topk_weights: vec![0.6, 0.4],
+            },
+            Routing {
+                num_experts_per_tok: 2,
+                topk_ids: ids.to_vec(),
+                topk_weights: weights.to_vec(),
+            },
+        ],
+    };
+    let same = step([1, 2], [0.6, 0.4], 1.0);
+    let compare = |found: Step| compare_steps(&[same.clone(), found], &vec![same.clone(); 2], 0.1);
+
+    let near = compare(step([2, 1], [0.4, 0.6], 1.05)).unwrap();
+    assert_eq!((near.steps, near.parted), (2, None));
+    assert!(near.diff > 0.04 && near.diff < 0.06, "{near:?}");
+    let reason = compare(step([1, 2], [0.6, 0.4], 1.2)).unwrap_err();
+    assert!(reason.contains("step 1: the same experts"), "{reason}");
+
+    let tie = compare(step([1, 5], [0.6, 0.4002], 9.0)).unwrap();
+    assert_eq!((tie.steps, tie.parted), (1, Some((1, 1))));
+    for no_tie in [
+        ([1, 5], [0.6, 0.401]),
+        // Not at the boundary: expert 1 was far from it.
+        ([5, 2], [0.6, 0.4]),
+        ([5, 6], [0.6, 0.4]),
+        ([1, 5], [0.6, f32::NAN]),
+    ] {
+        let reason = compare(step(no_tie.0, no_tie.1, 1.0)).unwrap_err();
+        assert!(reason.contains("step 1, layer 1"), "{reason}");
+    }
+}
+
+#[test]
 fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
     let _alone = alone();
     let Some(device) = open_device() else { return };
@@ -176,16 +216,18 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
         let mut sequence = cuda(&device, options, &model, 512);
         let used = sequence.used_bytes().unwrap();
         let resident = sequence.resident_experts();
-        // The last logits of a prompt, and those of steps after it, which the CPU takes part in.
+        // The last logits of a prompt, whose experts all go to the GPU, greedy tokens, and the steps
+        // after the prompt, which the CPU takes part in.
         let answer = |sequence: &mut Cuda| {
             Runner::reset(sequence, 512).unwrap();
             let last = ids.len() - 1;
-            let mut logits = sequence
+            let logits = sequence
                 .forward(&ids, last..last + 1, &mut |_, _, _| {})
                 .unwrap();
-            let tokens = greedy(sequence, &logits, if emulated { 2 } else { 20 });
-            logits.extend(prefill(sequence, &ids[..1], 1).0);
-            (logits, tokens)
+            let n = if emulated { 2 } else { 20 };
+            let (tokens, mut steps) = greedy_steps(sequence, &logits, n);
+            steps.push(step(sequence, ids[0]));
+            (logits, tokens, steps)
         };
         let first = answer(&mut sequence);
         // What prefill borrowed is back.
@@ -194,26 +236,44 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
         assert!(now.abs_diff(used) <= SLACK_BYTES, "{used}, then {now}");
         if twice {
             let second = answer(&mut sequence);
-            let same = (first.0.iter().zip(&second.0)).all(|(a, b)| a.to_bits() == b.to_bits());
-            assert!(same && first.1 == second.1, "a second time");
+            let bits = |(logits, _, steps): &(Vec<f32>, Vec<u32>, Vec<Step>)| -> Vec<u32> {
+                let of_steps = steps.iter().flat_map(|step| &step.logits);
+                logits.iter().chain(of_steps).map(|x| x.to_bits()).collect()
+            };
+            let same = bits(&first) == bits(&second) && first.1 == second.1;
+            assert!(same, "a second time");
         }
         (first, used, resident)
     };
     // All experts in slots, and a workspace beside them.
-    let ((expected, tokens), own_used, resident) = run(small(every(1, &model.0)), !emulated);
+    let ((expected, tokens, steps), own_used, resident) = run(small(every(1, &model.0)), !emulated);
     assert_eq!(resident, all);
     let check = |name: &str, options: CudaOptions, count: Option<usize>| -> (u64, usize) {
         let borrows = name.starts_with("borrowed");
-        let ((logits, found), used, resident) = run(options, borrows || !emulated);
+        let ((logits, found, own_steps), used, resident) = run(options, borrows || !emulated);
         let bound = if resident == all {
             SAME
         } else {
             SAME_BESIDE_CPU
         };
         let diff = max_diff(&logits, &expected);
-        println!("{name}: {resident} of {all} in VRAM, logits differ by {diff:.1e}");
-        assert!(diff <= bound, "{name}: logits differ by {diff}");
+        println!("{name}: {resident} of {all} in VRAM, the prompt's logits differ by {diff:.1e}");
+        assert!(
+            diff <= bound,
+            "{name}: the prompt's logits differ by {diff}"
+        );
         assert_eq!(found, tokens, "{name}");
+        let compared = compare_steps(&own_steps, &steps, bound);
+        let compared = compared.unwrap_or_else(|reason| panic!("{name}: {reason}"));
+        println!(
+            "{name}: those of {} of {} steps by {:.1e}",
+            compared.steps,
+            steps.len(),
+            compared.diff
+        );
+        if let Some((step, layer)) = compared.parted {
+            println!("{name}: a tie of experts at step {step}, layer {layer}, then only tokens");
+        }
         assert!(
             count.is_none_or(|count| count == resident),
             "{name}: {resident} resident"

@@ -10,6 +10,7 @@ set -uo pipefail
 binary=$1 out=$2
 shift 2
 mkdir -p "$out"
+workloads=$(dirname "${BASH_SOURCE[0]}")/../../workloads
 uniform='synth:qwen3-next-80b-a3b?locality=0'
 skewed='synth:qwen3-next-80b-a3b'
 
@@ -20,11 +21,31 @@ bench() {
   grep -A4 prefill_tok_s "$out/$name.log"
 }
 
+# This machine measured, and what the router picks on other text than bench measures, which are the long
+# documents: once per OUT.
+prepare() {
+  [[ -e $out/hardware.json ]] ||
+    "$binary" doctor --measure -o "$out/hardware.json" -q >"$out/doctor.log" 2>&1 || return
+  [[ -e $out/profile.json ]] && return
+  local corpus others=()
+  for corpus in "$workloads"/*.jsonl; do
+    [[ $corpus == */long.jsonl ]] || others+=("$corpus")
+  done
+  "$binary" profile "${others[@]}" --model "$skewed" --trace "$out/routing.trace" \
+    -o "$out/profile.json" -q >"$out/profile.log" 2>&1
+}
+
+# plan BUDGET CTX: the placement from there, as OUT/BUDGET-CTX.json.
+plan() {
+  "$binary" plan --model "$skewed" --trace "$out/routing.trace" --vram "$1" --ctx "$2" \
+    --hardware "$out/hardware.json" -o "$out/$1-$2.json" >"$out/plan-$1-$2.log" 2>&1
+}
+
 # budget NAME BUDGET FLAGS...: contexts of 4k and 32k by the placement for BUDGET.
 budget() {
   local name=$1 budget=$2
   shift 2
-  bench "$name" --model "$skewed" --placement "$out/$budget.json" --hardware "$out/hardware.json" \
+  bench "$name" --model "$skewed" --placement "$out/$budget-32k.json" --hardware "$out/hardware.json" \
     --vram "$budget" --ctx 4k,32k -n 128 --repetitions 3 --quality-tokens 0 "$@"
 }
 
@@ -43,26 +64,25 @@ run() {
     uniform-vram)
       bench uniform-vram --model "$uniform" --placement "$out/uniform.json" --policy static --ctx 4k \
         -n 128 --quality-tokens 0 ;;
-    # Routing as skewed as a sibling's; profile, plan and the planned policy.
+    # Routing as skewed as a sibling's; profile and plan of other text, and the planned policy.
     planned-14g)
-      bench planned-14g --model "$skewed" --vram 14G --ctx 4k -n 128 --repetitions 3 \
-        --quality-tokens 0 ;;
+      prepare && plan 14G 4k || echo "$1: no plan; see the logs in $out"
+      bench planned-14g --model "$skewed" --placement "$out/14G-4k.json" \
+        --hardware "$out/hardware.json" --vram 14G --ctx 4k -n 128 --repetitions 3 --quality-tokens 0 ;;
     static-14g)
-      bench static-14g --model "$skewed" --placement "$out/planned-14g/placement.json" \
-        --policy static --vram 14G --ctx 4k -n 128 --repetitions 3 --quality-tokens 0 ;;
-    # The loop closed: this machine measured, the text profiled, a plan for each budget, and what it
-    # says against what comes out, by the planned policy, by static slots and with no expert in VRAM.
-    # About eight minutes: a call of its own.
+      bench static-14g --model "$skewed" --placement "$out/14G-4k.json" \
+        --hardware "$out/hardware.json" --policy static --vram 14G --ctx 4k -n 128 --repetitions 3 \
+        --quality-tokens 0 ;;
+    # The loop closed: this machine measured, other text profiled, a plan for each budget, and what it
+    # says against what comes out, by the planned policy, and at 14G by static slots and with no expert
+    # in VRAM. About five minutes: a call of its own.
     budgets)
-      "$binary" doctor --measure -o "$out/hardware.json" -q >"$out/doctor.log" 2>&1
-      "$binary" profile --model "$skewed" --trace "$out/routing.trace" -o "$out/profile.json" \
-        -q >"$out/profile.log" 2>&1
+      prepare || echo "$1: nothing to plan from; see the logs in $out"
       for budget in 14G 8G 24G; do
-        "$binary" plan --model "$skewed" --trace "$out/routing.trace" --vram $budget --ctx 32k \
-          --hardware "$out/hardware.json" -o "$out/$budget.json" >"$out/plan-$budget.log" 2>&1
+        plan $budget 32k || echo "$1: no plan for $budget; see $out/plan-$budget-32k.log"
         budget "planned-$budget" $budget
-        budget "static-$budget" $budget --policy static
       done
+      budget static-14G 14G --policy static
       budget ram-14G 14G --cpu-moe ;;
     *) echo "$1: no such configuration" >&2 && return 2 ;;
   esac

@@ -190,6 +190,7 @@ pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
         logprobs: args.logprobs,
+        forced: Vec::new(),
     };
     if args.chat {
         chat(&args, &source, &config, options, console)

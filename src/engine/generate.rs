@@ -20,6 +20,9 @@ pub struct GenerateOptions {
     pub ignore_eos: bool,
     /// Best tokens to report per generated token; 0 for none
     pub logprobs: usize,
+    /// Ids that take the place of the first sampled ones: logits are computed and sampled as ever, and
+    /// what was sampled is dropped
+    pub forced: Vec<u32>,
 }
 
 /// Why generation ended.
@@ -95,7 +98,8 @@ pub struct Observer<'a> {
 }
 
 impl Engine {
-    /// Continues the sequence: feeds `prompt_ids`, then samples up to `max_new_tokens`.
+    /// Continues the sequence: feeds `prompt_ids`, then samples up to `max_new_tokens`, the first of
+    /// which `forced` replaces.
     ///
     /// The sequence may already hold tokens (an earlier turn); the prompt goes after them. All
     /// generated tokens but the last have then been fed. `interrupt` ends it between tokens and
@@ -154,10 +158,13 @@ impl Engine {
                 generation.finish_reason = FinishReason::Interrupted;
                 break;
             }
-            let id = match &next {
+            let sampled = match &next {
                 NextLogits::All(logits) => sampler.sample(logits)?,
                 NextLogits::Best(best) => sampler.sample_best(best)?,
             };
+            let forced = options.forced.get(generation.token_ids.len());
+            let id = forced.copied().unwrap_or(sampled);
+            sampler.remember(id);
             let now = Instant::now();
             match generation.token_ids.is_empty() {
                 true => generation.timings.ttft = now - start,

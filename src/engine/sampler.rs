@@ -212,7 +212,8 @@ impl Sampler {
         self.seen.extend(ids);
     }
 
-    /// Chooses the next token from `logits: [vocab_size]` and remembers it for the penalties.
+    /// Chooses the next token from `logits: [vocab_size]`; the penalties count it once it is
+    /// [`remember`](Sampler::remember)ed.
     ///
     /// -inf rules a token out.
     ///
@@ -226,11 +227,10 @@ impl Sampler {
             self.penalize(logits);
             best_of(&self.scores)?
         };
-        let id = match greedy {
+        Ok(match greedy {
             true => id,
             false => self.draw_from_scores(None, self.scores[id as usize]),
-        };
-        Ok(self.remember(id))
+        })
     }
 
     /// How many of the best logits are enough for [`sample_best`](Sampler::sample_best); `None` if
@@ -263,18 +263,17 @@ impl Sampler {
             });
         }
         if self.params.temperature == 0.0 {
-            return Ok(self.remember(best.id));
+            return Ok(best.id);
         }
         let (ids, scores): (Vec<u32>, Vec<f32>) = best.candidates.iter().copied().unzip();
         self.scores = scores;
-        let id = self.draw_from_scores(Some(&ids), best.logit);
-        Ok(self.remember(id))
+        Ok(self.draw_from_scores(Some(&ids), best.logit))
     }
 
-    fn remember(&mut self, id: u32) -> u32 {
+    /// Tells the penalties what follows: the token that was chosen, or another one in its place.
+    pub fn remember(&mut self, id: u32) {
         self.seen.insert(id);
         *self.generated.entry(id).or_default() += 1;
-        id
     }
 
     /// One draw from `scores`, which are those of `ids`, ascending, or of all ids.

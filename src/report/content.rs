@@ -437,8 +437,13 @@ fn software(runs: &[Run]) -> Section {
         .iter()
         .map(|r| r.body.settings.command.as_str())
         .collect();
+    let continuations = runs.iter().map(|run| {
+        let continuation = run.body.settings.continuation;
+        format!("{}: {}", run.name, continuation.describe())
+    });
     let blocks = vec![
         Table::block(5, &header, rows),
+        Block::List(continuations.collect()),
         Block::Text("To repeat:".to_string()),
         Block::Code(commands.join("\n")),
     ];

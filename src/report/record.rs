@@ -62,8 +62,22 @@ pub struct Settings {
     /// Name of the corpus the prompts were cut from.
     pub corpus: String,
     pub corpus_sha256: Option<String>,
+    /// Records from before there was a choice were sampled.
+    #[serde(default)]
+    pub continuation: Continuation,
     /// The command line, so that the run can be repeated.
     pub command: String,
+}
+
+/// What decode steps are fed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Continuation {
+    /// The tokens sampled
+    #[default]
+    Sampled,
+    /// The tokens that follow the prompt in the corpus
+    Text,
 }
 
 /// All repetitions at one context length.
@@ -101,7 +115,7 @@ pub struct Repetition {
     pub decode_split: Option<DecodeSplit>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gpu_energy_j: Option<f64>,
-    /// SHA-256 over the generated ids as little-endian u32.
+    /// SHA-256 over the generated ids as little-endian u32; with a continuation of text, over its ids.
     pub output_sha256: String,
 }
 
@@ -198,6 +212,16 @@ pub struct Quality {
     pub reference_perplexity: f64,
 }
 
+impl Continuation {
+    /// Of a run, in a sentence's part.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Continuation::Sampled => "decoded what was sampled",
+            Continuation::Text => "decoded the text that follows the prompt",
+        }
+    }
+}
+
 impl Tier {
     pub fn name(self) -> &'static str {
         match self {
@@ -243,8 +267,13 @@ impl ContextRun {
 }
 
 impl RunBody {
-    /// Whether every repetition of a context gave the same text, and the same as in `other`.
+    /// Whether every repetition of a context gave the same text, and the same as in `other`; `None`
+    /// also where a run was fed its text.
     pub fn same_output(&self, other: &RunBody) -> Option<bool> {
+        let sampled = |body: &RunBody| body.settings.continuation == Continuation::Sampled;
+        if !sampled(self) || !sampled(other) {
+            return None;
+        }
         let hashes = |body: &RunBody| -> Vec<(usize, Vec<String>)> {
             let of = |c: &ContextRun| {
                 let mut hashes: Vec<String> = c

@@ -173,6 +173,7 @@ fn a_round_from_profile_to_report() {
     }
     assert_eq!(run["placement_sha256"].as_str().unwrap().len(), 64);
     assert_eq!(run["labels"]["executed_on"], "cpu");
+    assert_eq!(run["settings"]["continuation"], "sampled");
     let bench_out = sandbox.path("bench-out");
     assert_charts_and_tables(&bench_out, &["report.html", "report.md"]);
 
@@ -202,6 +203,57 @@ fn a_round_from_profile_to_report() {
             }
         }
     }
+}
+
+#[test]
+fn bench_decodes_the_text_of_the_corpus_or_what_it_samples() {
+    let sandbox = sandbox();
+    let bench = |layers: usize, flags: &str| {
+        let line = format!(
+            "bench corpus.jsonl --model synth:tiny?layers={layers}&experts=8 -n 6 --warmups 0 \
+             --repetitions 1 --quality-tokens 0 {flags}"
+        );
+        let outcome = sandbox.run(&line).ok();
+        let run = sandbox.json("bench-out/run.json");
+        let repetition = &run["contexts"][0]["repetitions"][0];
+        let lengths =
+            ["prompt_tokens", "generated_tokens"].map(|n| repetition[n].as_u64().unwrap());
+        let fed = run["settings"]["continuation"]
+            .as_str()
+            .unwrap()
+            .to_string();
+        let hash = repetition["output_sha256"].as_str().unwrap().to_string();
+        (fed, lengths, hash, outcome)
+    };
+    // The text is the default of synthetic weights, and the same for any of them.
+    let (fed, lengths, text, outcome) = bench(2, "--ctx 24");
+    assert_eq!((fed.as_str(), lengths), ("text", [18, 6]));
+    let told = "decoded the text that follows the prompt";
+    assert!(outcome.stdout.contains(told), "{outcome:?}");
+    let (fed, lengths, other, _) = bench(4, "--ctx 24 --continuation text");
+    assert_eq!((fed.as_str(), lengths), ("text", [18, 6]));
+    assert_eq!(other, text);
+    let (fed, lengths, sampled, outcome) = bench(2, "--ctx 24 --continuation sampled");
+    assert_eq!((fed.as_str(), lengths), ("sampled", [18, 6]));
+    assert_ne!(sampled, text);
+    assert!(
+        outcome.stdout.contains("decoded what was sampled"),
+        "{outcome:?}"
+    );
+
+    // Where the text ends before the context, its last tokens are the ones decoded.
+    sandbox.write(
+        "corpus.jsonl",
+        r#"{"text": "one two three four five six seven eight"}"#,
+    );
+    let (_, [prompt, decoded], _, outcome) = bench(2, "--ctx 64");
+    assert!(prompt > 0 && prompt < 58 && decoded == 6, "{prompt}");
+    let note = format!("holds {} tokens, 64 were asked for", prompt + decoded);
+    assert!(outcome.stderr.contains(&note), "{note}: {outcome:?}");
+    sandbox.write("corpus.jsonl", r#"{"text": "one"}"#);
+    let line = "bench corpus.jsonl --model synth:tiny?layers=2&experts=8 -n 6 --ctx 64";
+    let parts = ["to decode after it", "--continuation sampled"];
+    sandbox.run(line).fails(2, &parts);
 }
 
 /// Makes a repetition take `factor` times as long.

@@ -41,6 +41,7 @@ pub fn run(name: &str, contexts: &[usize], speed: f64, seed: u64) -> Run {
                 generated_tokens: 128,
                 corpus: "long-documents".to_string(),
                 corpus_sha256: None,
+                continuation: Continuation::Sampled,
                 command: "moectl bench --ctx 4k,32k".to_string(),
             },
             placement_sha256: Some("ab".repeat(32)),

@@ -5,7 +5,7 @@ mod fixture;
 use std::fs;
 
 use moectl::hardware::{CpuFacts, CpuFeature, DramProbe, HardwareBody, Rate};
-use moectl::report::record::{RunBody, Tier};
+use moectl::report::record::{Continuation, RunBody, Settings, Tier};
 use moectl::report::{ReportError, ReportInputs, charts, compare, doctor, write_report};
 
 const CONTEXTS: [usize; 4] = [4096, 8192, 32_768, 131_072];
@@ -194,6 +194,32 @@ fn a_run_record_survives_json_and_ignores_fields_of_later_versions() {
     json["a_field_of_tomorrow"] = 1.into();
     let back: RunBody = serde_json::from_value(json).unwrap();
     assert_eq!(back, body);
+}
+
+#[test]
+fn what_decode_was_fed_is_told_and_a_record_without_it_was_sampled() {
+    let mut inputs = two_runs();
+    let settings = &mut inputs.runs[0].body.settings;
+    let mut json = serde_json::to_value(&settings).unwrap();
+    settings.continuation = Continuation::Text;
+    assert!(
+        json.as_object_mut()
+            .unwrap()
+            .remove("continuation")
+            .is_some()
+    );
+    let before: Settings = serde_json::from_value(json).unwrap();
+    assert_eq!(before.continuation, Continuation::Sampled);
+
+    let text = moectl::report::markdown::render(&inputs, &[]);
+    for line in [
+        "static: decoded the text that follows the prompt",
+        "lru: decoded what was sampled",
+    ] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    // Fed text is the same whatever the model computes.
+    assert!(!text.contains("the same tokens"), "{text}");
 }
 
 #[test]

@@ -26,6 +26,9 @@ pub struct Prompt {
     pub router_gap: f64,
 }
 
+/// Below this relative gap at the router's boundary, either expert is right.
+pub const DECIDED_GAP: f64 = 1e-3;
+
 /// The repository: where cargo says at run time, so that a test binary may run in another checkout.
 pub fn root() -> PathBuf {
     let given = std::env::var_os("CARGO_MANIFEST_DIR");

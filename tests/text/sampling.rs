@@ -10,7 +10,11 @@ fn sampled(rows: &[Vec<f32>], prompt: &[u32], params: &SamplingParams) -> Vec<u3
     let mut sampler = Sampler::new(params.clone()).unwrap();
     sampler.observe_prompt(prompt);
     rows.iter()
-        .map(|logits| sampler.sample(logits).unwrap())
+        .map(|logits| {
+            let id = sampler.sample(logits).unwrap();
+            sampler.remember(id);
+            id
+        })
         .collect()
 }
 

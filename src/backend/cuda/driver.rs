@@ -319,10 +319,15 @@ impl Driver for Gpu {
                 sys::cuMemHostRegister_v2(host.cast(), bytes, flags),
                 &format!("pin {bytes} B of weights; is `ulimit -l` too low?"),
             )?;
-            check(
+            let mapped = check(
                 sys::cuMemHostGetDevicePointer_v2(&mut address, host.cast(), 0),
                 "map pinned weights",
-            )?;
+            );
+            // The caller unmaps what is not registered.
+            if mapped.is_err() {
+                sys::cuMemHostUnregister(host.cast());
+            }
+            mapped?;
         }
         Ok(address)
     }

@@ -24,10 +24,13 @@ const SLOT_ALIGN: u64 = 256;
 
 /// The routed experts of one layer in RAM.
 pub struct LayerStore {
-    pub experts: Vec<Expert>,
-    /// Keeps the memory below alive; experts that are not tiles are copied together first.
-    _memory: Memory,
+    // Fields are dropped in order: the registration before the memory, which `experts` share. Were it
+    // unmapped first, another thread could map the same address meanwhile, and the driver refuses to
+    // pin what it still has as pinned.
     _registered: Registered,
+    pub experts: Vec<Expert>,
+    /// Keeps what `host` points to alive; experts that are not tiles are copied together first.
+    _memory: Memory,
     host: *const u8,
     /// Device address of the same bytes
     pub mapped: u64,
@@ -186,16 +189,17 @@ impl LayerStore {
                 (Memory::Rows(rows), host)
             }
         };
-        // SAFETY: `memory` moves into the same struct, behind the registration.
-        let registered = unsafe { device.register(host.cast_mut(), bytes)? };
         let units: Vec<f32> = experts.iter().flat_map(units_of).collect();
+        let units = arena.upload(&units, stream)?;
+        // SAFETY: `memory` moves into the same struct, where it outlives the registration.
+        let registered = unsafe { device.register(host.cast_mut(), bytes)? };
         Ok(LayerStore {
-            experts,
-            _memory: memory,
             mapped: registered.address(),
             _registered: registered,
+            experts,
+            _memory: memory,
             host,
-            units: arena.upload(&units, stream)?,
+            units,
         })
     }
 }

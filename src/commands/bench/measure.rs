@@ -12,17 +12,19 @@ use crate::engine::generate::{FinishReason, GenerateOptions, Observer};
 use crate::engine::sampler::SamplingParams;
 use crate::formats::corpus::Corpus;
 use crate::hardware::{GpuCounters, GpuSource, NvmlGpu};
-use crate::report::record::{ContextRun, DecodeSplit, Repetition};
+use crate::report::record::{ContextRun, Continuation, DecodeSplit, Repetition};
 
 pub struct MeasurePlan {
     /// Ascending; prompt and generated tokens together
     pub contexts: Vec<usize>,
     pub generated_tokens: usize,
+    pub continuation: Continuation,
     pub warmups: usize,
     pub repetitions: usize,
 }
 
-/// Measures every context; prompts are cut from the corpus' text from its start.
+/// Measures every context; prompts are cut from the corpus' text from its start, and what is fed after
+/// them, if it is text, from behind.
 pub fn contexts(
     engine: &mut Engine,
     corpus: &Corpus,
@@ -36,22 +38,33 @@ pub fn contexts(
     let bar = console.progress("bench", runs as u64, Unit::Runs);
     let mut results = Vec::new();
     for &context in &plan.contexts {
-        let wanted = context - plan.generated_tokens;
-        let prompt = &ids[..wanted.min(ids.len())];
-        if prompt.len() < wanted {
+        let (name, new_tokens) = (corpus.name(), plan.generated_tokens);
+        let forced = match plan.continuation {
+            Continuation::Sampled => 0,
+            Continuation::Text => new_tokens,
+        };
+        let wanted = context - new_tokens + forced;
+        let held = ids.len().min(wanted);
+        if forced > 0 && held <= forced {
+            return Err(Failure::Usage(format!(
+                "{name} holds {held} tokens: no prompt, and {new_tokens} to decode after it; lower -n, or \
+                 use --continuation sampled"
+            ))
+            .into());
+        }
+        if held < wanted {
             console.note(format!(
-                "note: {} holds {} tokens, {wanted} were asked for",
-                corpus.name(),
-                prompt.len()
+                "note: {name} holds {held} tokens, {wanted} were asked for"
             ));
         }
+        let (prompt, forced) = ids[..held].split_at(held - forced);
         let mut run = ContextRun {
             context_tokens: context,
             ..ContextRun::default()
         };
         for number in 0..plan.warmups + plan.repetitions {
             let before = counters(&mut gpu);
-            let mut repetition = repeat(engine, prompt, plan.generated_tokens)?;
+            let mut repetition = repeat(engine, prompt, new_tokens, forced)?;
             repetition.gpu_energy_j = counters(&mut gpu).since(&before).energy_j();
             if number >= plan.warmups {
                 run.repetitions.push(repetition);
@@ -80,7 +93,13 @@ fn text_of(engine: &Engine, corpus: &Corpus, enough: usize) -> anyhow::Result<Ve
     Ok(ids)
 }
 
-fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Result<Repetition> {
+/// Feeds `prompt` and decodes `new_tokens`, `forced` instead of the first ones sampled.
+fn repeat(
+    engine: &mut Engine,
+    prompt: &[u32],
+    new_tokens: usize,
+    forced: &[u32],
+) -> anyhow::Result<Repetition> {
     engine.reset(prompt.len() + new_tokens)?;
     let options = GenerateOptions {
         max_new_tokens: new_tokens,
@@ -88,6 +107,7 @@ fn repeat(engine: &mut Engine, prompt: &[u32], new_tokens: usize) -> anyhow::Res
         stop: Vec::new(),
         ignore_eos: true,
         logprobs: 0,
+        forced: forced.to_vec(),
     };
     let mut accesses = 0;
     engine.take_times();

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use sha2::{Digest, Sha256};
 
 use super::console::Console;
@@ -33,8 +33,8 @@ use crate::planning::profile::ProfileBody;
 use crate::planning::units::parse_tokens;
 use crate::planning::{TraceReader, placement};
 use crate::report::record::{
-    Labels, MemoryComponent, MemoryRecord, Prediction, PredictionTerm, RunBody, Settings,
-    SoftwareFacts, Tier,
+    Continuation, Labels, MemoryComponent, MemoryRecord, Prediction, PredictionTerm, RunBody,
+    Settings, SoftwareFacts, Tier,
 };
 
 /// Measure throughput, latency and memory on real text
@@ -47,7 +47,8 @@ use crate::report::record::{
 Examples:
   moectl bench
   moectl bench --model org/name --ctx 4k,32k --placement placement.json
-  moectl bench corpus.jsonl --ctx 8k -n 128 --repetitions 10 -o results")]
+  moectl bench corpus.jsonl --ctx 8k -n 128 --repetitions 10 -o results
+  moectl bench corpus.jsonl --ctx 8k --continuation text")]
 pub struct BenchArgs {
     /// Corpus the prompts are cut from [default: the built-in long documents]
     #[arg(value_name = "CORPUS.jsonl")]
@@ -59,6 +60,13 @@ pub struct BenchArgs {
     /// Tokens to generate per repetition
     #[arg(short = 'n', long, value_name = "N", default_value_t = 32)]
     max_tokens: usize,
+    /// What decode is fed: the tokens it sampled, or the next ones of the corpus [default: text for
+    /// synthetic weights, else sampled]
+    ///
+    /// Each step computes its logits and samples from them either way. What synthetic weights sample
+    /// is noise, and so is the routing of it.
+    #[arg(long, value_name = "WHICH")]
+    continuation: Option<Feed>,
     /// Counted repetitions per context
     #[arg(long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
@@ -81,6 +89,12 @@ pub struct BenchArgs {
     compute: ComputeArgs,
     #[command(flatten)]
     cache: CacheArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Feed {
+    Sampled,
+    Text,
 }
 
 /// Records of each built-in corpus, and tokens of each record, that the quick profile reads.
@@ -148,7 +162,8 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         load::place(&mut engine, &args.compute, placement, cache_file, console)?;
     }
     let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&engine));
-    let contexts = measure::contexts(&mut engine, &corpus, &args.measure_plan(), console);
+    let plan = args.measure_plan(config.synthetic);
+    let contexts = measure::contexts(&mut engine, &corpus, &plan, console);
     cache_state::save(cache_file, &engine, console)?;
     let mut contexts = contexts?;
     let monitor = monitor.stop();
@@ -222,6 +237,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
             generated_tokens: args.max_tokens,
             corpus: corpus.name().into(),
             corpus_sha256: Some(corpus.sha256.clone()),
+            continuation: plan.continuation,
             command: std::env::args().collect::<Vec<_>>().join(" "),
         },
         placement_sha256: Some(hash_json(&placement.body)?),
@@ -246,13 +262,19 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
 }
 
 impl BenchArgs {
-    fn measure_plan(&self) -> measure::MeasurePlan {
+    fn measure_plan(&self, synthetic: bool) -> measure::MeasurePlan {
         let mut contexts: Vec<usize> = self.ctx.iter().map(|&ctx| ctx as usize).collect();
         contexts.sort_unstable();
         contexts.dedup();
         measure::MeasurePlan {
             contexts,
             generated_tokens: self.max_tokens,
+            continuation: match self.continuation {
+                Some(Feed::Sampled) => Continuation::Sampled,
+                Some(Feed::Text) => Continuation::Text,
+                None if synthetic => Continuation::Text,
+                None => Continuation::Sampled,
+            },
             warmups: self.warmups,
             repetitions: self.repetitions,
         }

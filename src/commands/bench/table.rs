@@ -31,9 +31,10 @@ pub fn render(run: &RunBody) -> String {
     }
     out += &format!(
         "\n\nmedian of {} repetitions after {} warm-up, 95% bootstrap interval in brackets; \
-         peak memory {}",
+         {}; peak memory {}",
         run.settings.repetitions,
         run.settings.warmups,
+        run.settings.continuation.describe(),
         show_bytes(run.memory.peak_rss_bytes)
     );
     out += &vram(run).unwrap_or_default();

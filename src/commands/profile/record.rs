@@ -190,6 +190,7 @@ fn feed(
             stop: Vec::new(),
             ignore_eos: false,
             logprobs: 0,
+            forced: Vec::new(),
         };
         let mut observer = Observer {
             on_text: &mut |_| {},
