@@ -150,8 +150,16 @@ pub struct Compared {
     pub steps: usize,
     /// Largest difference of a logit of these
     pub diff: f32,
-    /// Where the experts first differ, if they do: (step, layer)
-    pub parted: Option<(usize, usize)>,
+    /// Where the experts first differ, if they do
+    pub parted: Option<Tie>,
+}
+
+/// Where two runs picked different experts, and the relative gap of the weights at that boundary.
+#[derive(Debug)]
+pub struct Tie {
+    pub step: usize,
+    pub layer: usize,
+    pub gap: f64,
 }
 
 /// Compares logits step by step, while the experts of all steps so far are the same. Two runs that
@@ -171,7 +179,7 @@ pub fn compare_steps(
         diff: 0.0,
         parted: None,
     };
-    for (number, (found, expected)) in found.iter().zip(expected).enumerate() {
+    for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
         assert_eq!(found.routing.len(), expected.routing.len());
         for (layer, pair) in found.routing.iter().zip(&expected.routing).enumerate() {
             let Some(tied) = tied_weights(pair.0, pair.1) else {
@@ -181,18 +189,18 @@ pub fn compare_steps(
             let gap = f64::from(most - least) / f64::from(most);
             if gap.is_nan() || gap >= DECIDED_GAP {
                 return Err(format!(
-                    "step {number}, layer {layer}: experts {:?} and {:?} with weights {tied:?} at \
+                    "step {step}, layer {layer}: experts {:?} and {:?} with weights {tied:?} at \
                      the boundary, {gap:.1e} apart; a tie is below {DECIDED_GAP:.0e}",
                     pair.0.topk_ids, pair.1.topk_ids
                 ));
             }
-            compared.parted = Some((number, layer));
+            compared.parted = Some(Tie { step, layer, gap });
             return Ok(compared);
         }
         let diff = max_diff(&found.logits, &expected.logits);
         if diff > bound {
             return Err(format!(
-                "step {number}: the same experts, and logits differ by {diff}"
+                "step {step}: the same experts, and logits differ by {diff}"
             ));
         }
         compared.steps += 1;
