@@ -143,6 +143,10 @@ fn hits_are_those_of_the_simulator_to_the_last_one() {
                 simulated.learn(usize::from(picks.layer), ids);
             }
         }
+        let renewed: usize = (0..layers.len())
+            .map(|layer| simulated.renew(layer).len())
+            .sum();
+        assert_eq!(renewed > 0, config == LFU);
         let decode = records.iter().filter(|r| !is_prefill(r));
         let outcome = simulate(&mut simulated, k, decode);
 

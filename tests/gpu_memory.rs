@@ -152,8 +152,10 @@ fn the_budget_is_a_ceiling_or_an_error_with_both_numbers() {
     }
     assert!(residents.is_sorted(), "{residents:?}");
     assert_eq!(residents.last(), Some(&experts));
-    // More experts asked for than fit is an error too.
-    let error = run(Some(bare + (56 << 20)), every(1, &model.0)).unwrap_err();
+    // More experts asked for than fit is an error too. A GPU's driver takes pages, in which a few have
+    // room that no figure shows.
+    let more = if is_emulated(&device) { 48 } else { 40 };
+    let error = run(Some(bare + (more << 20)), every(1, &model.0)).unwrap_err();
     if is_emulated(&device) {
         assert!(error.to_string().contains(&experts.to_string()), "{error}");
     }

@@ -6,7 +6,7 @@
 
 use super::{Engine, Result};
 use crate::backend::{Routing, SlotChange};
-use crate::planning::policy::{LayerSlots, PolicyConfig};
+use crate::planning::policy::{Admit, LayerSlots, PolicyConfig};
 use crate::planning::{CacheState, ExpertCache, LayerCounts, StateError, Throttle};
 
 /// Decode steps after which a cache must have paid for its copies, again and again.
@@ -24,6 +24,8 @@ pub struct ExpertManager {
     trial: Trial,
     /// Why the slots stay as they are, once the cache did not pay
     stopped: Option<String>,
+    /// Where it began
+    start: CacheState,
 }
 
 /// The cache against the slots left as they were, over some steps.
@@ -51,6 +53,7 @@ impl ExpertManager {
     ) -> Self {
         let cache = ExpertCache::build(config, num_experts, layers, throttle);
         ExpertManager {
+            start: cache.state(config),
             at_first: in_slots(&cache, layers.len(), num_experts),
             cache,
             config,
@@ -71,7 +74,16 @@ impl ExpertManager {
         state.check_pins(&self.layers)?;
         self.cache.restore(self.config, state)?;
         self.at_first = in_slots(&self.cache, self.layers.len(), num_experts);
+        self.start = state.clone();
         Ok(())
+    }
+
+    /// Forgets what it learnt since the start, but not its counts.
+    fn start_over(&mut self) {
+        (self.cache.restore(self.config, &self.start)).expect("a state of this very cache");
+        self.changes.clear();
+        self.trial = Trial::default();
+        self.stopped = None;
     }
 
     /// What a later run needs to go on from here.
@@ -111,17 +123,24 @@ impl ExpertManager {
             self.trial.hits += hits.count() as u64;
             let hits = topk_ids.iter().filter(|&&e| here[usize::from(e)]);
             self.trial.hits_at_first += hits.count() as u64;
-            for admit in self.cache.on_step(layer, topk_ids) {
-                self.trial.copies += 1;
-                self.changes.push(SlotChange {
-                    layer,
-                    slot: usize::from(admit.slot),
-                    expert: usize::from(admit.expert),
-                });
-            }
+            let admits = self.cache.on_step(layer, topk_ids);
+            self.trial.copies += admits.len() as u64;
+            self.changes.extend(admits.iter().map(|a| change(layer, a)));
             if layer + 1 == self.at_first.len() {
                 self.judge();
             }
+        }
+    }
+
+    /// At the end of a prompt: brings in what it taught.
+    pub fn prompt_ended(&mut self) {
+        if self.stopped.is_some() {
+            return;
+        }
+        for layer in 0..self.at_first.len() {
+            let admits = self.cache.renew(layer);
+            self.trial.copies += admits.len() as u64;
+            self.changes.extend(admits.iter().map(|a| change(layer, a)));
         }
     }
 
@@ -175,6 +194,14 @@ impl ExpertManager {
     }
 }
 
+fn change(layer: usize, admit: &Admit) -> SlotChange {
+    SlotChange {
+        layer,
+        slot: usize::from(admit.slot),
+        expert: usize::from(admit.expert),
+    }
+}
+
 /// `[layer][expert]`: whether it is in a slot.
 fn in_slots(cache: &ExpertCache, layers: usize, num_experts: usize) -> Vec<Vec<bool>> {
     let of_layer = |layer| {
@@ -198,6 +225,39 @@ impl Engine {
         let fitting = self.runner.place(&manager.contents())?;
         self.experts = fitting.is_some().then_some(manager);
         Ok(fitting)
+    }
+
+    /// Has the experts' cache bring in what a prompt taught it.
+    pub(super) fn prompt_ended(&mut self) -> Result<()> {
+        if let Some(experts) = &mut self.experts {
+            experts.prompt_ended();
+        }
+        self.change_slots()
+    }
+
+    /// Starts the copies that the experts' cache asked for.
+    pub(super) fn change_slots(&mut self) -> Result<()> {
+        let changes = self.experts.as_mut().map(ExpertManager::take_changes);
+        match changes {
+            Some(changes) if !changes.is_empty() => Ok(self.runner.change_slots(&changes)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts experts back where the placement, or the state that was restored, had them, and forgets what
+    /// was learnt since: for measurements that must not know each other.
+    ///
+    /// # Errors
+    /// If the backend fails.
+    pub fn restart_experts(&mut self) -> Result<()> {
+        if let Some(mut manager) = self.experts.take() {
+            if manager.config().is_dynamic() {
+                manager.start_over();
+                self.runner.place(&manager.contents())?;
+            }
+            self.experts = Some(manager);
+        }
+        Ok(())
     }
 
     /// The cache of a placement, if one was placed.

@@ -435,10 +435,7 @@ impl Engine {
             on_routing(layer, position, routing);
         })?;
         self.tokens.extend(ids);
-        let changes = experts.take_changes();
-        if !changes.is_empty() {
-            self.runner.change_slots(&changes)?;
-        }
+        self.change_slots()?;
         Ok(result)
     }
 
@@ -472,6 +469,7 @@ impl Engine {
                 runner.forward(chunk, rows, on_routing)
             })?;
             if last {
+                self.prompt_ended()?;
                 return Ok(Some(logits));
             }
         }

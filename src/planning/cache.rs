@@ -10,7 +10,8 @@
 //!
 //! What step 2 admits serves the layer's next token. A copy that is late must be waited for, or the
 //! pick computed from RAM; the counts stay those of the slot map, equal in both worlds to the last
-//! hit. Prefill that does not use the cache calls [`ExpertCache::learn`] instead of step 2.
+//! hit. Prefill that does not use the cache calls [`ExpertCache::learn`] instead of step 2, and
+//! [`ExpertCache::renew`] at its end.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -156,6 +157,16 @@ impl ExpertCache {
         assert!(self.admits.is_empty(), "a policy admitted without room");
     }
 
+    /// After [`ExpertCache::learn`] of a prompt: what to copy into `layer` so that its slots suit what
+    /// was learnt, the most wanted first. Each copy must pay back as any other, but the byte budget is
+    /// that of steps, and does not count: prefill streams all experts and refills slots anyway.
+    pub fn renew(&mut self, layer: usize) -> &[Admit] {
+        self.admits.clear();
+        self.policy.renew(layer, &mut self.admits);
+        self.counts[layer].admits += self.admits.len() as u64;
+        &self.admits
+    }
+
     /// `[layer]` since the start, or since the last [`ExpertCache::reset_counts`].
     pub fn counts(&self) -> &[LayerCounts] {
         &self.counts
@@ -189,6 +200,7 @@ impl ExpertCache {
         for (layer, saved) in state.layers.iter().enumerate() {
             self.policy.restore(layer, saved);
         }
+        self.allowance.fill(self.throttle.burst_admits);
         Ok(())
     }
 
@@ -364,6 +376,35 @@ mod tests {
         // What it learnt decides at the first chance.
         assert_eq!(cache.on_step(0, &[7]).len(), 1);
         assert_eq!(cache.counts()[0].misses, 1);
+    }
+
+    #[test]
+    fn what_a_prompt_taught_is_brought_in_at_its_end_if_it_pays() {
+        let picky = PolicyConfig::LfuDecay {
+            half_life_tokens: 1e6,
+            margin_picks: 2.5,
+        };
+        // No budget for steps at all.
+        let none = Throttle {
+            admits_per_step: 0.0,
+            burst_admits: 0.0,
+        };
+        let mut cache = cache(picky, 2, none);
+        for ids in [[7, 8], [7, 8], [7, 8], [7, 9], [0, 9]] {
+            cache.learn(0, &ids);
+        }
+        // 7 and 8 were picked 4 and 3 times; 0 and 1, which are there, once and never; 9 twice.
+        let admits: Vec<(u16, Option<u16>)> = cache
+            .renew(0)
+            .iter()
+            .map(|a| (a.expert, a.evicted))
+            .collect();
+        assert_eq!(admits, [(7, Some(1))]);
+        assert_eq!(cache.counts()[0].admits, 1);
+        assert!(cache.renew(0).is_empty());
+        let mut lru = self::cache(PolicyConfig::Lru, 2, Throttle::NONE);
+        lru.learn(0, &[7, 8]);
+        assert!(lru.renew(0).is_empty());
     }
 
     #[test]

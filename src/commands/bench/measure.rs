@@ -100,6 +100,8 @@ fn repeat(
     new_tokens: usize,
     forced: &[u32],
 ) -> anyhow::Result<Repetition> {
+    // The last repetition decoded the very same text, which a cache would know by now.
+    engine.restart_experts()?;
     engine.reset(prompt.len() + new_tokens)?;
     let options = GenerateOptions {
         max_new_tokens: new_tokens,

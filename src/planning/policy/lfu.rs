@@ -32,6 +32,12 @@ impl LfuLayer {
         }
     }
 
+    /// Whether `expert` should have the slot of one that was picked `least` times. Ever so much more, or
+    /// experts of equal picks would take turns.
+    fn is_worth(&self, expert: u16, least: f64) -> bool {
+        self.picks.picks(expert) > least + self.margin_picks.max(1e-9)
+    }
+
     /// The slot to give up and how often its expert was picked; none if all are pinned.
     fn victim(&mut self) -> Option<(u16, f64)> {
         let slot = match self.least {
@@ -67,10 +73,7 @@ impl LayerPolicy for LfuLayer {
         missed.sort_by(|&a, &b| self.picks.picks(b).total_cmp(&self.picks.picks(a)));
         for &expert in missed.iter().take(room) {
             match self.victim() {
-                // Ever so little, or experts of equal picks would take turns.
-                Some((slot, least))
-                    if self.picks.picks(expert) > least + self.margin_picks.max(1e-9) =>
-                {
+                Some((slot, least)) if self.is_worth(expert, least) => {
                     admits.push(self.map.place(expert, slot));
                     self.least = None;
                 }
@@ -78,6 +81,23 @@ impl LayerPolicy for LfuLayer {
             }
         }
         self.missed = missed;
+    }
+
+    fn renew(&mut self, admits: &mut Vec<Admit>) {
+        let outside = |&e: &u16| self.map.slot(e).is_none();
+        let mut wanted: Vec<u16> = (0..self.map.num_experts() as u16).filter(outside).collect();
+        // Stable: of equals the lower id first.
+        wanted.sort_by(|&a, &b| self.picks.picks(b).total_cmp(&self.picks.picks(a)));
+        self.least = None;
+        for expert in wanted {
+            match self.victim() {
+                Some((slot, least)) if self.is_worth(expert, least) => {
+                    admits.push(self.map.place(expert, slot));
+                    self.least = None;
+                }
+                _ => break,
+            }
+        }
     }
 
     fn worth(&self) -> Vec<f32> {

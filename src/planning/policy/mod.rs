@@ -46,6 +46,10 @@ pub trait Policy: Send {
     /// `room` experts. With room for none the policy learns and the slots stay as they are.
     fn access(&mut self, layer: usize, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>);
 
+    /// After picks that it only learnt from, such as a prompt's: appends what to copy so that the slots
+    /// hold what those taught. Nothing for policies that go by the next pick alone.
+    fn renew(&mut self, _layer: usize, _admits: &mut Vec<Admit>) {}
+
     /// What a restart must know of a layer; none for policies that cannot be stopped.
     fn state(&self, _layer: usize) -> Option<LayerState> {
         None
@@ -228,6 +232,8 @@ trait LayerPolicy: Send {
     fn map(&self) -> &SlotMap;
     /// As [`Policy::access`].
     fn access(&mut self, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>);
+    /// As [`Policy::renew`].
+    fn renew(&mut self, _admits: &mut Vec<Admit>) {}
     /// `[E]` as [`LayerState::worth`].
     fn worth(&self) -> Vec<f32>;
     fn restore(&mut self, contents: &[Option<u16>], worth: &[f32]);
@@ -249,6 +255,10 @@ impl<L: LayerPolicy> Policy for Layers<L> {
 
     fn contents(&self, layer: usize) -> &[Option<u16>] {
         self.layers[layer].map().contents()
+    }
+
+    fn renew(&mut self, layer: usize, admits: &mut Vec<Admit>) {
+        self.layers[layer].renew(admits);
     }
 
     fn access(&mut self, layer: usize, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>) {
