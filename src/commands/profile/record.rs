@@ -175,7 +175,8 @@ fn feed(
         Content::Prompt(_) | Content::Messages(_) => settings.generate,
     };
     let limit = engine.config().max_position_embeddings;
-    engine.reset((ids.len() + new_tokens).min(limit))?;
+    // The same room for every record: another would move the experts in VRAM each time.
+    engine.reset((settings.ctx + settings.generate).min(limit))?;
     sink.begin_document(&record.domain, ids.len())?;
     let mut on_routing = |layer: usize, first: usize, routing: &Routing| {
         sink.record(layer, first, routing);
