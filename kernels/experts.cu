@@ -6,7 +6,7 @@ decode_experts_up: h[i] = silu(gate_i x) * (up_i x), x = rms_norm(hidden) * norm
     shared memory UP_SMEM = 40,960 bytes.
 decode_experts_down: out[r] = sum over the entries of weight_i * (down_i h_i)[r].
   launch: grid (ceil(dim / 16)), block (512), shared memory DOWN_SMEM = 49,152 bytes.
-decode_combine: hidden += gpu + cpu; takes both flags of `flags` back.
+decode_combine: hidden += gpu + cpu.
   launch: grid (ceil(dim / 1024)), block (256), no shared memory.
 
 NF4: a block takes half tile rows (16 rows; of gate and of up), so that the 80B model's 11 experts fill an H100
@@ -369,7 +369,7 @@ KERNEL __launch_bounds__(DOWN_WARPS * 32, 2)
                              add_to, shared);
 }
 
-KERNEL decode_combine(const float *gpu, const float *cpu, uint32_t *flags, float *hidden, int dim) {
+KERNEL decode_combine(const float *gpu, const float *cpu, uint32_t *done, float *hidden, int dim) {
   launch_next_kernel();
   wait_for_previous_kernels();
   const int i = 4 * (int)(blockIdx.x * blockDim.x + threadIdx.x);
@@ -383,7 +383,7 @@ KERNEL decode_combine(const float *gpu, const float *cpu, uint32_t *flags, float
     x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
     *(float4 *)(hidden + i) = x;
   }
-  if (i < 2 * 4 && flags != nullptr) ((volatile uint32_t *)flags)[i / 4] = 0;
+  if (i == 0 && done != nullptr) *(volatile uint32_t *)done = 0;
 }
 
 EXPORT(decode_experts_up)

@@ -8,11 +8,6 @@ All blocks compute logits [E + 1], the shared expert's gate last: half a tile ro
 f32 with four warps each; all products are exact to f32. One more block writes the normed x for the CPU. The
 last block to finish decides: its first warp takes the softmax and picks, while the others fetch the slots.
 E <= 1024, k <= min(E, 32).
-
-Of m experts that are missing in VRAM the GPU reads split[m] over PCIe, the first by rank; the CPU computes the
-others. With `foreseen`, the Decision of an earlier run of this kernel that looked ahead, the host has meanwhile
-copied what that one would read, in the order of its entries, to `staging`, `staging_stride` bytes each: then the
-GPU takes the experts that are there, and reads none over PCIe.
 */
 #include "matvec.cuh"
 
@@ -201,26 +196,7 @@ struct Choice {
   int num_units;
   const uint8_t *shared_blob;
   const float *shared_units;
-  const Decision *foreseen;
-  const uint8_t *staging;
-  int64_t staging_stride;
 };
-
-/* Where the blob that lies at `host`, of each lane that asks, was copied ahead; null if it was not. One warp. */
-__device__ __forceinline__ const uint8_t *staged(const Choice &c, bool asks, const uint8_t *host) {
-  const int lane = lane_index();
-  const bool routed = lane < __ldcg(&c.foreseen->shared);
-  const uint64_t foreseen =
-      routed ? __ldcg((const unsigned long long *)&c.foreseen->blob[lane]) : 0;
-  const uint32_t copied = __ballot_sync(ALL_LANES, (foreseen & IN_HOST) != 0);
-  const uint8_t *found = nullptr;
-  int place = 0;
-  for (uint32_t rest = copied; rest != 0; rest &= rest - 1, place++) {
-    const uint64_t blob = __shfl_sync(ALL_LANES, (unsigned long long)foreseen, __ffs(rest) - 1);
-    if (asks && blob == (uint64_t)(uintptr_t)host) found = c.staging + place * c.staging_stride;
-  }
-  return found;
-}
 
 /* One warp writes Decision and Handoff. */
 __device__ __forceinline__ void decide(const Choice &c, const float *logits, const Lookups &lookups,
@@ -229,24 +205,16 @@ __device__ __forceinline__ void decide(const Choice &c, const float *logits, con
   const uint32_t before = (1u << rank) - 1;
   const bool chosen = rank < c.k;
   const uint64_t slot = chosen ? lookups.slots[id] : 0;
-  const bool missing = chosen && slot == 0;
-  const uint32_t misses = __ballot_sync(ALL_LANES, missing);
-  const uint8_t *blob = (const uint8_t *)(uintptr_t)slot;
-  if (c.host_blobs != nullptr) {
-    const uint8_t *host = c.host_blobs + id * c.blob_bytes + IN_HOST;
-    if (c.foreseen != nullptr) {
-      const uint8_t *copy = staged(c, missing, host);
-      if (copy != nullptr) blob = copy;
-    } else if (missing && __popc(misses & before) < lookups.split[__popc(misses)]) {
-      blob = host;
-    }
-  }
-  const uint32_t on_gpu = __ballot_sync(ALL_LANES, chosen && blob != nullptr);
+  const uint32_t misses = __ballot_sync(ALL_LANES, chosen && slot == 0);
+  const int num_misses = __popc(misses);
+  const int num_read = c.host_blobs == nullptr ? 0 : min(lookups.split[num_misses], num_misses);
+  const bool is_read = (misses >> rank & 1) && __popc(misses & before) >= num_misses - num_read;
+  const uint32_t on_gpu = __ballot_sync(ALL_LANES, chosen && (slot != 0 || is_read));
   const uint32_t on_cpu = misses & ~on_gpu;
   const int num_gpu = __popc(on_gpu);
   if (on_gpu >> rank & 1) {
     const int i = __popc(on_gpu & before);
-    decision->blob[i] = blob;
+    decision->blob[i] = slot != 0 ? (const uint8_t *)(uintptr_t)slot : c.host_blobs + id * c.blob_bytes + IN_HOST;
     decision->units[i] = c.units + (int64_t)id * c.num_units;
     decision->weight[i] = weight;
   }
@@ -286,8 +254,7 @@ KERNEL __launch_bounds__(ROUTER_THREADS, ROUTER_RESIDENT)
                   Linear router, Linear shared_gate, int k, int norm_topk_prob, float *logits, uint32_t *counter,
                   const uint64_t *slots, const uint8_t *host_blobs, int64_t blob_bytes, const float *units,
                   int num_units, const uint8_t *shared_blob, const float *shared_units, const int32_t *split,
-                  const Decision *foreseen, const uint8_t *staging, int64_t staging_stride, Decision *decision,
-                  Handoff *handoff, float *handoff_x, int signal) {
+                  Decision *decision, Handoff *handoff, float *handoff_x, int signal) {
   DYNAMIC_SMEM(shared);
   /* A float behind all sums in the last warp's area: static shared memory would not fit beside 48 KB. */
   volatile bool &is_last = *(volatile bool *)(shared + ROUTER_SMEM - 4);
@@ -333,8 +300,7 @@ KERNEL __launch_bounds__(ROUTER_THREADS, ROUTER_RESIDENT)
   }
   __syncthreads();
   if (warp_index() != 0) return;
-  const Choice choice = {num_experts,  k,        host_blobs, blob_bytes,    units, num_units, shared_blob,
-                         shared_units, foreseen, staging,    staging_stride};
+  const Choice choice = {num_experts, k, host_blobs, blob_bytes, units, num_units, shared_blob, shared_units};
   decide(choice, logits, lookups, id, weight, decision, handoff);
   if (threadIdx.x == 0) *counter = 0;
   __syncwarp();

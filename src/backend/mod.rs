@@ -21,7 +21,7 @@ use std::ops::Range;
 use thiserror::Error;
 
 pub use kv::KvDtype;
-pub use residency::{LookAhead, Residency};
+pub use residency::Residency;
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
 pub use times::{DecodeTimes, LayerPicks, SlotChange, StepTimes};
 pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};

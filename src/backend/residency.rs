@@ -14,16 +14,3 @@ pub enum Residency {
     /// `[layer][slot]`, as far as they fit: what each slot holds at first
     Slots(Vec<Vec<Option<u16>>>),
 }
-
-/// What routers look a layer ahead for: on what the experts of a layer get, the router of the next
-/// layer guesses its choice.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum LookAhead {
-    /// They don't.
-    #[default]
-    Nothing,
-    /// The CPU fetches what it will probably compute into its caches.
-    Caches,
-    /// Besides, what the GPU would read over PCIe is copied to it before it asks.
-    Copies,
-}

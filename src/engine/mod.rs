@@ -15,8 +15,8 @@ use thiserror::Error;
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
 use crate::backend::{
-    self, BackendError, BackendFacts, DecodeTimes, KvDtype, LoadRates, LookAhead, ModelShape,
-    ModelWeights, NextLogits, VramHeld, VramMeter,
+    self, BackendError, BackendFacts, DecodeTimes, KvDtype, LoadRates, ModelShape, ModelWeights,
+    NextLogits, VramHeld, VramMeter,
 };
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::hardware::GpuProbe;
@@ -96,8 +96,8 @@ pub struct GpuOptions {
     pub prefill_tokens: Option<usize>,
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
     pub split: Option<Vec<i32>>,
-    /// What is fetched early; measured if not given
-    pub look_ahead: Option<LookAhead>,
+    /// Whether the CPU fetches experts early; measured if not given
+    pub look_ahead: Option<bool>,
     /// Whether the CPU computes the output head, from RAM
     pub head_in_ram: bool,
 }

@@ -66,8 +66,6 @@ struct Case {
     signal: bool,
     /// Copies of the first row, which tie
     equal_rows: usize,
-    /// Whether some experts were copied ahead
-    foreseen: bool,
 }
 
 fn run(gpu: &Gpu, case: &Case, seed: u64) {
@@ -119,28 +117,6 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
     let split: Vec<i32> = (0..=k).map(case.split).collect();
     let split_on_device = gpu.up(&split);
     let decision = gpu.up(&[0x55u8; DECISION_BYTES]);
-    // Foreseen: something in VRAM, an expert that was not chosen, every other one of the missing ones.
-    let host_blob = |id: usize| host_blobs + (id as i64 * blob_bytes) as u64 + 1;
-    let misses: Vec<usize> = (0..k).filter(|&rank| slots[ids[rank]] == 0).collect();
-    let mut ahead = Decision::zeroed();
-    let mut copied = Vec::new();
-    if case.foreseen {
-        let other = (0..experts).find(|id| !ids.contains(id) && slots[*id] == 0);
-        let missing = misses.iter().rev().step_by(2).map(|&rank| ids[rank]);
-        copied.extend(other.into_iter().chain(missing).take(k - 1));
-        ahead.blob[0] = 0x7000_0000;
-        for (i, &id) in copied.iter().enumerate() {
-            ahead.blob[i + 1] = host_blob(id);
-        }
-        ahead.shared = copied.len() as i32 + 1;
-        ahead.count = ahead.shared + 1;
-        // Of the shared expert, and beyond: not to be found.
-        for blob in &mut ahead.blob[copied.len() + 1..] {
-            *blob = host_blob(ids[misses.first().copied().unwrap_or(0)]);
-        }
-    }
-    let ahead = gpu.up(&[ahead]);
-    let (staging, staging_stride) = (0xd000_0000u64, 4096i64);
     let mut handoff = gpu.device.alloc_host::<Handoff>(1).unwrap();
     handoff.as_mut_slice()[0].ready = 5;
     let handed_x = gpu.device.alloc_host::<f32>(dim).unwrap();
@@ -169,9 +145,6 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
                 shared_blob,
                 shared_units,
                 split_on_device.address(),
-                if case.foreseen { ahead.address() } else { 0 },
-                staging,
-                staging_stride,
                 decision.address(),
                 if case.with_handoff { handoff.at(0) } else { 0 },
                 if case.with_handoff { handed_x.at(0) } else { 0 },
@@ -189,15 +162,12 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
     );
 
     // Who does what, as the heads of router.cu and decode.rs say.
-    let place = |id: usize| copied.iter().position(|&other| other == id);
-    let on_cpu: Vec<usize> = match (case.with_blobs, case.foreseen) {
-        (false, _) => misses.clone(),
-        (true, false) => misses[(split[misses.len()] as usize).min(misses.len())..].to_vec(),
-        (true, true) => {
-            let not_there = |&&rank: &&usize| place(ids[rank]).is_none();
-            misses.iter().filter(not_there).copied().collect()
-        }
+    let misses: Vec<usize> = (0..k).filter(|&rank| slots[ids[rank]] == 0).collect();
+    let read = match case.with_blobs {
+        true => (split[misses.len()] as usize).min(misses.len()),
+        false => 0,
     };
+    let on_cpu = &misses[..misses.len() - read];
     let on_gpu: Vec<usize> = (0..k).filter(|rank| !on_cpu.contains(rank)).collect();
     let decision: Decision = bytemuck::pod_read_unaligned(&gpu.down::<u8>(&decision));
     assert_eq!(decision.count as usize, on_gpu.len() + 1, "{what}");
@@ -205,8 +175,7 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
     for (i, &rank) in on_gpu.iter().enumerate() {
         let id = ids[rank];
         let blob = match slots[id] {
-            0 if case.foreseen => staging + place(id).unwrap() as u64 * staging_stride as u64,
-            0 => host_blob(id),
+            0 => host_blobs + (id as i64 * blob_bytes) as u64 + 1,
             slot => slot,
         };
         assert_eq!(decision.blob[i], blob, "{what}: expert {id}");
@@ -317,12 +286,6 @@ fn router_chooses_and_hands_over() {
                 with_handoff: (i + f) % 7 != 6,
                 signal: i % 3 != 2,
                 equal_rows: 1,
-                foreseen: false,
-            };
-            run(&gpu, &case, (10 * i + f) as u64);
-            let case = Case {
-                foreseen: true,
-                ..case
             };
             run(&gpu, &case, (10 * i + f) as u64);
         }
@@ -353,7 +316,6 @@ fn equal_logits_go_in_order_of_id() {
                 with_handoff: true,
                 signal: true,
                 equal_rows,
-                foreseen: false,
             };
             run(&gpu, &case, (experts + equal_rows) as u64);
         }

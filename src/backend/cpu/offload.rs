@@ -104,7 +104,6 @@ impl Offload {
     ///
     /// - `x`: `[D]`, normed
     /// - `out`: `[D]`
-    /// - `beside`: run by this thread now and then meanwhile
     ///
     /// # Errors
     /// An id out of range, or a panic in a worker.
@@ -115,7 +114,6 @@ impl Offload {
         weights: &[f32],
         x: &[f32],
         out: &mut [f32],
-        beside: &mut dyn FnMut(),
     ) -> Result<()> {
         if ids.is_empty() {
             out.fill(0.0);
@@ -145,7 +143,7 @@ impl Offload {
             let halves = &self.halves;
             // All experts' first rows come first: so a worker has the same rows of every expert,
             // whichever experts they are, and finds them where it prefetched them.
-            let job = |item: usize| {
+            self.pool.run(2 * blocks * ids.len(), &|item| {
                 let (tile_row, i) = (item / chosen.len(), item % chosen.len());
                 let (block, half) = (i * blocks + tile_row / 2, tile_row % 2);
                 let expert = chosen[i];
@@ -165,14 +163,13 @@ impl Offload {
                         unsafe { quantized.quantize(isa, kind, block, whole) };
                     }
                 }
-            };
-            (self.pool).run_beside(2 * blocks * ids.len(), &job, beside)?;
+            })?;
         }
         let rows = chosen[0].down.rows;
         assert_eq!(out.len(), rows);
         let out = Parts::new(out);
         let (hidden, integers) = (&self.hidden, &self.hidden_integers);
-        let job = |tile_row: usize| {
+        self.pool.run(chosen[0].down.tile_rows(), &|tile_row| {
             let mut sum = [[0.0; TILE_ROWS]];
             for (i, expert) in chosen.iter().enumerate() {
                 let range = i * blocks..i * blocks + expert.blocks();
@@ -186,8 +183,7 @@ impl Offload {
             // SAFETY: each item has output rows of its own.
             let out = unsafe { out.slice(first..last) };
             out.copy_from_slice(&sum[0][..last - first]);
-        };
-        (self.pool).run_beside(chosen[0].down.tile_rows(), &job, beside)
+        })
     }
 
     /// Brings experts that will probably be asked for into the caches of the workers that will
@@ -322,14 +318,7 @@ mod tests {
                 let mut out = vec![f32::NAN; dim];
                 for _ in 0..2 {
                     offload
-                        .compute(
-                            &layer.experts,
-                            &ids,
-                            &topk_weights,
-                            &x,
-                            &mut out,
-                            &mut || {},
-                        )
+                        .compute(&layer.experts, &ids, &topk_weights, &x, &mut out)
                         .unwrap();
                 }
                 let routing = Routing {
@@ -367,12 +356,12 @@ mod tests {
         let mut out = vec![1.0; 64];
         let x = vec![0.0; 64];
         offload
-            .compute(&layer.experts, &[], &[], &x, &mut out, &mut || {})
+            .compute(&layer.experts, &[], &[], &x, &mut out)
             .unwrap();
         assert!(out.iter().all(|&v| v == 0.0));
         assert!(
             offload
-                .compute(&layer.experts, &[2], &[1.0], &x, &mut out, &mut || {})
+                .compute(&layer.experts, &[2], &[1.0], &x, &mut out)
                 .is_err()
         );
     }

@@ -135,23 +135,9 @@ impl Pool {
     /// # Errors
     /// If `job` panicked; some items may then not have run.
     pub fn run(&mut self, items: usize, job: &Job) -> Result<()> {
-        self.run_beside(items, job, &mut || {})
-    }
-
-    /// As [`run`](Pool::run); after each of its items the caller also runs `beside`, for what must
-    /// not wait until the job is done. It should be short: others take over items, but not that.
-    ///
-    /// # Errors
-    /// As [`run`](Pool::run), or if `beside` panicked.
-    pub fn run_beside(&mut self, items: usize, job: &Job, beside: &mut dyn FnMut()) -> Result<()> {
         let threads = self.threads();
         if threads == 1 || items <= 1 {
-            return catch(|| {
-                (0..items).for_each(|item| {
-                    job(item);
-                    beside();
-                })
-            });
+            return catch(|| (0..items).for_each(job));
         }
         let shared = &*self.shared;
         for (id, Padded(range)) in shared.ranges.iter().enumerate() {
@@ -176,7 +162,7 @@ impl Pool {
         }
 
         // When this returns, every item has been claimed.
-        shared.work(0, job, beside);
+        shared.work(0, job);
         shared.gate.0.fetch_and(!Gate::OPEN, Ordering::AcqRel);
         let mut waiting = Backoff::default();
         while Gate(shared.gate.0.load(Ordering::Acquire)).inside() > 0 {
@@ -230,7 +216,7 @@ impl Shared {
             last = number;
             // SAFETY: this worker is inside the gate, so the job stays as it is, and alive.
             let job = unsafe { &*(*self.job.get()).expect("an open gate has a job") };
-            self.work(id, job, &mut || {});
+            self.work(id, job);
             self.gate.0.fetch_sub(1, Ordering::Release);
         }
     }
@@ -274,8 +260,8 @@ impl Shared {
         self.sleeping[id].0.store(false, Ordering::SeqCst);
     }
 
-    /// Claims and runs items: own ones first, then those of the others in turn; `beside` after each.
-    fn work(&self, id: usize, job: &Job, beside: &mut dyn FnMut()) {
+    /// Claims and runs items: own ones first, then those of the others in turn.
+    fn work(&self, id: usize, job: &Job) {
         let result = catch(|| {
             for victim in 0..self.ranges.len() {
                 let Padded(range) = &self.ranges[(id + victim) % self.ranges.len()];
@@ -286,7 +272,6 @@ impl Shared {
                         break;
                     }
                     job(item);
-                    beside();
                 }
             }
         });

@@ -80,9 +80,6 @@ pub struct Step {
 /// The most experts a token may have.
 pub const MAX_TOP_K: usize = 32;
 
-/// The most experts of a layer that are copied to the GPU ahead.
-pub const MAX_COPIES: usize = 6;
-
 /// Bytes of the `Decision` of `common.cuh`, which only kernels read and write.
 pub const DECISION_BYTES: usize = 8 + (MAX_TOP_K + 1) * (8 + 8) + (MAX_TOP_K + 1) * 4 + 4;
 

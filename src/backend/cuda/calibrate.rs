@@ -1,5 +1,5 @@
-//! How many missing experts the GPU reads over PCIe while the CPU computes the others, what is fetched
-//! ahead, and into how many graphs a step is cut.
+//! How many missing experts the GPU reads over PCIe while the CPU computes the others, whether the
+//! CPU fetches experts ahead, and into how many graphs a step is cut.
 //!
 //! GPU and CPU read the same RAM, so what that gains depends on the machine, and so does what a graph
 //! costs: a few steps of each kind tell.
@@ -8,14 +8,11 @@
 use std::time::Instant;
 
 use super::Cuda;
-use crate::backend::{LookAhead, Result};
+use crate::backend::Result;
 use crate::hardware::probe::median;
 
 /// Shares of a layer's missing experts that are tried, in percent.
 pub(super) const SHARES: [usize; 6] = [0, 10, 20, 30, 40, 50];
-
-/// The same of those that are foreseen and copied ahead, beside the mixer.
-const COPY_SHARES: [usize; 6] = [20, 30, 40, 50, 60, 70];
 
 /// Graphs that a step may be cut into: the first is handed to the driver sooner than the whole, but
 /// between two of them the GPU stands still for a moment.
@@ -37,8 +34,7 @@ impl Cuda {
         let layers = self.model.shape.num_layers() as u64;
         let experts = self.model.shape.moe.num_experts as u64;
         let bytes = layers * experts * self.model.store.slot_bytes();
-        let tries = SHARES.len() + COPY_SHARES.len() + 2 + PARTS.len();
-        let room = tries * STEPS <= self.state.max_tokens;
+        let room = (SHARES.len() + 2 + PARTS.len()) * STEPS <= self.state.max_tokens;
         let given = self.options.split.is_some()
             || self.options.look_ahead.is_some()
             || self.options.parts.is_some();
@@ -47,35 +43,24 @@ impl Cuda {
         }
         let mut tried = Vec::new();
         let mut best = self.time_steps(&mut tried, 0, "nothing over PCIe, nothing ahead")?;
-        let (mut share, mut ahead) = (0, LookAhead::Nothing);
-        self.look_ahead(LookAhead::Caches)?;
+        let (mut share, mut ahead) = (0, true);
+        self.decode.look_ahead(true, &self.device)?;
         for percent in SHARES {
             self.set_pcie_share(percent)?;
             let name = format!("{percent}% over PCIe, fetching ahead");
             let ms = self.time_steps(&mut tried, percent + 1, &name)?;
             if ms < best {
-                (best, share, ahead) = (ms, percent, LookAhead::Caches);
+                (best, share) = (ms, percent);
             }
         }
         self.set_pcie_share(share)?;
-        self.look_ahead(LookAhead::Nothing)?;
+        self.decode.look_ahead(false, &self.device)?;
         let name = format!("{share}% over PCIe, nothing ahead");
         let ms = self.time_steps(&mut tried, 99, &name)?;
         if ms < best {
-            (best, ahead) = (ms, LookAhead::Nothing);
+            (best, ahead) = (ms, false);
         }
-        let mut copied = 0;
-        self.look_ahead(LookAhead::Copies)?;
-        for percent in COPY_SHARES {
-            self.set_copy_share(percent)?;
-            let name = format!("{percent}% copied ahead");
-            let ms = self.time_steps(&mut tried, 200 + percent, &name)?;
-            if ms < best {
-                (best, copied, ahead) = (ms, percent, LookAhead::Copies);
-            }
-        }
-        self.set_copy_share(copied)?;
-        self.look_ahead(ahead)?;
+        self.decode.look_ahead(ahead, &self.device)?;
         let mut parts = 1;
         for cut in PARTS {
             self.decode.cut_into(cut);
@@ -87,17 +72,14 @@ impl Cuda {
         self.decode.cut_into(parts);
         self.state.clear(&self.model.stream)?;
         self.take_times();
-        let how = match ahead {
-            LookAhead::Nothing => format!("the GPU reads {share}% over PCIe"),
-            LookAhead::Caches => {
-                format!("the GPU reads {share}% over PCIe, the CPU fetches its own ahead")
-            }
-            LookAhead::Copies => {
-                format!("{copied}% are copied to the GPU ahead, the CPU fetches its own ahead")
-            }
-        };
         self.notes = vec![format!(
-            "of missing experts {how}; graphs of a step: {parts} (median of steps: {})",
+            "of missing experts the GPU reads {share}% over PCIe{}; graphs of a step: {parts} \
+             (median of steps: {})",
+            if ahead {
+                ", the CPU fetches its own ahead"
+            } else {
+                ""
+            },
             tried.join("; ")
         )];
         Ok(())
@@ -122,22 +104,8 @@ impl Cuda {
 
     /// Of `m` missing experts the GPU reads this share over PCIe.
     pub(super) fn set_pcie_share(&mut self, percent: usize) -> Result<()> {
-        let split = self.split_of(percent);
-        self.decode.set_split(&split, &self.model.stream)
-    }
-
-    /// Of `m` missing experts that are foreseen this share is copied.
-    fn set_copy_share(&mut self, percent: usize) -> Result<()> {
-        let split = self.split_of(percent);
-        self.decode.set_copy_split(&split, &self.model.stream)
-    }
-
-    fn split_of(&self, percent: usize) -> Vec<i32> {
         let k = self.model.shape.moe.num_experts_per_tok;
-        (0..=k).map(|m| ((m * percent + 50) / 100) as i32).collect()
-    }
-
-    fn look_ahead(&mut self, wanted: LookAhead) -> Result<()> {
-        self.decode.look_ahead(wanted, &self.device)
+        let split: Vec<i32> = (0..=k).map(|m| ((m * percent + 50) / 100) as i32).collect();
+        self.decode.set_split(&split, &self.model.stream)
     }
 }

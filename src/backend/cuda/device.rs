@@ -175,11 +175,6 @@ pub trait Driver: Send + Sync {
     /// # Safety
     /// As [`copy_to_device`](Driver::copy_to_device).
     unsafe fn wait_flag(&self, stream: Handle, flag: u64, value: u32) -> Result<()>;
-    /// Sets the u32 at device address `flag` once all work before is done and visible.
-    ///
-    /// # Safety
-    /// As [`copy_to_device`](Driver::copy_to_device).
-    unsafe fn write_flag(&self, stream: Handle, flag: u64, value: u32) -> Result<()>;
     /// `overlap`: may start before the kernel before it ends, which it then waits for itself.
     ///
     /// # Safety
@@ -545,13 +540,6 @@ impl Stream {
     pub unsafe fn wait_flag(&self, flag: u64, value: u32) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.device.driver.wait_flag(self.handle, flag, value) }
-    }
-
-    /// # Safety
-    /// See [`Driver::write_flag`].
-    pub unsafe fn write_flag(&self, flag: u64, value: u32) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { self.device.driver.write_flag(self.handle, flag, value) }
     }
 
     /// # Safety

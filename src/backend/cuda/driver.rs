@@ -505,14 +505,6 @@ impl Driver for Gpu {
         check(waiting, "wait for a flag of the CPU's")
     }
 
-    unsafe fn write_flag(&self, on: Handle, flag: u64, value: u32) -> Result<()> {
-        self.bind()?;
-        let how = sys::CUstreamWriteValue_flags::CU_STREAM_WRITE_VALUE_DEFAULT as u32;
-        // SAFETY: the caller's promise.
-        let written = unsafe { sys::cuStreamWriteValue32_v2(stream(on), flag, value, how) };
-        check(written, "write a flag")
-    }
-
     unsafe fn launch(
         &self,
         kernel: &'static str,

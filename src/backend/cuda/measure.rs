@@ -186,14 +186,7 @@ impl Cuda {
             round += k;
             for layer in layers {
                 let ids: Vec<i32> = (0..k).map(|i| ((round + i) % experts) as i32).collect();
-                offload.compute(
-                    &layer.experts,
-                    &ids,
-                    &vec![0.1; k],
-                    &x,
-                    &mut out,
-                    &mut || {},
-                )?;
+                offload.compute(&layer.experts, &ids, &vec![0.1; k], &x, &mut out)?;
             }
             Ok(start.elapsed().as_secs_f64())
         };

@@ -48,8 +48,8 @@ pub use super::Residency;
 use super::cpu::offload::Offload;
 use super::cpu::{CpuPrecision, Progress};
 use super::{
-    BackendError, BackendFacts, DecodeTimes, KvDtype, LookAhead, ModelShape, ModelWeights,
-    NextLogits, Result, Routing, VramHeld, VramMeter,
+    BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, NextLogits, Result,
+    Routing, VramHeld, VramMeter,
 };
 use crate::formats::Matrix;
 
@@ -69,8 +69,8 @@ pub struct CudaOptions {
     pub prefill_tokens: Option<usize>,
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
     pub split: Option<Vec<i32>>,
-    /// What routers look ahead for; measured if not given
-    pub look_ahead: Option<LookAhead>,
+    /// Whether routers look ahead, so that the CPU fetches experts early; measured if not given
+    pub look_ahead: Option<bool>,
     /// Graphs that a decode step is cut into; measured if not given
     pub parts: Option<usize>,
     /// The CPU computes the output head, from RAM: its memory on the device goes to experts
@@ -177,11 +177,11 @@ impl Cuda {
             let last = split.last().copied().unwrap_or(0);
             let k = shape.moe.num_experts_per_tok;
             let all = (0..=k).map(|m| split.get(m).copied().unwrap_or(last).clamp(0, m as i32));
-            let all: Vec<i32> = all.collect();
-            decode.set_split(&all, &stream)?;
-            decode.set_copy_split(&all, &stream)?;
+            decode.set_split(&all.collect::<Vec<_>>(), &stream)?;
         }
-        decode.look_ahead(options.look_ahead.unwrap_or_default(), &device)?;
+        if options.look_ahead == Some(true) {
+            decode.look_ahead(true, &device)?;
+        }
         decode.cut_into(options.parts.unwrap_or(1));
         let state = SequenceState::new(&device, &shape, kv_dtype, max_tokens, &stream)?;
         let prefill = Prefill::new(

@@ -123,11 +123,6 @@ pub fn layout_of(expert: &Expert) -> Result<ExpertLayout> {
     })
 }
 
-/// Bytes of a slot for one expert.
-pub fn slot_bytes(layout: &ExpertLayout) -> u64 {
-    (layout.blob_bytes as u64).next_multiple_of(SLOT_ALIGN)
-}
-
 /// Gate, up and down of one expert, one after the other.
 pub fn blob_of(expert: &Expert) -> Vec<u8> {
     [&expert.gate, &expert.up, &expert.down]
@@ -217,7 +212,7 @@ impl ExpertStore {
         let num_experts = layers.first().map_or(0, |l| l.experts.len());
         let entries = layers.len() * num_experts;
         Ok(ExpertStore {
-            slot_bytes: slot_bytes(&layout),
+            slot_bytes: (layout.blob_bytes as u64).next_multiple_of(SLOT_ALIGN),
             layout,
             layers,
             num_experts,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::super::device::{Graph, args};
 use super::super::geometry;
 use super::super::state::SequenceState;
-use super::{Decode, Flags, Kind, Model, WATCHDOG, Wanted};
+use super::{Decode, Kind, Model, WATCHDOG, Wanted};
 use crate::backend::{BackendError, Result};
 
 /// Kernels, or flags, of one measurement.
@@ -72,7 +72,7 @@ impl Decode {
     pub fn flag_round_trip_us(&self, model: &Model) -> Result<f64> {
         let device = model.stream.device();
         let (asked, answered) = (
-            device.alloc_host::<Flags>(IN_A_ROW)?,
+            device.alloc_host::<u32>(IN_A_ROW)?,
             device.alloc_host::<u32>(IN_A_ROW)?,
         );
         let row = || {
@@ -86,7 +86,7 @@ impl Decode {
         // SAFETY: u32s that only atomics and the GPU touch from here on.
         let word = |words: *mut u32| unsafe { AtomicU32::from_ptr(words) };
         for i in 0..IN_A_ROW {
-            word(asked.pointer(i).cast()).store(1, Ordering::Release);
+            word(asked.pointer(i)).store(1, Ordering::Release);
         }
         // SAFETY: what it names lives until the end of this function.
         unsafe { model.stream.launch_graph(&graph)? };
@@ -94,8 +94,8 @@ impl Decode {
         let mut first = since;
         let mut served = Ok(());
         for i in 0..IN_A_ROW {
-            // `decode_combine` clears the flags it is given.
-            while served.is_ok() && word(asked.pointer(i).cast()).load(Ordering::Acquire) != 0 {
+            // `decode_combine` clears the word it is given.
+            while served.is_ok() && word(asked.pointer(i)).load(Ordering::Acquire) != 0 {
                 std::hint::spin_loop();
                 if since.elapsed() > WATCHDOG {
                     let reason = "the GPU did not answer a flag within 30 s";
@@ -115,11 +115,10 @@ impl Decode {
         Ok((end - first).as_secs_f64() * 1e6 / (IN_A_ROW - 1) as f64)
     }
 
-    /// `decode_combine` on this struct's buffers, which clears the two words at `flags` if that is
-    /// not 0.
-    fn record_signal(&self, model: &Model, flags: u64) -> Result<()> {
+    /// `decode_combine` on this struct's buffers, which clears `word` if that is not 0.
+    fn record_signal(&self, model: &Model, word: u64) -> Result<()> {
         let dim = model.shape.hidden_size;
-        let args = args![self.moe, self.cpu_out.at(0), flags, self.hidden, dim as i32];
+        let args = args![self.moe, self.cpu_out.at(0), word, self.hidden, dim as i32];
         // SAFETY: arguments are those of the kernel; the buffers are this struct's.
         unsafe { (model.stream).launch("decode_combine", geometry::combine(dim), args, false) }
     }

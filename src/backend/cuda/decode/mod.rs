@@ -5,7 +5,6 @@
 //! flag that the graph waits for before it adds both parts. Nothing else is synchronised, and no GPU
 //! kernel spins. An output head in RAM is the CPU's last act.
 
-mod ahead;
 mod best;
 mod measure;
 mod record;
@@ -16,11 +15,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use ahead::{Copied, Side, Staging, cpu_ids};
-
-use super::abi::{DECISION_BYTES, ExpertLayout, Handoff, MAX_COPIES, Step};
+use super::abi::{DECISION_BYTES, ExpertLayout, Handoff, Step};
 use super::arena::Arena;
-use super::device::{Device, Graph, Pinned, Stream};
+use super::device::{Device, Event, Graph, Pinned, Stream};
 use super::geometry::{self, AttentionParts};
 use super::state::SequenceState;
 use super::store::ExpertStore;
@@ -33,12 +30,12 @@ use crate::backend::{
 /// The GPU must reach the next layer within this time.
 const WATCHDOG: Duration = Duration::from_secs(30);
 
-/// The flags of a layer, in host memory, by which the graph waits; `decode_combine` takes them back.
-type Flags = [u32; 2];
-/// The CPU's experts are computed.
-const DONE: usize = 0;
-/// What was to be copied ahead is on the device.
-const FETCHED: usize = 1;
+/// A second branch of the graph.
+struct Side {
+    stream: Stream,
+    fork: Event,
+    join: Event,
+}
 
 /// What a step brings back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,11 +87,7 @@ pub struct Decode {
     logits: u64,
     /// `[k + 1]`: of m misses, how many the GPU reads over PCIe
     split: u64,
-    /// `[k + 1]`: of m misses that are foreseen, how many are copied to the GPU
-    copy_split: u64,
-    /// Of both
-    table_len: usize,
-    staging: Staging,
+    split_host: Vec<i32>,
 
     embedding: Pinned<f32>,
     host_step: Pinned<Step>,
@@ -104,7 +97,7 @@ pub struct Decode {
     foreseen: Pinned<Handoff>,
     handoff_x: Pinned<f32>,
     cpu_out: Pinned<f32>,
-    flags: Pinned<Flags>,
+    done: Pinned<u32>,
     host_logits: Pinned<f32>,
     best: best::BestBuffers,
     /// What a head in RAM starts from
@@ -175,18 +168,16 @@ impl Decode {
             resident_blocks: geometry::resident_blocks(&device.facts()),
             logits: floats(shape.vocab_size)?,
             split: floats(k + 1)?,
-            copy_split: floats(k + 1)?,
-            table_len: k + 1,
+            split_host: vec![0; k + 1],
             embedding: device.alloc_host(dim)?,
             host_step: device.alloc_host(1)?,
             handoffs: device.alloc_host(layers)?,
             foreseen: device.alloc_host(layers)?,
             handoff_x: device.alloc_host(layers * dim)?,
             cpu_out: device.alloc_host(layers * dim)?,
-            flags: device.alloc_host(layers)?,
+            done: device.alloc_host(layers)?,
             host_logits: device.alloc_host(shape.vocab_size)?,
             best: best::BestBuffers::new(device, arena, shape.vocab_size, stream)?,
-            staging: Staging::new(arena, layouts[0], stream)?,
             host_hidden: device.alloc_host(dim)?,
             hand_over_always: false,
             side: None,
@@ -200,23 +191,27 @@ impl Decode {
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe instead of leaving them to the
     /// CPU.
     pub fn set_split(&mut self, split: &[i32], stream: &Stream) -> Result<()> {
-        self.set_table(self.split, split, stream)
-    }
-
-    /// Of `m` missing experts that are foreseen, `split[m]` are copied to the GPU, but never more
-    /// than there is room for.
-    pub fn set_copy_split(&mut self, split: &[i32], stream: &Stream) -> Result<()> {
-        let most = MAX_COPIES as i32;
-        let split: Vec<i32> = split.iter().map(|&n| n.min(most)).collect();
-        self.set_table(self.copy_split, &split, stream)
-    }
-
-    fn set_table(&self, table: u64, split: &[i32], stream: &Stream) -> Result<()> {
-        assert_eq!(split.len(), self.table_len);
+        assert_eq!(split.len(), self.split_host.len());
+        self.split_host.copy_from_slice(split);
         let bytes: &[u8] = bytemuck::cast_slice(split);
         // SAFETY: the table has this size, and the copy is awaited.
-        unsafe { stream.copy_to_device(table, bytes.as_ptr(), bytes.len())? };
+        unsafe { stream.copy_to_device(self.split, bytes.as_ptr(), bytes.len())? };
         stream.synchronize()
+    }
+
+    /// Has routers look a layer ahead, so that the CPU can fetch what it will probably have to
+    /// compute while the GPU runs the mixer in between.
+    pub fn look_ahead(&mut self, on: bool, device: &Device) -> Result<()> {
+        self.forget_graphs();
+        self.side = match on {
+            true => Some(Side {
+                stream: device.new_stream()?,
+                fork: device.new_event()?,
+                join: device.new_event()?,
+            }),
+            false => None,
+        };
+        Ok(())
     }
 
     /// Cuts a step into so many graphs, or one per layer where layers are fewer.
@@ -278,21 +273,19 @@ impl Decode {
             unsafe { model.stream.launch_graph(graph)? };
         }
         let launched = Instant::now();
-        // The first layer has none before it that could foresee.
-        let copied = Copied::from_layer(1);
         let mut times = StepTimes {
             launch_s: (launched - start).as_secs_f64(),
             ..StepTimes::default()
         };
         if kind.hybrid {
-            let served = self.serve(model, offload, index, &copied, &mut times);
+            let served = self.serve(model, offload, index, &mut times);
             if let Err(error) = served {
                 // The graph must end, or the next call of the driver would wait for ever; and no flag
                 // may be left for the next step, where a graph that never ran would have taken it back.
-                self.set_all_flags(1);
+                let layers = 0..model.shape.num_layers();
+                layers.clone().for_each(|layer| self.set_done(layer, 1));
                 model.stream.synchronize().ok();
-                self.end_copies();
-                self.set_all_flags(0);
+                layers.for_each(|layer| self.set_done(layer, 0));
                 return Err(error);
             }
         }
@@ -313,8 +306,6 @@ impl Decode {
             num_experts_per_tok: k,
             ..Routing::default()
         };
-        let mut copies = copied.experts.get();
-        let blob_bytes = model.store.layout.blob_bytes as u64;
         for (layer, handoff) in self.handoffs.as_slice().iter().enumerate() {
             routing.topk_ids.clear();
             routing
@@ -324,7 +315,10 @@ impl Decode {
             routing.topk_weights.extend(&handoff.topk_weights[..k]);
             let cpu = handoff.num_cpu as u64;
             if kind.hybrid && self.side.is_some() && layer > 0 {
-                self.times.foreseen += self.foreseen_of(layer, handoff);
+                let foreseen = &self.foreseen.as_slice()[layer];
+                let known = &foreseen.cpu_ids[..(foreseen.num_cpu.max(0) as usize).min(k)];
+                let asked = &handoff.cpu_ids[..(handoff.num_cpu.max(0) as usize).min(k)];
+                self.times.foreseen += asked.iter().filter(|id| known.contains(id)).count() as u64;
             }
             let missing = (routing.topk_ids.iter())
                 .filter(|&&id| model.store.resident(layer, usize::from(id)) == 0)
@@ -334,12 +328,10 @@ impl Decode {
                 cpu,
                 pcie: missing - cpu.min(missing),
             };
+            let blob_bytes = model.store.layout.blob_bytes as u64;
             self.times.add_picks(layer, picks, blob_bytes);
-            copies = copies.saturating_sub(picks.pcie);
             on_routing(layer, &routing);
         }
-        // Those that nobody asked for.
-        self.times.h2d_bytes += copies * blob_bytes;
         Ok(())
     }
 
@@ -378,7 +370,6 @@ impl Decode {
         model: &Model,
         offload: &mut Offload,
         graphs: usize,
-        copied: &Copied,
         times: &mut StepTimes,
     ) -> Result<()> {
         let dim = model.shape.hidden_size;
@@ -396,21 +387,16 @@ impl Decode {
                 }
             }
             if self.side.is_some() && layer > 0 {
-                self.fetch_ahead(layer, model, offload, copied)?;
+                self.prefetch(layer, model, offload)?;
             }
             self.wait_ready(layer, model)?;
-            // The branch that looks ahead has ended before this router began.
-            if layer > 0 && !self.start_copies(layer, model, copied)? {
-                let reason = format!("CUDA: the router of layer {layer} did not look ahead");
-                return Err(BackendError::Other(reason));
-            }
             let ready = Instant::now();
             times.wait_gpu_s += (ready - now).as_secs_f64();
             let handoff = self.handoffs.pointer(layer);
             // SAFETY: the GPU released it with `ready`, and writes it again in the next step.
             let handoff = unsafe { handoff.read_volatile() };
-            let ids = cpu_ids(&handoff);
-            if !ids.is_empty() {
+            let count = (handoff.num_cpu.max(0) as usize).min(handoff.cpu_ids.len());
+            if count > 0 {
                 // SAFETY: as above; `[layers, dim]` floats.
                 let x =
                     unsafe { std::slice::from_raw_parts(self.handoff_x.pointer(layer * dim), dim) };
@@ -419,26 +405,40 @@ impl Decode {
                     std::slice::from_raw_parts_mut(self.cpu_out.pointer(layer * dim), dim)
                 };
                 let experts = &model.store.layers[layer].experts;
-                let weights = &handoff.cpu_weights[..ids.len()];
-                let mut failed = None;
-                let mut beside = || {
-                    if let Err(error) = self.start_copies(layer + 1, model, copied) {
-                        failed.get_or_insert(error);
-                    }
-                };
-                offload.compute(experts, ids, weights, x, out, &mut beside)?;
-                if let Some(error) = failed {
-                    return Err(error);
-                }
+                let (ids, weights) = (&handoff.cpu_ids[..count], &handoff.cpu_weights[..count]);
+                offload.compute(experts, ids, weights, x, out)?;
             } else {
                 let out = self.cpu_out.as_mut_slice();
                 out[layer * dim..(layer + 1) * dim].fill(0.0);
             }
-            self.set_flag(layer, DONE, 1);
+            self.set_done(layer, 1);
             now = Instant::now();
             times.cpu_experts_s += (now - ready).as_secs_f64();
         }
         Ok(())
+    }
+
+    /// Fetches what `layer` will probably ask for, until it asks.
+    fn prefetch(&self, layer: usize, model: &Model, offload: &mut Offload) -> Result<()> {
+        let (asked, foreseen) = (self.ready(layer), self.foreseen.pointer(layer));
+        // SAFETY: `ready` is the first field, a u32 that the GPU stores.
+        let known = unsafe { AtomicU32::from_ptr(foreseen.cast()) };
+        let mut spins = 0u32;
+        while known.load(Ordering::Acquire) != self.number {
+            // A GPU that stands still is noticed by `wait_ready`.
+            spins += 1;
+            if asked.load(Ordering::Acquire) == self.number || spins > 1 << 20 {
+                return Ok(());
+            }
+            std::hint::spin_loop();
+        }
+        // SAFETY: the GPU released it with `ready`, and writes it again in the next step.
+        let foreseen = unsafe { foreseen.read_volatile() };
+        let count = (foreseen.num_cpu.max(0) as usize).min(foreseen.cpu_ids.len());
+        let experts = &model.store.layers[layer].experts;
+        let number = self.number;
+        let enough = move || asked.load(Ordering::Relaxed) == number;
+        offload.prefetch(experts, &foreseen.cpu_ids[..count], &enough)
     }
 
     /// The number of the last step whose router of `layer` has chosen.
@@ -448,22 +448,9 @@ impl Decode {
         unsafe { AtomicU32::from_ptr(ready) }
     }
 
-    /// Device address of a flag of `layer`.
-    fn flag_address(&self, layer: usize, flag: usize) -> u64 {
-        self.flags.at(layer) + (flag * size_of::<u32>()) as u64
-    }
-
-    fn set_flag(&self, layer: usize, flag: usize, value: u32) {
-        let flags = self.flags.pointer(layer).cast::<u32>();
-        // SAFETY: one of a layer's u32s, which only atomics and the GPU touch.
-        unsafe { AtomicU32::from_ptr(flags.add(flag)) }.store(value, Ordering::Release);
-    }
-
-    fn set_all_flags(&self, value: u32) {
-        for layer in 0..self.flags.len() {
-            self.set_flag(layer, DONE, value);
-            self.set_flag(layer, FETCHED, value);
-        }
+    fn set_done(&self, layer: usize, done: u32) {
+        // SAFETY: a u32 that only atomics and the GPU touch.
+        unsafe { AtomicU32::from_ptr(self.done.pointer(layer)) }.store(done, Ordering::Release);
     }
 
     /// Spins until the router of `layer` has chosen.

@@ -8,7 +8,7 @@ use super::super::device::args;
 use super::super::geometry;
 use super::super::state::{LayerState, SequenceState};
 use super::super::weights::{Head, Mixer};
-use super::{DONE, Decode, FETCHED, Kind, Model, RouterScratch, Wanted};
+use super::{Decode, Kind, Model, RouterScratch, Wanted};
 use crate::backend::Result;
 
 impl Decode {
@@ -109,15 +109,7 @@ impl Decode {
                 false,
             )?;
         }
-        let whole = kind.hybrid && only.is_empty();
-        // `split`: of the missing experts, which are the GPU's; `foreseen`: the Decision of the router
-        // that looked ahead, if what it chose was copied.
-        let router_args = |index: usize,
-                           scratch: RouterScratch,
-                           split: u64,
-                           foreseen: u64,
-                           handoff: u64,
-                           x: u64| {
+        let router_args = |index: usize, scratch: RouterScratch, handoff: u64, x: u64| {
             let (layer, layer_store) = (&dense.layers[index], &store.layers[index]);
             args![
                 self.step,
@@ -138,10 +130,7 @@ impl Decode {
                 layout.num_units,
                 layer.shared_blob,
                 layer.shared_units,
-                split,
-                foreseen,
-                self.staging.of(index),
-                self.staging.stride,
+                self.split,
                 scratch.decision,
                 handoff,
                 x,
@@ -270,43 +259,27 @@ impl Decode {
                 }
                 _ => unreachable!("states are made for this model"),
             }
-            let copied = whole && self.copies_ahead() && index > 0;
             launch(
                 "decode_router",
                 geometry::router(&layer.router, &layer.shared_gate, true),
                 router_args(
                     index,
                     self.router,
-                    self.split,
-                    if copied { self.ahead.decision } else { 0 },
                     self.handoffs.at(index),
                     self.handoff_x.at(index * dim),
                 ),
                 true,
             )?;
-            let branch = self
-                .side
-                .as_ref()
-                .filter(|_| whole && index + 1 < dense.layers.len());
-            if let Some(side) = branch {
-                let next = &dense.layers[index + 1];
+            if let (Some(side), true, true) = (&self.side, kind.hybrid, only.is_empty())
+                && let Some(next) = dense.layers.get(index + 1)
+            {
                 // The GPU has time: it will wait for the CPU.
                 stream.record(&side.fork)?;
                 side.stream.wait(&side.fork)?;
-                let split = match self.copies_ahead() {
-                    true => self.copy_split,
-                    false => self.split,
-                };
-                let handoff = self.foreseen.at(index + 1);
-                let args = router_args(index + 1, self.ahead, split, 0, handoff, 0);
+                let args = router_args(index + 1, self.ahead, self.foreseen.at(index + 1), 0);
                 let geometry = geometry::router(&next.router, &next.shared_gate, false);
                 // SAFETY: as for `launch`.
                 unsafe { side.stream.launch("decode_router", geometry, args, false)? };
-                side.stream.record(&side.join)?;
-            }
-            if copied {
-                // SAFETY: the flag lives as long as this struct.
-                unsafe { stream.wait_flag(self.flag_address(index, FETCHED), 1)? };
             }
             launch(
                 "decode_experts_up",
@@ -322,7 +295,7 @@ impl Decode {
                     self.expert_hidden,
                     self.expert_hidden_stride as i32
                 ],
-                !copied,
+                true,
             )?;
             // Alone, the GPU adds to the residual stream at once; else it waits for the CPU first.
             let (out, add) = if kind.hybrid {
@@ -346,13 +319,9 @@ impl Decode {
                 true,
             )?;
             if kind.hybrid {
-                if let Some(side) = branch {
-                    // Ended long ago, and here nothing overlaps that waiting could hold up.
-                    stream.wait(&side.join)?;
-                }
-                if whole {
+                if only.is_empty() {
                     // SAFETY: the flag lives as long as this struct.
-                    unsafe { stream.wait_flag(self.flag_address(index, DONE), 1)? };
+                    unsafe { stream.wait_flag(self.done.at(index), 1)? };
                 }
                 launch(
                     "decode_combine",
@@ -360,13 +329,17 @@ impl Decode {
                     args![
                         self.moe,
                         self.cpu_out.at(index * dim),
-                        self.flags.at(index),
+                        self.done.at(index),
                         self.hidden,
                         dim as i32
                     ],
                     false,
                 )?;
             }
+        }
+        if let (Some(side), true, true) = (&self.side, kind.hybrid, only.is_empty()) {
+            side.stream.record(&side.join)?;
+            stream.wait(&side.join)?;
         }
         if part.end < shape.num_layers() {
             return Ok(());
