@@ -163,15 +163,24 @@ fn every_placement_of_experts_gives_the_same_tokens() {
                 },
                 "all in VRAM, in two graphs",
             ),
+            (
+                CudaOptions {
+                    look_ahead: Some(true),
+                    parts: Some(2),
+                    split: Some(vec![0, 0, 1]),
+                    ..with(Residency::Exactly(some(4)))
+                },
+                "fetched ahead, some read over PCIe, in two graphs",
+            ),
+            (
+                CudaOptions {
+                    look_ahead: Some(true),
+                    ..with(Residency::Exactly(some(4)))
+                },
+                "fetched ahead",
+            ),
         ];
-        // The emulator has no parallel branches in graphs.
-        let ahead = CudaOptions {
-            look_ahead: Some(true),
-            ..with(Residency::Exactly(some(4)))
-        };
-        let real = !device.facts().name.starts_with("emulated");
-        let ahead = real.then_some((ahead, "fetched ahead"));
-        for (options, name) in placements.into_iter().chain(ahead) {
+        for (options, name) in placements {
             let mut sequence = cuda(&device, options, &model);
             let (logits, _) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
             let vocab = logits.len() / prompt.ids.len();

@@ -61,6 +61,11 @@ impl LayerCounts {
     }
 }
 
+/// At the end of a prompt at most one in so many slots changes. On a synthetic 80B model with 146 slots a
+/// layer, cold before each prompt of 4,000 tokens: 65.6% of the picks after it hit without, 67.7% so, 68.0%
+/// with no limit and twice the copies; an eighth takes some 30 ms over PCIe.
+const RENEWED: usize = 8;
+
 /// The caches of all layers with their budgets and counts.
 pub struct ExpertCache {
     policy: Box<dyn Policy>,
@@ -158,11 +163,12 @@ impl ExpertCache {
     }
 
     /// After [`ExpertCache::learn`] of a prompt: what to copy into `layer` so that its slots suit what
-    /// was learnt, the most wanted first. Each copy must pay back as any other, but the byte budget is
-    /// that of steps, and does not count: prefill streams all experts and refills slots anyway.
+    /// was learnt, the most wanted first. Each copy must pay back as any other. The byte budget is that
+    /// of steps and does not count here, but no more than a share of the slots changes.
     pub fn renew(&mut self, layer: usize) -> &[Admit] {
+        let room = (self.policy.contents(layer).len() / RENEWED).max(1);
         self.admits.clear();
-        self.policy.renew(layer, &mut self.admits);
+        self.policy.renew(layer, room, &mut self.admits);
         self.counts[layer].admits += self.admits.len() as u64;
         &self.admits
     }

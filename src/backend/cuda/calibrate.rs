@@ -2,7 +2,7 @@
 //! CPU fetches experts ahead, and into how many graphs a step is cut.
 //!
 //! GPU and CPU read the same RAM, so what that gains depends on the machine, and so does what a graph
-//! costs: a few steps of each kind tell.
+//! costs: steps of each kind, by turns, tell.
 //! The choice then stays as it is: results of a run do not depend on timing.
 
 use std::time::Instant;
@@ -16,11 +16,15 @@ pub(super) const SHARES: [usize; 6] = [0, 10, 20, 30, 40, 50];
 
 /// Graphs that a step may be cut into: the first is handed to the driver sooner than the whole, but
 /// between two of them the GPU stands still for a moment.
-const PARTS: [usize; 2] = [4, 8];
+const PARTS: [usize; 3] = [1, 4, 8];
 
-/// Steps with each share, and those of them that don't count.
-const STEPS: usize = 10;
-const WARMUPS: usize = 3;
+/// Rounds in which all candidates have a turn, and steps of a turn: a machine that is slower for a while is
+/// so for all of them.
+const ROUNDS: usize = 5;
+const STEPS: usize = 4;
+
+/// A candidate must be faster than those before it by this, or noise would choose.
+const GAIN: f64 = 0.98;
 
 /// Below this many bytes of experts a step is over before timing means something.
 const MIN_EXPERT_BYTES: u64 = 1 << 30;
@@ -34,7 +38,8 @@ impl Cuda {
         let layers = self.model.shape.num_layers() as u64;
         let experts = self.model.shape.moe.num_experts as u64;
         let bytes = layers * experts * self.model.store.slot_bytes();
-        let room = (SHARES.len() + 2 + PARTS.len()) * STEPS <= self.state.max_tokens;
+        let turns = SHARES.len() + 2 + PARTS.len();
+        let room = turns * ROUNDS * (1 + STEPS) <= self.state.max_tokens;
         let given = self.options.split.is_some()
             || self.options.look_ahead.is_some()
             || self.options.parts.is_some();
@@ -42,33 +47,26 @@ impl Cuda {
             return Ok(());
         }
         let mut tried = Vec::new();
-        let mut best = self.time_steps(&mut tried, 0, "nothing over PCIe, nothing ahead")?;
-        let (mut share, mut ahead) = (0, true);
         self.decode.look_ahead(true, &self.device)?;
-        for percent in SHARES {
-            self.set_pcie_share(percent)?;
-            let name = format!("{percent}% over PCIe, fetching ahead");
-            let ms = self.time_steps(&mut tried, percent + 1, &name)?;
-            if ms < best {
-                (best, share) = (ms, percent);
-            }
-        }
+        let names = SHARES.map(|percent| format!("{percent}% over PCIe, fetching ahead"));
+        let best = self.race(&mut tried, &names, |cuda, i| cuda.set_pcie_share(SHARES[i]))?;
+        let share = SHARES[best];
         self.set_pcie_share(share)?;
-        self.decode.look_ahead(false, &self.device)?;
-        let name = format!("{share}% over PCIe, nothing ahead");
-        let ms = self.time_steps(&mut tried, 99, &name)?;
-        if ms < best {
-            (best, ahead) = (ms, false);
-        }
+        let names = [true, false].map(|on| {
+            let what = if on { "fetching" } else { "nothing" };
+            format!("{share}% over PCIe, {what} ahead")
+        });
+        let best = self.race(&mut tried, &names, |cuda, i| {
+            cuda.decode.look_ahead(i == 0, &cuda.device)
+        })?;
+        let ahead = best == 0;
         self.decode.look_ahead(ahead, &self.device)?;
-        let mut parts = 1;
-        for cut in PARTS {
-            self.decode.cut_into(cut);
-            let ms = self.time_steps(&mut tried, 100 + cut, &format!("in {cut} graphs"))?;
-            if ms < best {
-                (best, parts) = (ms, cut);
-            }
-        }
+        let names = PARTS.map(|parts| format!("{parts} graphs"));
+        let best = self.race(&mut tried, &names, |cuda, i| {
+            cuda.decode.cut_into(PARTS[i]);
+            Ok(())
+        })?;
+        let parts = PARTS[best];
         self.decode.cut_into(parts);
         self.state.clear(&self.model.stream)?;
         self.take_times();
@@ -85,21 +83,46 @@ impl Cuda {
         Ok(())
     }
 
-    /// Median time of a step as things are set, ms.
-    fn time_steps(&mut self, tried: &mut Vec<String>, seed: usize, name: &str) -> Result<f64> {
-        let mut times = Vec::new();
-        self.take_times();
-        for step in 0..STEPS {
-            let id = (seed * STEPS + step) * ID_STRIDE % self.model.shape.vocab_size;
-            let start = Instant::now();
-            self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
-            times.push(start.elapsed().as_secs_f64() * 1e3);
+    /// The fastest of some candidates, which `set` sets by number, or one about as fast before it. They
+    /// take turns, all with the same tokens.
+    fn race(
+        &mut self,
+        tried: &mut Vec<String>,
+        names: &[String],
+        mut set: impl FnMut(&mut Self, usize) -> Result<()>,
+    ) -> Result<usize> {
+        let mut times = vec![Vec::new(); names.len()];
+        let mut foreseen = vec![0; names.len()];
+        for round in 0..ROUNDS {
+            for i in 0..names.len() {
+                set(self, i)?;
+                // The first step of a turn records its graph.
+                self.timed_step(round * (1 + STEPS))?;
+                self.take_times();
+                for step in 1..=STEPS {
+                    times[i].push(self.timed_step(round * (1 + STEPS) + step)?);
+                }
+                let split = self.take_times();
+                foreseen[i] = 100 * split.foreseen / split.experts_cpu.max(1);
+            }
         }
-        let median = median(&mut times[WARMUPS..]);
-        let split = self.take_times();
-        let foreseen = 100 * split.foreseen / split.experts_cpu.max(1);
-        tried.push(format!("{name} {median:.2} ms, {foreseen}% foreseen"));
-        Ok(median)
+        let mut best = (0, f64::INFINITY);
+        for (i, name) in names.iter().enumerate() {
+            let ms = median(&mut times[i]);
+            tried.push(format!("{name} {ms:.2} ms, {}% foreseen", foreseen[i]));
+            if ms < best.1 * GAIN || i == 0 {
+                best = (i, ms);
+            }
+        }
+        Ok(best.0)
+    }
+
+    /// Milliseconds of a step with token number `number` of those that calibration uses.
+    fn timed_step(&mut self, number: usize) -> Result<f64> {
+        let id = number * ID_STRIDE % self.model.shape.vocab_size;
+        let start = Instant::now();
+        self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
+        Ok(start.elapsed().as_secs_f64() * 1e3)
     }
 
     /// Of `m` missing experts the GPU reads this share over PCIe.

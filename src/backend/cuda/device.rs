@@ -6,7 +6,7 @@
 
 use std::ffi::c_void;
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::Arc;
 
 use bytemuck::Pod;
 
@@ -16,21 +16,6 @@ use crate::backend::Result;
 
 /// A handle of the driver's: a stream, an event or a graph.
 pub type Handle = u64;
-
-/// Held by who has the GPU wait for work that is yet to be handed to the driver. Calls that wait for the
-/// GPU with the driver's lock in hand, as those that free memory do, come before or after: else another
-/// thread's would keep that work from the driver for ever.
-static HANDING_OVER: RwLock<()> = RwLock::new(());
-
-/// See [`Device::hand_over`].
-pub struct HandingOver {
-    _lock: RwLockReadGuard<'static, ()>,
-}
-
-/// Until what is being handed over is complete.
-fn wait_for_hand_over() -> RwLockWriteGuard<'static, ()> {
-    HANDING_OVER.write().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// Grid, block and dynamic shared memory of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -242,14 +227,6 @@ impl Device {
         self.driver.facts()
     }
 
-    /// While the result lives, streams of this process may wait for what this thread will hand over: no
-    /// other thread allocates or frees meanwhile, and neither may this one.
-    pub fn hand_over(&self) -> HandingOver {
-        HandingOver {
-            _lock: HANDING_OVER.read().unwrap_or_else(PoisonError::into_inner),
-        }
-    }
-
     /// Free and total bytes.
     pub fn memory(&self) -> Result<(u64, u64)> {
         self.driver.memory()
@@ -257,10 +234,7 @@ impl Device {
 
     /// `bytes` of device memory, zeroed.
     pub fn alloc(&self, bytes: usize, stream: &Stream) -> Result<Buffer> {
-        let address = {
-            let _turn = wait_for_hand_over();
-            self.driver.alloc(bytes.max(16))?
-        };
+        let address = self.driver.alloc(bytes.max(16))?;
         let buffer = Buffer {
             device: self.clone(),
             address,
@@ -284,10 +258,7 @@ impl Device {
     /// `len` zeroed elements of pinned host memory.
     pub fn alloc_host<T: Pod>(&self, len: usize) -> Result<Pinned<T>> {
         let bytes = (len * size_of::<T>()).max(16);
-        let (host, address) = {
-            let _turn = wait_for_hand_over();
-            self.driver.alloc_host(bytes)?
-        };
+        let (host, address) = self.driver.alloc_host(bytes)?;
         // SAFETY: `bytes` were just allocated there.
         unsafe { host.write_bytes(0, bytes) };
         Ok(Pinned {
@@ -304,7 +275,6 @@ impl Device {
     /// # Safety
     /// See above.
     pub unsafe fn register(&self, host: *mut u8, bytes: usize) -> Result<Registered> {
-        let _turn = wait_for_hand_over();
         // SAFETY: the caller's promise.
         let address = unsafe { self.driver.register(host, bytes)? };
         Ok(Registered {
@@ -389,7 +359,6 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let _turn = wait_for_hand_over();
         self.device.driver.free(self.address);
     }
 }
@@ -444,7 +413,6 @@ impl<T: Pod> Pinned<T> {
 
 impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
-        let _turn = wait_for_hand_over();
         (self.device.driver).free_host(self.host.cast(), self.bytes);
     }
 }
@@ -467,7 +435,6 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        let _turn = wait_for_hand_over();
         self.device.driver.unregister(self.host);
     }
 }
@@ -561,7 +528,6 @@ impl Stream {
         let driver = &self.device.driver;
         driver.begin_capture(self.handle)?;
         let done = work();
-        let _turn = wait_for_hand_over();
         let graph = driver.end_capture(self.handle);
         done?;
         Ok(Graph {
@@ -580,7 +546,6 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        let _turn = wait_for_hand_over();
         self.device.driver.free_stream(self.handle);
     }
 }
@@ -605,7 +570,6 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        let _turn = wait_for_hand_over();
         self.device.driver.free_event(self.handle);
     }
 }
@@ -618,7 +582,6 @@ pub struct Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        let _turn = wait_for_hand_over();
         self.device.driver.free_graph(self.handle);
     }
 }

@@ -42,6 +42,7 @@ pub struct Emulated {
     used: AtomicU64,
     allocations: Mutex<HashMap<u64, Layout>>,
     streams: Mutex<HashMap<Handle, StreamThread>>,
+    branches: Mutex<Branches>,
     events: Mutex<HashMap<Handle, Arc<EventState>>>,
     graphs: Mutex<HashMap<Handle, Vec<Op>>>,
 }
@@ -58,6 +59,16 @@ struct StreamThread {
 struct Progress {
     state: Mutex<(u64, Option<String>)>,
     changed: Condvar,
+}
+
+/// Branches of graphs that are being recorded: streams that waited for an event recorded there, and
+/// those events. What they do is recorded in the order of the calls, which is one that the graph
+/// allows.
+#[derive(Default)]
+struct Branches {
+    /// The stream that each began at
+    streams: HashMap<Handle, Handle>,
+    events: HashMap<Handle, Handle>,
 }
 
 #[derive(Default)]
@@ -77,9 +88,10 @@ impl Emulated {
     }
 
     fn push(&self, stream: Handle, op: Op) -> Result<()> {
+        let root = self.branches.lock().unwrap().streams.get(&stream).copied();
         let mut streams = self.streams.lock().unwrap();
         let stream = streams
-            .get_mut(&stream)
+            .get_mut(&root.unwrap_or(stream))
             .ok_or_else(|| error("emulator: no such stream"))?;
         match &mut stream.capturing {
             Some(ops) => ops.push(op),
@@ -92,6 +104,16 @@ impl Emulated {
             }
         }
         Ok(())
+    }
+
+    /// The stream whose graph work on `stream` is recorded into, if it is.
+    fn recording(&self, stream: Handle) -> Option<Handle> {
+        if let Some(&root) = self.branches.lock().unwrap().streams.get(&stream) {
+            return Some(root);
+        }
+        let streams = self.streams.lock().unwrap();
+        let recording = streams.get(&stream).is_some_and(|s| s.capturing.is_some());
+        recording.then_some(stream)
     }
 
     fn event(&self, handle: Handle) -> Arc<EventState> {
@@ -234,6 +256,10 @@ impl Driver for Emulated {
     }
 
     fn record(&self, event: Handle, stream: Handle) -> Result<()> {
+        if let Some(root) = self.recording(stream) {
+            self.branches.lock().unwrap().events.insert(event, root);
+            return Ok(());
+        }
         let event = self.event(event);
         event.state.lock().unwrap().0 += 1;
         self.push(
@@ -255,6 +281,14 @@ impl Driver for Emulated {
     }
 
     fn wait_event(&self, stream: Handle, event: Handle) -> Result<()> {
+        let mut branches = self.branches.lock().unwrap();
+        if let Some(&root) = branches.events.get(&event) {
+            if stream != root {
+                branches.streams.insert(stream, root);
+            }
+            return Ok(());
+        }
+        drop(branches);
         let event = self.event(event);
         let target = event.state.lock().unwrap().0;
         self.push(
@@ -412,6 +446,10 @@ impl Driver for Emulated {
     }
 
     fn end_capture(&self, stream: Handle) -> Result<Handle> {
+        let mut branches = self.branches.lock().unwrap();
+        branches.streams.retain(|_, root| *root != stream);
+        branches.events.retain(|_, root| *root != stream);
+        drop(branches);
         let mut streams = self.streams.lock().unwrap();
         let stream = streams
             .get_mut(&stream)

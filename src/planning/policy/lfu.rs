@@ -83,13 +83,13 @@ impl LayerPolicy for LfuLayer {
         self.missed = missed;
     }
 
-    fn renew(&mut self, admits: &mut Vec<Admit>) {
+    fn renew(&mut self, room: usize, admits: &mut Vec<Admit>) {
         let outside = |&e: &u16| self.map.slot(e).is_none();
         let mut wanted: Vec<u16> = (0..self.map.num_experts() as u16).filter(outside).collect();
         // Stable: of equals the lower id first.
         wanted.sort_by(|&a, &b| self.picks.picks(b).total_cmp(&self.picks.picks(a)));
         self.least = None;
-        for expert in wanted {
+        for expert in wanted.into_iter().take(room) {
             match self.victim() {
                 Some((slot, least)) if self.is_worth(expert, least) => {
                     admits.push(self.map.place(expert, slot));

@@ -47,8 +47,9 @@ pub trait Policy: Send {
     fn access(&mut self, layer: usize, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>);
 
     /// After picks that it only learnt from, such as a prompt's: appends what to copy so that the slots
-    /// hold what those taught. Nothing for policies that go by the next pick alone.
-    fn renew(&mut self, _layer: usize, _admits: &mut Vec<Admit>) {}
+    /// hold what those taught, at most `room` experts. Nothing for policies that go by the next pick
+    /// alone.
+    fn renew(&mut self, _layer: usize, _room: usize, _admits: &mut Vec<Admit>) {}
 
     /// What a restart must know of a layer; none for policies that cannot be stopped.
     fn state(&self, _layer: usize) -> Option<LayerState> {
@@ -233,7 +234,7 @@ trait LayerPolicy: Send {
     /// As [`Policy::access`].
     fn access(&mut self, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>);
     /// As [`Policy::renew`].
-    fn renew(&mut self, _admits: &mut Vec<Admit>) {}
+    fn renew(&mut self, _room: usize, _admits: &mut Vec<Admit>) {}
     /// `[E]` as [`LayerState::worth`].
     fn worth(&self) -> Vec<f32>;
     fn restore(&mut self, contents: &[Option<u16>], worth: &[f32]);
@@ -257,8 +258,8 @@ impl<L: LayerPolicy> Policy for Layers<L> {
         self.layers[layer].map().contents()
     }
 
-    fn renew(&mut self, layer: usize, admits: &mut Vec<Admit>) {
-        self.layers[layer].renew(admits);
+    fn renew(&mut self, layer: usize, room: usize, admits: &mut Vec<Admit>) {
+        self.layers[layer].renew(room, admits);
     }
 
     fn access(&mut self, layer: usize, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>) {

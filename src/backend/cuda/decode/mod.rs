@@ -264,8 +264,6 @@ impl Decode {
                 self.graphs.len() - 1
             }
         };
-        // Copies ahead are handed over while the GPU waits for them.
-        let turn = (kind.hybrid && self.copies_ahead()).then(|| model.stream.device().hand_over());
         // Without the CPU's part nothing is left to do but to hand over all of them.
         let at_once = if kind.hybrid { 1 } else { usize::MAX };
         for graph in self.graphs[index].1.iter().take(at_once) {
@@ -289,7 +287,6 @@ impl Decode {
                 return Err(error);
             }
         }
-        drop(turn);
         let served = Instant::now();
         model.stream.synchronize()?;
         if wanted == Wanted::Logits {
