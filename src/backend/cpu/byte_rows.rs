@@ -10,9 +10,7 @@ use std::ops::Range;
 use super::activations::{Int8Block, Int16Block, Integers};
 use super::isa::{Amx, Isa, dispatch};
 use super::layout::TILE_COLS;
-use super::simd::Simd;
-#[cfg(target_arch = "x86_64")]
-use super::simd::lanes;
+use super::simd::{Simd, lanes};
 use super::threads::Parts;
 
 /// One block of one token, in the order of [`Int8Block::quads`], one cache line.

@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use super::activations::{Activations, Block, IntegerBlocks};
 use super::isa::{Isa, dispatch};
 use super::layout::{TILE_COLS, TILE_ROWS};
-use super::linear::{Linear, Panel, TOKENS_AT_ONCE, View, with_panels, with_tokens_for};
+use super::linear::{Linear, Panel, View, with_panels, with_tokens_for};
 use super::math::silu;
 use super::simd::{Simd, lanes, lanes_mut};
 use super::threads::{Parts, Pool};
@@ -236,19 +236,17 @@ fn gate_and_up(
     tokens: &[u32],
     hidden: &mut [Block],
 ) {
-    for (tokens, hidden) in (tokens.chunks(TOKENS_AT_ONCE)).zip(hidden.chunks_mut(TOKENS_AT_ONCE)) {
-        with_tokens_for(isa, [&expert.gate, &expert.up], x, tokens, |x, tokens| {
-            with_panels(2 * tokens.len(), |panels| {
-                let (gate, up) = panels.split_at_mut(tokens.len());
-                for half in 0..2 {
-                    let tile_row = 2 * block + half;
-                    expert.gate.tile_row(isa, tile_row, x, tokens, gate);
-                    expert.up.tile_row(isa, tile_row, x, tokens, up);
-                    swiglu(isa, gate, up, half, hidden);
-                }
-            });
+    with_tokens_for(isa, [&expert.gate, &expert.up], x, tokens, |x, tokens| {
+        with_panels(2 * tokens.len(), |panels| {
+            let (gate, up) = panels.split_at_mut(tokens.len());
+            for half in 0..2 {
+                let tile_row = 2 * block + half;
+                expert.gate.tile_row(isa, tile_row, x, tokens, gate);
+                expert.up.tile_row(isa, tile_row, x, tokens, up);
+                swiglu(isa, gate, up, half, hidden);
+            }
         });
-    }
+    });
 }
 
 dispatch! {
