@@ -104,7 +104,7 @@ parts=()
 for part in attention delta_net linear experts prefill router sample; do
   (
     failed=0
-    sanitize racecheck "racecheck-$part" 200 gpu_kernels "$part::" "${leave_out[@]}"
+    sanitize racecheck "racecheck-$part" 300 gpu_kernels "$part::" "${leave_out[@]}"
     exit "$failed"
   ) &
   parts+=($!)

@@ -31,7 +31,7 @@ use crate::planning::placement::Placement;
 use crate::planning::planner::{PlanRequest, RoutingSource};
 use crate::planning::profile::ProfileBody;
 use crate::planning::units::parse_tokens;
-use crate::planning::{TraceReader, placement};
+use crate::planning::{PolicyConfig, TraceReader, placement};
 use crate::report::record::{
     Continuation, Labels, MemoryComponent, MemoryRecord, Prediction, PredictionTerm, RunBody,
     Settings, SoftwareFacts, Tier,
@@ -366,14 +366,14 @@ struct Situation {
 }
 
 fn situation(compute: &ComputeArgs, placement: &Placement) -> Situation {
-    let promoted = placement.decode.promotion_h2d_bytes_per_token;
-    let (hit_rates, promotions_per_token) = match compute.cpu_moe {
-        true => (vec![0.0; placement.layers.len()], 0.0),
-        false => (
-            placement.expected_hit_rates.clone(),
-            promoted / placement.expert_bytes.max(1) as f64,
-        ),
+    let (share, promoted) = match compute.policy {
+        _ if compute.cpu_moe => (0.0, 0.0),
+        Some(forced) if forced != placement.policy => forced_policy(forced, placement),
+        _ => (1.0, placement.decode.promotion_h2d_bytes_per_token),
     };
+    let hit_rates = placement.expected_hit_rates.iter();
+    let hit_rates = hit_rates.map(|rate| (rate * share).min(1.0)).collect();
+    let promotions_per_token = promoted / placement.expert_bytes.max(1) as f64;
     Situation {
         hit_rates,
         promotions_per_token,
@@ -381,6 +381,21 @@ fn situation(compute: &ComputeArgs, placement: &Placement) -> Situation {
             .kv_dtype
             .map_or(placement.kv_dtype, load::planned_kv),
         head: placement.head,
+    }
+}
+
+/// Of a policy in place of the planned one: its hits as a share of the planned one's, and the bytes that it
+/// moves per token, both on held-out text if the plan has such; else the hits of the plan, and nothing moved.
+fn forced_policy(forced: PolicyConfig, placement: &Placement) -> (f64, f64) {
+    let scores = placement.validation.iter().flat_map(|v| &v.scores);
+    let planned = scores.clone().find(|score| score.chosen);
+    let other = scores.clone().find(|score| score.policy == forced.label());
+    match (planned, other) {
+        (Some(planned), Some(other)) => (
+            other.expert_hit_rate / planned.expert_hit_rate.max(f64::MIN_POSITIVE),
+            other.h2d_bytes_per_token,
+        ),
+        _ => (1.0, 0.0),
     }
 }
 
