@@ -80,6 +80,15 @@ impl Bytes {
         }
     }
 
+    /// The same bytes, in memory of their own if they are a part of anonymous memory, which would be kept
+    /// whole for them.
+    pub fn detached(&self) -> Bytes {
+        match &*self.owner {
+            Owner::Anonymous(map) if self.range.len() < map.len() => Bytes::from(self.to_vec()),
+            _ => self.clone(),
+        }
+    }
+
     /// The part of these bytes that `range` names, relative to their start.
     pub fn slice(&self, range: Range<usize>) -> Bytes {
         assert!(range.start <= range.end && range.end <= self.range.len());

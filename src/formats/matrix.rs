@@ -37,6 +37,18 @@ impl Matrix {
         }
     }
 
+    /// The same for who keeps it while the model's other weights go: dense data is
+    /// [`detached`](Bytes::detached).
+    pub fn detached(&self) -> Matrix {
+        match self {
+            Matrix::Dense(m) => Matrix::Dense(DenseMatrix {
+                data: m.data.detached(),
+                ..m.clone()
+            }),
+            Matrix::Nf4(m) => Matrix::Nf4(m.clone()),
+        }
+    }
+
     /// Bytes it takes on disk, scales included, code books and JSON not.
     pub fn stored_bytes(&self) -> usize {
         match self {

@@ -199,7 +199,7 @@ impl Cpu {
             precision: options.precision,
             kv_dtype: options.kv_dtype,
             pool,
-            embed_tokens: weights.embed_tokens.clone(),
+            embed_tokens: weights.embed_tokens.detached(),
             layers,
             norm: one_plus(&weights.norm),
             lm_head,

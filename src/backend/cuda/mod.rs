@@ -205,7 +205,7 @@ impl Cuda {
                 stream,
             },
             offload,
-            embed_tokens: weights.embed_tokens.clone(),
+            embed_tokens: weights.embed_tokens.detached(),
             options,
             kv_dtype,
             usage,
