@@ -41,12 +41,12 @@ plan() {
     --hardware "$out/hardware.json" -o "$out/$1-$2.json" >"$out/plan-$1-$2.log" 2>&1
 }
 
-# budget NAME BUDGET FLAGS...: contexts of 4k and 32k by the placement for BUDGET.
-budget() {
-  local name=$1 budget=$2
-  shift 2
-  bench "$name" --model "$skewed" --placement "$out/$budget-32k.json" --hardware "$out/hardware.json" \
-    --vram "$budget" --ctx 4k,32k -n 128 --repetitions 3 --quality-tokens 0 "$@"
+# planned NAME BUDGET PLAN_CTX CTX,... FLAGS...: these contexts by the placement that `plan` made.
+planned() {
+  local name=$1 budget=$2 placement=$out/$2-$3.json contexts=$4
+  shift 4
+  bench "$name" --model "$skewed" --placement "$placement" --hardware "$out/hardware.json" \
+    --vram "$budget" --ctx "$contexts" -n 128 --repetitions 3 --quality-tokens 0 "$@"
 }
 
 run() {
@@ -67,12 +67,8 @@ run() {
     # Routing as skewed as a sibling's; profile and plan of other text, and the planned policy.
     planned-14g)
       prepare && plan 14G 4k || echo "$1: no plan; see the logs in $out"
-      bench planned-14g --model "$skewed" --placement "$out/14G-4k.json" \
-        --hardware "$out/hardware.json" --vram 14G --ctx 4k -n 128 --repetitions 3 --quality-tokens 0 ;;
-    static-14g)
-      bench static-14g --model "$skewed" --placement "$out/14G-4k.json" \
-        --hardware "$out/hardware.json" --policy static --vram 14G --ctx 4k -n 128 --repetitions 3 \
-        --quality-tokens 0 ;;
+      planned planned-14g 14G 4k 4k ;;
+    static-14g) planned static-14g 14G 4k 4k --policy static ;;
     # The loop closed: this machine measured, other text profiled, a plan for each budget, and what it
     # says against what comes out, by the planned policy, and at 14G by static slots and with no expert
     # in VRAM. About eight minutes: a call of its own.
@@ -81,10 +77,10 @@ run() {
       # What is compared comes one after the other.
       for budget in 14G 24G 8G; do
         plan $budget 32k || echo "$1: no plan for $budget; see $out/plan-$budget-32k.log"
-        budget "planned-$budget" $budget
+        planned "planned-$budget" $budget 32k 4k,32k
         [[ $budget == 14G ]] || continue
-        budget static-14G 14G --policy static
-        budget ram-14G 14G --cpu-moe
+        planned static-14G 14G 32k 4k,32k --policy static
+        planned ram-14G 14G 32k 4k,32k --cpu-moe
       done ;;
     *) echo "$1: no such configuration" >&2 && return 2 ;;
   esac

@@ -117,13 +117,13 @@ impl Linear {
                 }
                 match self.integers {
                     Integers::Int8 => {
-                        nf4_integers::tile_row(isa, tiles, unit, x.int8, x.tokens, tokens, c)
+                        nf4_integers::tile_row_int8(isa, tiles, unit, x.int8, x.tokens, tokens, c)
                     }
                     Integers::Int16 => {
-                        nf4_integers::tile_row(isa, tiles, unit, x.int16, x.tokens, tokens, c)
+                        nf4_integers::tile_row_int16(isa, tiles, unit, x.int16, x.tokens, tokens, c)
                     }
                     Integers::Wide => {
-                        nf4_integers::tile_row(isa, tiles, unit, x.wide, x.tokens, tokens, c)
+                        nf4_integers::tile_row_wide(isa, tiles, unit, x.wide, x.tokens, tokens, c)
                     }
                 }
             }

@@ -117,7 +117,7 @@ pub fn takes(x: ByteRowsView, tokens: &[u32]) -> bool {
     tokens.len() >= MIN_TOKENS && !x.is_empty() && tokens.is_sorted_by(|a, b| a + 1 == *b)
 }
 
-/// [`nf4_integers::tile_row`](super::nf4_integers::tile_row) on tiles, for tokens it
+/// [`tile_row_int16`](super::nf4_integers::tile_row_int16) and its siblings on tiles, for tokens it
 /// [`takes`] of activations of `kind`.
 pub fn tile_row(
     amx: Amx,

@@ -9,7 +9,7 @@
 //! once is the largest error of the other kernel; a second 16-bit product would cost twice as much.
 
 use super::activations::{Int8Block, Int16Block, WideBlock};
-use super::isa::{Isa, dispatch};
+use super::isa::dispatch;
 use super::layout::{TILE_ROWS, TILES_AHEAD, Tile};
 use super::simd::{CODE_BOOK_INT16, CODE_BOOK_WIDE, Simd, lanes, lanes_mut};
 
@@ -17,26 +17,14 @@ use super::simd::{CODE_BOOK_INT16, CODE_BOOK_WIDE, Simd, lanes, lanes_mut};
 type Words = [[i32; TILE_ROWS]; 32];
 type Quads = [[i32; TILE_ROWS]; 16];
 
-/// One tile row times some tokens: `c[i] = W x[tokens[i]]`.
-///
-/// - `tiles`: `[cols / 64]`; `unit`: of their scales
-/// - `x`: `[cols / 64, x_tokens]`
-/// - `tokens`: `[n]`, each below `x_tokens`
-/// - `c`: `[n]` vectors of the 32 rows
-pub fn tile_row<X: Terms>(
-    isa: Isa,
-    tiles: &[Tile<u16>],
-    unit: f32,
-    x: &[X],
-    x_tokens: usize,
-    tokens: &[u32],
-    c: &mut [[f32; TILE_ROWS]],
-) {
-    X::tile_row(isa, tiles, unit, x, x_tokens, tokens, c);
-}
-
 dispatch! {
-    fn tile_row_int16(
+    /// One tile row times some tokens: `c[i] = W x[tokens[i]]`.
+    ///
+    /// - `tiles`: `[cols / 64]`; `unit`: of their scales
+    /// - `x`: `[cols / 64, x_tokens]`
+    /// - `tokens`: `[n]`, each below `x_tokens`
+    /// - `c`: `[n]` vectors of the 32 rows
+    pub fn tile_row_int16(
         tiles: &[Tile<u16>],
         unit: f32,
         x: &[Int16Block],
@@ -47,7 +35,8 @@ dispatch! {
 }
 
 dispatch! {
-    fn tile_row_wide(
+    /// [`tile_row_int16`] with activations in two terms.
+    pub fn tile_row_wide(
         tiles: &[Tile<u16>],
         unit: f32,
         x: &[WideBlock],
@@ -58,7 +47,8 @@ dispatch! {
 }
 
 dispatch! {
-    fn tile_row_int8(
+    /// [`tile_row_int16`] with 8-bit weights and activations.
+    pub fn tile_row_int8(
         tiles: &[Tile<u16>],
         unit: f32,
         x: &[Int8Block],
@@ -69,7 +59,7 @@ dispatch! {
 }
 
 /// Activations of one token: 16-bit, 8-bit, or one of each, whose products add up.
-pub trait Terms: Copy {
+pub trait Terms {
     /// Code book of the 16-bit term, if there is one
     const WORDS: Option<&'static [i16; 16]>;
     /// Whether there is an 8-bit term
@@ -77,16 +67,6 @@ pub trait Terms: Copy {
 
     fn words(&self) -> &Int16Block;
     fn bytes(&self) -> &Int8Block;
-    /// [`tile_row`] on vectors
-    fn tile_row(
-        isa: Isa,
-        tiles: &[Tile<u16>],
-        unit: f32,
-        x: &[Self],
-        x_tokens: usize,
-        tokens: &[u32],
-        c: &mut [[f32; TILE_ROWS]],
-    );
 }
 
 impl Terms for Int16Block {
@@ -99,17 +79,6 @@ impl Terms for Int16Block {
     }
     fn bytes(&self) -> &Int8Block {
         unreachable!("has 16 bits")
-    }
-    fn tile_row(
-        isa: Isa,
-        tiles: &[Tile<u16>],
-        unit: f32,
-        x: &[Self],
-        x_tokens: usize,
-        tokens: &[u32],
-        c: &mut [[f32; TILE_ROWS]],
-    ) {
-        tile_row_int16(isa, tiles, unit, x, x_tokens, tokens, c);
     }
 }
 
@@ -124,17 +93,6 @@ impl Terms for Int8Block {
     fn bytes(&self) -> &Int8Block {
         self
     }
-    fn tile_row(
-        isa: Isa,
-        tiles: &[Tile<u16>],
-        unit: f32,
-        x: &[Self],
-        x_tokens: usize,
-        tokens: &[u32],
-        c: &mut [[f32; TILE_ROWS]],
-    ) {
-        tile_row_int8(isa, tiles, unit, x, x_tokens, tokens, c);
-    }
 }
 
 impl Terms for WideBlock {
@@ -148,17 +106,6 @@ impl Terms for WideBlock {
     #[inline(always)]
     fn bytes(&self) -> &Int8Block {
         &self.rest
-    }
-    fn tile_row(
-        isa: Isa,
-        tiles: &[Tile<u16>],
-        unit: f32,
-        x: &[Self],
-        x_tokens: usize,
-        tokens: &[u32],
-        c: &mut [[f32; TILE_ROWS]],
-    ) {
-        tile_row_wide(isa, tiles, unit, x, x_tokens, tokens, c);
     }
 }
 

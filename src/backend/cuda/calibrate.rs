@@ -30,7 +30,7 @@ const GAIN: f64 = 0.98;
 const MIN_EXPERT_BYTES: u64 = 1 << 30;
 
 /// Spreads token ids over the vocabulary.
-pub(super) const ID_STRIDE: usize = 7919;
+const ID_STRIDE: usize = 7919;
 
 impl Cuda {
     /// Chooses what was not given: the share of misses that go over PCIe, and the rest.
@@ -38,12 +38,10 @@ impl Cuda {
         let layers = self.model.shape.num_layers() as u64;
         let experts = self.model.shape.moe.num_experts as u64;
         let bytes = layers * experts * self.model.store.slot_bytes();
-        let turns = SHARES.len() + 2 + PARTS.len();
-        let room = turns * ROUNDS * (1 + STEPS) <= self.state.max_tokens;
         let given = self.options.split.is_some()
             || self.options.look_ahead.is_some()
             || self.options.parts.is_some();
-        if given || bytes < MIN_EXPERT_BYTES || self.model.store.all_resident() || !room {
+        if given || bytes < MIN_EXPERT_BYTES || self.model.store.all_resident() {
             return Ok(());
         }
         let mut tried = Vec::new();
@@ -100,7 +98,7 @@ impl Cuda {
                 self.timed_step(round * (1 + STEPS))?;
                 self.take_times();
                 for step in 1..=STEPS {
-                    times[i].push(self.timed_step(round * (1 + STEPS) + step)?);
+                    times[i].push(1e3 * self.timed_step(round * (1 + STEPS) + step)?);
                 }
                 let split = self.take_times();
                 foreseen[i] = 100 * split.foreseen / split.experts_cpu.max(1);
@@ -117,12 +115,16 @@ impl Cuda {
         Ok(best.0)
     }
 
-    /// Milliseconds of a step with token number `number` of those that calibration uses.
-    fn timed_step(&mut self, number: usize) -> Result<f64> {
+    /// Seconds of a step, logits included, with token number `number` of those that measurements use;
+    /// where the context is full, the sequence starts over.
+    pub(super) fn timed_step(&mut self, number: usize) -> Result<f64> {
+        if self.state.position + 1 >= self.state.max_tokens {
+            self.state.clear(&self.model.stream)?;
+        }
         let id = number * ID_STRIDE % self.model.shape.vocab_size;
         let start = Instant::now();
         self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
-        Ok(start.elapsed().as_secs_f64() * 1e3)
+        Ok(start.elapsed().as_secs_f64())
     }
 
     /// Of `m` missing experts the GPU reads this share over PCIe.

@@ -6,7 +6,7 @@
 use std::time::{Duration, Instant};
 
 use super::abi::{Format, Linear};
-use super::calibrate::{ID_STRIDE, SHARES};
+use super::calibrate::SHARES;
 use super::device::{Buffer, Event, Pinned, Stream};
 use super::weights::Mixer;
 use super::{Cuda, Residency};
@@ -290,18 +290,12 @@ impl Cuda {
         })
     }
 
-    /// Seconds of whole steps, logits included.
+    /// Seconds of whole steps.
     fn step_seconds(&mut self) -> Result<Vec<f64>> {
         let mut number = 0;
         repeat(|| {
-            if self.state.position + 1 >= self.state.max_tokens {
-                self.state.clear(&self.model.stream)?;
-            }
-            let id = number * ID_STRIDE % self.model.shape.vocab_size;
             number += 1;
-            let start = Instant::now();
-            self.step_all(&[id as u32], 0..1, &mut |_, _, _| {})?;
-            Ok(start.elapsed().as_secs_f64())
+            self.timed_step(number - 1)
         })
     }
 

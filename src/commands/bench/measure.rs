@@ -63,6 +63,8 @@ pub fn contexts(
             ..ContextRun::default()
         };
         for number in 0..plan.warmups + plan.repetitions {
+            // The last one decoded the very same text, which a cache would know by now.
+            engine.restart_experts()?;
             let before = counters(&mut gpu);
             let mut repetition = repeat(engine, prompt, new_tokens, forced)?;
             repetition.gpu_energy_j = counters(&mut gpu).since(&before).energy_j();
@@ -100,8 +102,6 @@ fn repeat(
     new_tokens: usize,
     forced: &[u32],
 ) -> anyhow::Result<Repetition> {
-    // The last repetition decoded the very same text, which a cache would know by now.
-    engine.restart_experts()?;
     engine.reset(prompt.len() + new_tokens)?;
     let options = GenerateOptions {
         max_new_tokens: new_tokens,
