@@ -289,6 +289,9 @@ impl Driver for Emulated {
             return Ok(());
         }
         drop(branches);
+        if self.recording(stream).is_some() {
+            return Err(error("emulator: a graph waits for work outside of it"));
+        }
         let event = self.event(event);
         let target = event.state.lock().unwrap().0;
         self.push(

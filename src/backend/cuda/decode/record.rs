@@ -137,6 +137,7 @@ impl Decode {
                 kind.hybrid as i32
             ]
         };
+        let mut ahead = None;
         for index in part.clone() {
             let layer = &dense.layers[index];
             match (&layer.mixer, &state.layers[index]) {
@@ -280,6 +281,7 @@ impl Decode {
                 let geometry = geometry::router(&next.router, &next.shared_gate, false);
                 // SAFETY: as for `launch`.
                 unsafe { side.stream.launch("decode_router", geometry, args, false)? };
+                ahead = Some(side);
             }
             launch(
                 "decode_experts_up",
@@ -337,7 +339,8 @@ impl Decode {
                 )?;
             }
         }
-        if let (Some(side), true, true) = (&self.side, kind.hybrid, only.is_empty()) {
+        // The last layer has none after it to look at: a part of it alone has no branch.
+        if let Some(side) = ahead {
             side.stream.record(&side.join)?;
             stream.wait(&side.join)?;
         }
