@@ -43,7 +43,7 @@ pub struct SynthArgs {
     /// Another seed, another model
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// How much the token and its topic decide which experts it gets; 0 is uniform
+    /// How much the token and the text before it decide which experts it gets; 0 is uniform
     #[arg(long, value_name = "0..1", default_value_t = DEFAULT_LOCALITY)]
     locality: f64,
     /// Largest file of the result (5GB = 5 * 10^9 bytes)

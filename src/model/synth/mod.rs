@@ -4,7 +4,11 @@
 //! to memory. What such a model says means nothing, and everything that
 //! is reported of it says that it is synthetic.
 
+mod codes;
+mod embedding;
+mod memory;
 mod random;
+mod regions;
 mod spec;
 mod topics;
 mod weights;

@@ -14,10 +14,10 @@ use crate::model::config::{ConfigError, ModelConfig, SYNTHETIC_FIELD};
 pub const PREFIX: &str = "synth:";
 
 /// Version of the generator: another one makes other bytes from the same seed.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// Calibrated on the built-in workloads, see `tests/synth.rs`.
-pub const DEFAULT_LOCALITY: f64 = 0.95;
+pub const DEFAULT_LOCALITY: f64 = 0.75;
 
 /// Shapes by name and what config.json says of them.
 const SHAPES: [(&str, &str); 2] = [

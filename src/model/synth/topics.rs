@@ -1,7 +1,8 @@
 //! Which tokens are alike, as the built-in model learnt it.
 
-use rayon::prelude::*;
+use std::ops::Range;
 
+use super::embedding::log_frequency;
 use super::random::Stream;
 use super::{SynthError, TOKENIZER_SIZE};
 use crate::formats::Checkpoint;
@@ -13,7 +14,7 @@ const TRAINED: usize = 256;
 /// The trained embedding of the built-in model, turned into another space: tokens that text has
 /// near each other, of one language or one subject, are near each other there too.
 pub struct Topics {
-    /// `[TOKENIZER_SIZE, TRAINED]`, each row of length 1, less the mean of all
+    /// `[TOKENIZER_SIZE, TRAINED]`, each row of length 1, their mean over text 0
     embedding: Vec<f32>,
     /// `[TRAINED, width]`, random
     projection: Vec<f32>,
@@ -28,16 +29,15 @@ impl Topics {
         let trained = Checkpoint::from_bytes("built-in model", file.into())?;
         let shape = [TOKENIZER_SIZE, TRAINED];
         let mut embedding = trained.vector("model.embed_tokens.weight", &shape)?;
-        let mut mean = [0.0; TRAINED];
-        for row in embedding.chunks_exact(TRAINED) {
-            let share = 1.0 / TOKENIZER_SIZE as f32;
-            mean.iter_mut().zip(row).for_each(|(m, v)| *m += share * v);
+        // What all text has in common would draw it to the same experts. The second time, because
+        // rows that are made equally long have another mean.
+        for _ in 0..2 {
+            subtract_mean(&mut embedding);
+            for row in embedding.chunks_exact_mut(TRAINED) {
+                let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
+                row.iter_mut().for_each(|v| *v /= length);
+            }
         }
-        embedding.par_chunks_exact_mut(TRAINED).for_each(|row| {
-            row.iter_mut().zip(mean).for_each(|(v, m)| *v -= m);
-            let length = row.iter().map(|v| v * v).sum::<f32>().sqrt();
-            row.iter_mut().for_each(|v| *v /= length);
-        });
         let random = Stream::new(seed, "topics").normal(0);
         Ok(Topics {
             embedding,
@@ -46,16 +46,30 @@ impl Topics {
         })
     }
 
-    /// Adds `share` times the token's topic, `[width]` of variance 1, to `out`; false and nothing
-    /// for a token without text.
-    pub fn add(&self, token: usize, share: f32, out: &mut [f32]) -> bool {
+    /// Adds `share` times some columns of the token's topic, of variance 1, to `out`; false and
+    /// nothing for a token without text.
+    pub fn add(&self, token: usize, share: f32, columns: Range<usize>, out: &mut [f32]) -> bool {
         let Some(row) = self.embedding.chunks_exact(TRAINED).nth(token) else {
             return false;
         };
         for (v, column) in row.iter().zip(self.projection.chunks_exact(self.width)) {
             let v = share * v;
-            out.iter_mut().zip(column).for_each(|(to, p)| *to += v * p);
+            (out.iter_mut().zip(&column[columns.clone()])).for_each(|(to, p)| *to += v * p);
         }
         true
+    }
+}
+
+/// Subtracts the mean of the rows, each as often as text has its token.
+fn subtract_mean(rows: &mut [f32]) {
+    let mut mean = [0.0; TRAINED];
+    let mut total = 0.0;
+    for (token, row) in rows.chunks_exact(TRAINED).enumerate() {
+        let share = log_frequency(token).exp();
+        total += share;
+        mean.iter_mut().zip(row).for_each(|(m, v)| *m += share * v);
+    }
+    for row in rows.chunks_exact_mut(TRAINED) {
+        row.iter_mut().zip(mean).for_each(|(v, m)| *v -= m / total);
     }
 }

@@ -1,34 +1,40 @@
 //! The tensors of a synthetic model, in the published NF4 layout, and what each is filled with.
 //!
 //! Nothing is quantised: codes are drawn as those of normal weights are distributed, scales from
-//! random bytes. Structure is in the bf16 matrices and in one scale per NF4 matrix.
+//! random bytes. Structure is in the bf16 matrices, in one scale per NF4 matrix, and in codes that
+//! are given instead of drawn.
 //!
-//! The hidden state is kept in two halves. Embeddings live in the first: tokens that are alike
-//! have embeddings that are, and so they get the same experts. The second starts at zero and holds
-//! only what mixers and experts write, which changes with the context. A router reads both, and
-//! how much of each is the locality: near 1 experts repeat as subjects and words of a text do; at
-//! 0 they are as good as drawn at random. What a layer writes is small enough that all layers
-//! together leave the embedding the larger part of the residual stream.
+//! The hidden state is kept in four [`Regions`]: what the token is, what it says of the text's
+//! subject, what layers write, which changes with the context, and what the text was about lately,
+//! which one delta net [remembers](super::memory). A router reads the first and the last, as much
+//! as its locality says, and the context for the rest. What a layer writes is small enough that all
+//! layers together leave the embedding the larger part of the residual stream.
 
-use std::sync::{Arc, LazyLock};
+use std::ops::Range;
+use std::sync::Arc;
 
 use half::bf16;
 use rayon::prelude::*;
 
-use super::random::{Stream, normal_quantiles};
-use super::topics::Topics;
-use super::{SynthError, TOKENIZER_SIZE};
-use crate::backend::{MixerKind, ModelShape};
+use super::codes::{Codes, Given, PIECE, ZERO, code_rms};
+use super::embedding::{CONSTANT, CONSTANTS, Embedding, SUBJECT_VARIANCE, log_frequency};
+use super::random::Stream;
+use super::regions::{Reading, Regions};
+use super::{SynthError, TOKENIZER_SIZE, memory};
+use crate::backend::{DeltaNetShape, MixerKind, ModelShape};
 use crate::formats::Dtype;
 use crate::formats::nf4::dynamic_map::DYNAMIC_MAP;
 use crate::formats::nf4::{BLOCKSIZE, CODE_BOOK, STATE_SUFFIX, quantize as nf4};
 use crate::formats::writer::Planned;
 
-/// Variance that all layers together add to a residual stream that starts with 1.
+/// Variance that all layers together add to a residual stream whose tokens start with 1.
 const RESIDUAL_VARIANCE: f64 = 0.25;
 
 /// Standard deviation of a router's logits.
 const ROUTER_STD: f64 = 1.5;
+
+/// How much of the local part of their variance comes from the token; the rest from the text.
+const TOKEN_SHARE: f64 = 0.2;
 
 /// Standard deviation of the output's logits, beside those of the tokens' frequencies. They come
 /// from the context's half: followed a token from the last one alone, greedy text would soon go
@@ -38,19 +44,16 @@ const LOGIT_STD: f64 = 2.0;
 /// What the last token adds to its own logit: without it some greedy texts end in one word repeated.
 const REPEAT_LOGIT: f64 = -2.0;
 
-/// The first element of every embedding: in it the head adds the log-frequency of tokens, so that
-/// generated text repeats tokens as text does.
-const CONSTANT: f32 = 2.0;
-
 /// Standard deviation of what goes into the silu behind the delta net's convolution. Where silu is
 /// nearly linear its results have no common direction that would draw all tokens to some experts.
 const CONV_STD: f32 = 0.5;
 
-/// Root mean square of silu(x), and of silu(x) times an independent y, for normal x and y.
-const SILU_RMS: f64 = 0.6;
+/// So little of it that the silu behind it stays linear: its curvature gives all values a mean, and
+/// after averaging them little else would be left.
+const PLAIN_TAP: f32 = 0.2;
 
-/// Bytes that one thread fills at a time.
-const PIECE: usize = 1 << 18;
+/// Root mean square of silu(x), and of silu(x) times an independent y, for normal x and y.
+pub(super) const SILU_RMS: f64 = 0.6;
 
 /// A weight of the model: one tensor, or the six of an NF4 matrix.
 pub struct Weight {
@@ -72,8 +75,7 @@ pub struct Part {
 enum Content {
     Bytes(Arc<[u8]>),
     Random(Stream),
-    /// Pairs of NF4 codes
-    Codes(Stream),
+    Codes(Codes),
     /// Rows of bf16
     Rows(Rows),
 }
@@ -85,54 +87,30 @@ struct Rows {
     kind: RowKind,
 }
 
-enum RowKind {
+pub(super) enum RowKind {
     Normal {
         std: f32,
     },
+    /// Rows of a convolution; `plain` ones read the present alone, [`PLAIN_TAP`] of it.
+    Taps {
+        std: f32,
+        plain: Vec<Range<usize>>,
+    },
     Embedding(Arc<Embedding>),
-    Router(Halves),
+    Router(Regions, Reading),
     Head {
-        halves: Halves,
+        regions: Regions,
+        reading: Reading,
         embedding: Arc<Embedding>,
         /// How much of its own embedding is in a token's row, less than 0
         repeat: f32,
     },
 }
 
-/// The token's half of all embeddings.
-struct Embedding {
-    stream: Stream,
-    topics: Topics,
-    topic_share: f32,
-}
-
-impl Embedding {
-    /// Adds `share` times the embedding of a token to `out`, `[hidden_size / 2]`.
-    fn add(&self, token: usize, share: f32, out: &mut [f32]) {
-        let has_topic = self.topics.add(token, share * self.topic_share.sqrt(), out);
-        let rest = if has_topic {
-            1.0 - self.topic_share
-        } else {
-            1.0
-        };
-        let share = share * rest.sqrt();
-        let own = self.stream.normal((token * out.len()) as u64);
-        out.iter_mut().zip(own).for_each(|(to, v)| *to += share * v);
-    }
-}
-
-/// Standard deviations of weights that read the halves of the hidden state.
-struct Halves {
-    token: f32,
-    context: f32,
-}
-
-impl Halves {
-    fn fill(&self, normal: impl Iterator<Item = f32>, out: &mut [f32]) {
-        let half = out.len() / 2;
-        for (i, (to, v)) in out.iter_mut().zip(normal).enumerate() {
-            *to = v * if i < half { self.token } else { self.context };
-        }
+impl RowKind {
+    pub(super) fn taps(net: &DeltaNetShape, plain: Vec<Range<usize>>) -> Self {
+        let std = CONV_STD / (net.conv_kernel_dim as f32).sqrt();
+        RowKind::Taps { std, plain }
     }
 }
 
@@ -150,15 +128,7 @@ impl Part {
                 .par_chunks_mut(PIECE)
                 .enumerate()
                 .for_each(|(i, piece)| stream.bytes((i * PIECE / 8) as u64, piece)),
-            Content::Codes(stream) => {
-                let pairs: &[u8; 256] = &CODE_PAIRS;
-                out.par_chunks_mut(PIECE)
-                    .enumerate()
-                    .for_each(|(i, piece)| {
-                        stream.bytes((i * PIECE / 8) as u64, piece);
-                        piece.iter_mut().for_each(|b| *b = pairs[usize::from(*b)]);
-                    });
-            }
+            Content::Codes(codes) => codes.fill(out),
             Content::Rows(rows) => {
                 let rows_per_piece = (PIECE / (2 * rows.width)).max(1);
                 out.par_chunks_mut(rows_per_piece * 2 * rows.width)
@@ -183,68 +153,37 @@ impl Rows {
     fn row(&self, row: usize, out: &mut [f32]) {
         let words = self.width.div_ceil(4) as u64;
         let own = self.stream.normal(row as u64 * words);
-        let half = self.width / 2;
         match &self.kind {
             RowKind::Normal { std } => {
                 out.iter_mut().zip(own).for_each(|(to, v)| *to = std * v);
             }
-            RowKind::Embedding(embedding) => {
+            RowKind::Taps { plain, .. } if plain.iter().any(|rows| rows.contains(&row)) => {
                 out.fill(0.0);
-                embedding.add(row, 1.0, &mut out[..half]);
-                out[0] = CONSTANT;
+                *out.last_mut().expect("a kernel has taps") = PLAIN_TAP;
             }
-            RowKind::Router(halves) => {
-                halves.fill(own, out);
-                out[0] = 0.0;
+            RowKind::Taps { std, .. } => {
+                out.iter_mut().zip(own).for_each(|(to, v)| *to = std * v);
+            }
+            RowKind::Embedding(embedding) => embedding.row(row, out),
+            RowKind::Router(regions, reading) => {
+                reading.fill(*regions, own, out);
+                out[..CONSTANTS].fill(0.0);
             }
             RowKind::Head {
-                halves,
+                regions,
+                reading,
                 embedding,
                 repeat,
             } => {
-                halves.fill(own, out);
+                reading.fill(*regions, own, out);
                 // Other tokens are never generated.
                 if row < TOKENIZER_SIZE {
-                    embedding.add(row, *repeat, &mut out[..half]);
+                    embedding.add_token(row, *repeat, out);
                 }
-                out[0] = log_frequency(row) / CONSTANT;
+                out[..CONSTANTS].fill(log_frequency(row) / (CONSTANTS as f32 * CONSTANT));
             }
         }
     }
-}
-
-/// Zipf's law over the tokens of the tokenizer, which lists them by frequency after the single
-/// bytes; others, which have no text, are never generated.
-fn log_frequency(token: usize) -> f32 {
-    const FIRST_WORD: usize = 259;
-    match token {
-        TOKENIZER_SIZE.. => -40.0,
-        FIRST_WORD.. => -((10 + token - FIRST_WORD) as f32 / 10.0).ln(),
-        _ => log_frequency(1000),
-    }
-}
-
-/// Two NF4 codes for each value of a byte: with random bytes, those of normal weights in blocks of
-/// 64, whose largest is 2.4 standard deviations on average.
-///
-/// All sixteen codes equally often would be nearly as normal, but with a mean of 0.05 standard
-/// deviations, and that is enough to make all tokens alike after some thirty layers.
-static CODE_PAIRS: LazyLock<[u8; 256]> = LazyLock::new(|| {
-    const ABSMAX: f32 = 2.4;
-    let codes = normal_quantiles::<256>().map(|z| {
-        let distance = |code: &usize| (CODE_BOOK[*code] - z / ABSMAX).abs();
-        let nearest = (0..16).min_by(|a, b| distance(a).total_cmp(&distance(b)));
-        nearest.expect("there are sixteen") as u8
-    });
-    // The other nibble takes the same codes in an order that has little to do with the first.
-    std::array::from_fn(|i| codes[i] << 4 | codes[usize::from((i as u8).reverse_bits())])
-});
-
-/// Root mean square of the codes' values.
-fn code_rms() -> f64 {
-    let value = |pair: &u8| f64::from(CODE_BOOK[usize::from(pair >> 4)]);
-    let sum: f64 = CODE_PAIRS.iter().map(|pair| value(pair).powi(2)).sum();
-    (sum / CODE_PAIRS.len() as f64).sqrt()
 }
 
 /// All weights of a model of that shape.
@@ -263,17 +202,17 @@ pub fn weights(
         shape,
         seed,
         locality,
+        regions: Regions::new(shape.hidden_size),
+        remembers: (shape.mixers.iter())
+            .position(|mixer| *mixer == MixerKind::GatedDeltaNet)
+            .filter(|_| memory::can_remember(&shape.delta_net)),
         written_std: (RESIDUAL_VARIANCE / (3.0 * depth as f64)).sqrt(),
         quant_map: le_bytes(&CODE_BOOK),
         nested_quant_map: le_bytes(&*DYNAMIC_MAP),
         weights: Vec::new(),
     };
     let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
-    let embedding = Arc::new(Embedding {
-        stream: Stream::new(seed, "embedding"),
-        topics: Topics::new(seed, hidden / 2)?,
-        topic_share: locality as f32,
-    });
+    let embedding = Arc::new(Embedding::new(seed, maker.regions)?);
     let embed_tokens = RowKind::Embedding(Arc::clone(&embedding));
     maker.rows("model.embed_tokens.weight", vocab, embed_tokens);
     maker.head(embedding);
@@ -284,13 +223,16 @@ pub fn weights(
     Ok(maker.weights)
 }
 
-struct Maker<'a> {
-    shape: &'a ModelShape,
+pub(super) struct Maker<'a> {
+    pub(super) shape: &'a ModelShape,
     seed: u64,
     locality: f64,
+    pub(super) regions: Regions,
+    /// The layer whose delta net remembers the text
+    remembers: Option<usize>,
     /// Standard deviation of what each of a layer's three writers adds to the residual stream:
     /// the mixer, the experts, the shared expert
-    written_std: f64,
+    pub(super) written_std: f64,
     quant_map: Arc<[u8]>,
     nested_quant_map: Arc<[u8]>,
     weights: Vec<Weight>,
@@ -299,12 +241,12 @@ struct Maker<'a> {
 impl Maker<'_> {
     fn head(&mut self, embedding: Arc<Embedding>) {
         let writers = 3 * self.shape.num_layers();
-        let (_, _, mean) = self.half_variances(writers);
-        let half = self.shape.hidden_size as f64 / 2.0;
+        let (_, _, mean) = self.variances(writers);
         let kind = RowKind::Head {
-            halves: self.halves(writers, LOGIT_STD, 0.0),
+            regions: self.regions,
+            reading: self.reading(writers, LOGIT_STD, [0.0, 1.0, 0.0]),
             embedding,
-            repeat: (REPEAT_LOGIT * mean.sqrt() / half) as f32,
+            repeat: (REPEAT_LOGIT * mean.sqrt() / self.regions.len() as f64) as f32,
         };
         self.rows("lm_head.weight", self.shape.vocab_size, kind);
     }
@@ -314,36 +256,51 @@ impl Maker<'_> {
         let prefix = format!("model.layers.{layer}");
         self.norm(&format!("{prefix}.input_layernorm.weight"), hidden);
         match self.shape.mixers[layer] {
-            MixerKind::GatedDeltaNet => self.delta_net(&format!("{prefix}.linear_attn")),
+            MixerKind::GatedDeltaNet => {
+                self.delta_net(
+                    &format!("{prefix}.linear_attn"),
+                    self.remembers == Some(layer),
+                );
+            }
             MixerKind::GatedAttention => self.attention(&format!("{prefix}.self_attn")),
         }
         self.norm(&format!("{prefix}.post_attention_layernorm.weight"), hidden);
         self.moe(layer, &format!("{prefix}.mlp"));
     }
 
-    fn delta_net(&mut self, prefix: &str) {
+    fn delta_net(&mut self, prefix: &str, remembers: bool) {
         let net = self.shape.delta_net.clone();
         let hidden = self.shape.hidden_size;
-        self.reader(&format!("{prefix}.in_proj_qkvz"), net.qkvz_rows(), hidden);
-        self.reader(&format!("{prefix}.in_proj_ba"), net.ba_rows(), hidden);
-        let kernel = net.conv_kernel_dim;
-        let taps = RowKind::Normal {
-            std: CONV_STD / (kernel as f32).sqrt(),
-        };
-        let conv_shape = [net.conv_dim(), 1, kernel];
-        self.shaped_rows(&format!("{prefix}.conv1d.weight"), &conv_shape, taps);
-        // Heads remember from one token to dozens.
-        let heads = net.num_value_heads;
-        self.ramp(&format!("{prefix}.A_log"), heads, -2.0, 1.0);
-        self.ramp(&format!("{prefix}.dt_bias"), heads, -2.0, 0.0);
-        self.ramp(
-            &format!("{prefix}.norm.weight"),
-            net.value_head_dim,
-            1.0,
-            1.0,
-        );
-        let out_proj = format!("{prefix}.out_proj");
-        self.writer(&out_proj, hidden, net.value_dim(), SILU_RMS);
+        if remembers {
+            self.remembering_delta_net(prefix);
+        } else {
+            self.reader(&format!("{prefix}.in_proj_qkvz"), net.qkvz_rows(), hidden);
+            self.reader(&format!("{prefix}.in_proj_ba"), net.ba_rows(), hidden);
+            self.convolution(prefix, RowKind::taps(&net, Vec::new()));
+            self.decay(prefix, |_| None);
+            let out_proj = format!("{prefix}.out_proj");
+            self.writer(&out_proj, hidden, net.value_dim(), SILU_RMS);
+        }
+        self.values(&format!("{prefix}.norm.weight"), net.value_head_dim, |_| {
+            1.0
+        });
+    }
+
+    pub(super) fn convolution(&mut self, prefix: &str, taps: RowKind) {
+        let net = &self.shape.delta_net;
+        let shape = [net.conv_dim(), 1, net.conv_kernel_dim];
+        self.shaped_rows(&format!("{prefix}.conv1d.weight"), &shape, taps);
+    }
+
+    /// Heads remember from one token to dozens, but for those whose `A_log` is given.
+    pub(super) fn decay(&mut self, prefix: &str, given: impl Fn(usize) -> Option<f32>) {
+        let heads = self.shape.delta_net.num_value_heads;
+        let part = |head: usize| head as f32 / (heads - 1).max(1) as f32;
+        let a_log = |head| given(head).unwrap_or(-2.0 + 3.0 * part(head));
+        self.values(&format!("{prefix}.A_log"), heads, a_log);
+        self.values(&format!("{prefix}.dt_bias"), heads, |head| {
+            -2.0 + 2.0 * part(head)
+        });
     }
 
     fn attention(&mut self, prefix: &str) {
@@ -381,45 +338,76 @@ impl Maker<'_> {
         self.writer(&down_proj, hidden, intermediate, input_rms);
     }
 
-    /// Rows whose logits get `locality` of their variance from the token, the rest from context.
+    /// Rows whose logits get `locality` of their variance from the token and the text, the rest from
+    /// the context.
     fn router(&mut self, layer: usize, name: &str) {
-        let halves = self.halves(3 * layer + 1, ROUTER_STD, self.locality);
-        self.rows(name, self.shape.moe.num_experts, RowKind::Router(halves));
+        let text = match self.remembers {
+            Some(first) if first <= layer => 1.0 - TOKEN_SHARE,
+            _ => 0.0,
+        };
+        let local = [1.0 - text, text].map(|share| share * self.locality);
+        let shares = [local[0], 1.0 - self.locality, local[1]];
+        let reading = self.reading(3 * layer + 1, ROUTER_STD, shares);
+        let experts = self.shape.moe.num_experts;
+        self.rows(name, experts, RowKind::Router(self.regions, reading));
     }
 
-    /// Variance of the token's half, the context's and the whole after `writers` wrote to it.
-    fn half_variances(&self, writers: usize) -> (f64, f64, f64) {
+    /// Variance of an embedding, without its constants.
+    pub(super) fn embedding_variance(&self) -> f64 {
+        (1.0 + SUBJECT_VARIANCE) / 4.0
+    }
+
+    /// Variance of the token's region, the context's and the whole after `writers` wrote to it.
+    fn variances(&self, writers: usize) -> (f64, f64, f64) {
         let context = writers as f64 * self.written_std.powi(2);
-        (1.0 + context, context, 0.5 + context)
+        let mean = self.embedding_variance() + 0.75 * context;
+        (1.0 + context, context, mean)
     }
 
     /// Weights that make logits of the normed hidden state after `writers` wrote to it.
     ///
     /// - `std`: of the logits
-    /// - `token_share`: of their variance, from the half of the token; the rest from the context's
-    fn halves(&self, writers: usize, std: f64, token_share: f64) -> Halves {
-        let (token, context, mean) = self.half_variances(writers);
-        let half = self.shape.hidden_size as f64 / 2.0;
-        let weight =
-            |share: f64, variance: f64| (std * (share * mean / (variance * half)).sqrt()) as f32;
-        Halves {
-            token: weight(token_share, token),
-            context: weight(1.0 - token_share, context),
+    /// - `shares`: of their variance, from the token, the context and the text
+    fn reading(&self, writers: usize, std: f64, shares: [f64; 3]) -> Reading {
+        let (token, context, mean) = self.variances(writers);
+        let len = self.regions.len() as f64;
+        let weight = |share: f64, variance: f64| match share {
+            0.0 => 0.0, // of a region that may be empty
+            _ => (std * (share * mean / (variance * len)).sqrt()) as f32,
+        };
+        Reading {
+            token: weight(shares[0], token),
+            context: weight(shares[1], context),
+            text: weight(shares[2], self.text_variance()),
         }
     }
 
     /// A matrix that reads a normed hidden state: outputs have variance 1.
     fn reader(&mut self, module: &str, rows: usize, cols: usize) {
-        self.nf4(module, rows, cols, (1.0 / cols as f64).sqrt());
+        self.nf4(module, rows, cols, (1.0 / cols as f64).sqrt(), Vec::new());
     }
 
-    /// A matrix that writes to the residual stream, from inputs of that root mean square.
+    /// A matrix that writes to the residual stream, from inputs of that root mean square, but not to
+    /// the region of the text.
     fn writer(&mut self, module: &str, rows: usize, cols: usize, input_rms: f64) {
         let std = self.written_std / (input_rms * (cols as f64).sqrt());
-        self.nf4(module, rows, cols, std);
+        let quiet = Given {
+            rows: self.regions.text(),
+            cols: 0..cols,
+            code: ZERO,
+        };
+        self.nf4(module, rows, cols, std, vec![quiet]);
     }
 
-    fn nf4(&mut self, module: &str, rows: usize, cols: usize, std: f64) {
+    /// - `std`: of the weights that are not `given`
+    pub(super) fn nf4(
+        &mut self,
+        module: &str,
+        rows: usize,
+        cols: usize,
+        std: f64,
+        given: Vec<Given>,
+    ) {
         let name = format!("{module}.weight");
         let n = rows * cols;
         let absmax = (std / code_rms()) as f32;
@@ -437,10 +425,15 @@ impl Maker<'_> {
                 content,
             }
         };
+        let mut given = Some(given);
         let parts = nf4::parts(n, true).into_iter().map(|p| {
             let stream = Stream::new(self.seed, &format!("{name}{}", p.suffix));
             let content = match p.suffix {
-                "" => Content::Codes(stream),
+                "" => Content::Codes(Codes {
+                    stream,
+                    cols,
+                    given: given.take().unwrap_or_default(),
+                }),
                 ".absmax" => Content::Random(stream),
                 ".nested_absmax" => Content::Bytes(le_bytes(&nested_absmax)),
                 ".quant_map" => Content::Bytes(Arc::clone(&self.quant_map)),
@@ -461,10 +454,8 @@ impl Maker<'_> {
         self.shaped_rows(name, &[len], RowKind::Normal { std: 0.02 });
     }
 
-    /// `len` evenly spaced values.
-    fn ramp(&mut self, name: &str, len: usize, from: f32, to: f32) {
-        let step = (to - from) / (len - 1).max(1) as f32;
-        let value = |i| bf16::from_f32(from + step * i as f32).to_le_bytes();
+    fn values(&mut self, name: &str, len: usize, value: impl Fn(usize) -> f32) {
+        let value = |i| bf16::from_f32(value(i)).to_le_bytes();
         let bytes: Vec<u8> = (0..len).flat_map(value).collect();
         self.bf16(name, &[len], Content::Bytes(bytes.into()));
     }
