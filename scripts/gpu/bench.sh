@@ -21,11 +21,15 @@ bench() {
   grep -A4 prefill_tok_s "$out/$name.log"
 }
 
-# This machine measured, and what the router picks on other text than bench measures, which are the long
-# documents: once per OUT.
-prepare() {
+# This machine measured, once per OUT: what plans and predictions are made for.
+measure() {
+  machine=(--hardware "$out/hardware.json")
   [[ -e $out/hardware.json ]] ||
-    "$binary" doctor --measure -o "$out/hardware.json" -q >"$out/doctor.log" 2>&1 || return
+    "$binary" doctor --measure -o "$out/hardware.json" -q >"$out/doctor.log" 2>&1
+}
+
+# What the router picks on other text than bench measures, which are the long documents.
+prepare() {
   [[ -e $out/profile.json ]] && return
   local corpus others=()
   for corpus in "$workloads"/*.jsonl; do
@@ -55,15 +59,17 @@ run() {
     # No help from the router: every expert as likely as any other. Without --policy static the plan's
     # dynamic policy would run, in the plan's slots.
     uniform-14g)
-      "$binary" plan --model "$uniform" --vram 14G --ctx 32k -o "$out/uniform.json" -q >/dev/null
+      "$binary" plan --model "$uniform" --vram 14G --ctx 32k "${machine[@]}" -o "$out/uniform.json" \
+        -q >/dev/null
       bench uniform-14g --model "$uniform" --placement "$out/uniform.json" --policy static --vram 14G \
-        --ctx 4k,32k -n 128 --quality-tokens 0 ;;
+        --ctx 4k,32k -n 128 --quality-tokens 0 "${machine[@]}" ;;
     uniform-ram)
       bench uniform-ram --model "$uniform" --placement "$out/uniform.json" --vram 14G --cpu-moe \
-        --ctx 4k -n 128 --quality-tokens 0 ;;
+        --ctx 4k -n 128 --quality-tokens 0 "${machine[@]}" ;;
     uniform-vram)
-      bench uniform-vram --model "$uniform" --placement "$out/uniform.json" --policy static --ctx 4k \
-        -n 128 --quality-tokens 0 ;;
+      "$binary" plan --model "$uniform" --vram 48G --ctx 4k "${machine[@]}" -o "$out/vram.json" -q >/dev/null
+      bench uniform-vram --model "$uniform" --placement "$out/vram.json" --policy static --ctx 4k \
+        -n 128 --quality-tokens 0 "${machine[@]}" ;;
     # Routing as skewed as a sibling's; profile and plan of other text, and the planned policy.
     planned-14g)
       prepare && plan 14G 4k || echo "$1: no plan; see the logs in $out"
@@ -87,6 +93,7 @@ run() {
 }
 
 (($#)) || set -- uniform-14g uniform-vram uniform-ram tiny planned-14g static-14g
+measure || echo "this machine was not measured; see $out/doctor.log"
 for name; do
   run "$name"
 done
