@@ -392,3 +392,33 @@ fn bench_keeps_the_cache_too() {
         assert!(line.contains(term), "{line}");
     }
 }
+
+#[test]
+fn policies_are_measured_by_turns_on_one_loaded_model() {
+    let sandbox = sandbox();
+    let flags = "bench --ctx 64 -n 8 --repetitions 2 --warmups 0 --quality-tokens 0 \
+                 --placement placement.json --against static,none -o out";
+    let mut command = sandbox.command(&flags.split_whitespace().collect::<Vec<_>>());
+    command.env("MOECTL_EMULATE", "1");
+    let shown = finish(&mut command).ok().stdout;
+    assert!(shown.contains("against static"), "{shown}");
+    let hits = |folder: &str, repetition: usize| {
+        let run = sandbox.json(&format!("{folder}/run.json"));
+        let repetition = &run["contexts"][0]["repetitions"][repetition];
+        let hits = repetition["experts"]["hits"].as_u64().unwrap();
+        (
+            hits,
+            repetition["output_sha256"].as_str().unwrap().to_string(),
+        )
+    };
+    let planned = hits("out", 0);
+    assert_eq!(planned, hits("out", 1), "each begins from the placement");
+    let fixed = hits("out/static", 0);
+    assert!(planned.0 > 0 && fixed.0 > 0);
+    let none = hits("out/none", 0);
+    assert_eq!(none.0, 0);
+    assert!(
+        planned.1 == fixed.1 && fixed.1 == none.1,
+        "tokens do not depend on the policy"
+    );
+}

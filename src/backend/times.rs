@@ -84,6 +84,17 @@ pub struct StepTimes {
     pub tail_s: f64,
 }
 
+/// How a backend shares missing experts between CPU and GPU, as calibration chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tuning {
+    /// Of a layer's missing experts, how many the GPU reads over PCIe
+    pub pcie_percent: usize,
+    /// Whether the CPU fetches experts ahead
+    pub look_ahead: bool,
+    /// Graphs that a step is cut into
+    pub graphs: usize,
+}
+
 /// Bring `expert` into `slot` of `layer`, over what is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotChange {

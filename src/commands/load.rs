@@ -233,7 +233,7 @@ pub fn place(
 
 /// The experts of `placement` under the policy of the flags or its own. A placement that knows no
 /// experts, because it was made without a profile, leaves them as they are.
-fn manager(compute: &ComputeArgs, placement: &Placement) -> Option<ExpertManager> {
+pub fn manager(compute: &ComputeArgs, placement: &Placement) -> Option<ExpertManager> {
     let policy = compute.policy.unwrap_or(placement.policy);
     let knows_experts = (placement.layers.iter())
         .any(|layer| !layer.pinned_experts.is_empty() || !layer.initial_experts.is_empty());

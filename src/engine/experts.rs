@@ -5,7 +5,7 @@
 //! than it brings is stopped: what is in the slots then stays.
 
 use super::{Engine, Result};
-use crate::backend::{Routing, SlotChange};
+use crate::backend::{Routing, SlotChange, Tuning};
 use crate::planning::policy::{Admit, LayerSlots, PolicyConfig};
 use crate::planning::{CacheState, ExpertCache, LayerCounts, StateError, Throttle};
 
@@ -262,6 +262,33 @@ impl Engine {
             self.experts = Some(manager);
         }
         Ok(())
+    }
+
+    /// Empties the slots, so many of each layer: every expert is computed from RAM.
+    ///
+    /// # Errors
+    /// If the backend fails.
+    pub fn place_nothing(&mut self, slots: &[usize]) -> Result<()> {
+        let empty: Vec<Vec<Option<u16>>> = slots.iter().map(|&n| vec![None; n]).collect();
+        self.experts = None;
+        self.runner.place(&empty)?;
+        Ok(())
+    }
+
+    /// See [`Runner::tune`](crate::model::Runner::tune).
+    ///
+    /// # Errors
+    /// If the backend fails.
+    pub fn tune(&mut self, tuning: Option<Tuning>) -> Result<Option<Tuning>> {
+        Ok(self.runner.tune(tuning)?)
+    }
+
+    /// Prepares what the first decode step would. The sequence starts over.
+    ///
+    /// # Errors
+    /// If the backend fails.
+    pub fn warm_up(&mut self) -> Result<()> {
+        Ok(self.runner.warm_up()?)
     }
 
     /// The cache of a placement, if one was placed.

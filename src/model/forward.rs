@@ -2,7 +2,7 @@
 
 use crate::backend::{
     Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, NextLogits, Result, Routing,
-    SlotChange, VramHeld, VramMeter,
+    SlotChange, Tuning, VramHeld, VramMeter,
 };
 
 use crate::hardware::GpuProbe;
@@ -87,6 +87,19 @@ pub trait Runner: Send {
     /// `None` without a GPU.
     fn place(&mut self, _contents: &[Vec<Option<u16>>]) -> Result<Option<usize>> {
         Ok(None)
+    }
+
+    /// Chooses by measurement how misses are shared between CPU and GPU, for the experts that are in
+    /// VRAM now; applies `tuning` instead where it is known. `None` where there is no choice.
+    ///
+    /// The sequence starts over.
+    fn tune(&mut self, _tuning: Option<Tuning>) -> Result<Option<Tuning>> {
+        Ok(None)
+    }
+
+    /// Prepares what the first decode step would, such as graphs. The sequence starts over.
+    fn warm_up(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// Starts copying experts into slots; what a slot held is forgotten at once.
@@ -256,6 +269,14 @@ impl Runner for crate::backend::cuda::Cuda {
 
     fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<Option<usize>> {
         self.place(contents).map(Some)
+    }
+
+    fn tune(&mut self, tuning: Option<Tuning>) -> Result<Option<Tuning>> {
+        self.tune(tuning)
+    }
+
+    fn warm_up(&mut self) -> Result<()> {
+        self.warm_up()
     }
 
     fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {

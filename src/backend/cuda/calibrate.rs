@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use super::Cuda;
-use crate::backend::Result;
+use crate::backend::{Result, Tuning};
 use crate::hardware::probe::median;
 
 /// Shares of a layer's missing experts that are tried, in percent.
@@ -34,7 +34,9 @@ const ID_STRIDE: usize = 7919;
 
 impl Cuda {
     /// Chooses what was not given: the share of misses that go over PCIe, and the rest.
-    pub(super) fn calibrate(&mut self) -> Result<()> {
+    ///
+    /// `None` where all was given, or there is nothing to choose.
+    pub(super) fn calibrate(&mut self) -> Result<Option<Tuning>> {
         let layers = self.model.shape.num_layers() as u64;
         let experts = self.model.shape.moe.num_experts as u64;
         let bytes = layers * experts * self.model.store.slot_bytes();
@@ -42,7 +44,7 @@ impl Cuda {
             || self.options.look_ahead.is_some()
             || self.options.parts.is_some();
         if given || bytes < MIN_EXPERT_BYTES || self.model.store.all_resident() {
-            return Ok(());
+            return Ok(None);
         }
         let mut tried = Vec::new();
         self.decode.look_ahead(true, &self.device)?;
@@ -65,7 +67,12 @@ impl Cuda {
             Ok(())
         })?;
         let parts = PARTS[best];
-        self.decode.cut_into(parts);
+        let tuning = Tuning {
+            pcie_percent: share,
+            look_ahead: ahead,
+            graphs: parts,
+        };
+        self.apply(tuning)?;
         self.state.clear(&self.model.stream)?;
         self.take_times();
         self.notes = vec![format!(
@@ -78,6 +85,21 @@ impl Cuda {
             },
             tried.join("; ")
         )];
+        Ok(Some(tuning))
+    }
+
+    /// What calibration chose for what is in VRAM now, or `tuning` if it is known from before.
+    pub fn tune(&mut self, tuning: Option<Tuning>) -> Result<Option<Tuning>> {
+        match tuning {
+            Some(tuning) => self.apply(tuning).map(|()| Some(tuning)),
+            None => self.calibrate(),
+        }
+    }
+
+    fn apply(&mut self, tuning: Tuning) -> Result<()> {
+        self.set_pcie_share(tuning.pcie_percent)?;
+        self.decode.look_ahead(tuning.look_ahead, &self.device)?;
+        self.decode.cut_into(tuning.graphs);
         Ok(())
     }
 

@@ -247,6 +247,14 @@ impl Cuda {
         &self.notes
     }
 
+    /// Records the graph of a step that samples; the sequence starts over.
+    pub fn warm_up(&mut self) -> Result<()> {
+        self.state.clear(&self.model.stream)?;
+        self.forward_best(0, 1, &mut |_, _, _| {})?;
+        self.take_times();
+        self.state.clear(&self.model.stream)
+    }
+
     /// See [`Decode::kernel_times`]; the sequence starts over.
     pub fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
         let times = self.decode.kernel_times(&self.model, &self.state)?;

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 
+use super::contenders::Contenders;
 use crate::backend::{DecodeTimes, Routing};
 use crate::commands::console::{Console, Unit};
 use crate::commands::{Failure, expert_counts, interrupt};
@@ -23,20 +24,21 @@ pub struct MeasurePlan {
     pub repetitions: usize,
 }
 
-/// Measures every context; prompts are cut from the corpus' text from its start, and what is fed after
+/// Measures every context with every contender, `[contender][context]`; prompts are cut from the corpus' text from its start, and what is fed after
 /// them, if it is text, from behind.
 pub fn contexts(
     engine: &mut Engine,
     corpus: &Corpus,
     plan: &MeasurePlan,
+    contenders: &mut Contenders,
     console: &Console,
-) -> anyhow::Result<Vec<ContextRun>> {
+) -> anyhow::Result<Vec<Vec<ContextRun>>> {
     let longest = plan.contexts.last().copied().unwrap_or(0);
     let ids = text_of(engine, corpus, longest)?;
     let mut gpu = engine.backend().gpu().and_then(NvmlGpu::open);
-    let runs = plan.contexts.len() * (plan.warmups + plan.repetitions);
+    let runs = plan.contexts.len() * (plan.warmups + plan.repetitions) * contenders.len();
     let bar = console.progress("bench", runs as u64, Unit::Runs);
-    let mut results = Vec::new();
+    let mut results = vec![Vec::new(); contenders.len()];
     for &context in &plan.contexts {
         let (name, new_tokens) = (corpus.name(), plan.generated_tokens);
         let forced = match plan.continuation {
@@ -58,22 +60,24 @@ pub fn contexts(
             ));
         }
         let (prompt, forced) = ids[..held].split_at(held - forced);
-        let mut run = ContextRun {
+        let run = ContextRun {
             context_tokens: context,
             ..ContextRun::default()
         };
+        results.iter_mut().for_each(|runs| runs.push(run.clone()));
         for number in 0..plan.warmups + plan.repetitions {
-            // The last one decoded the very same text, which a cache would know by now.
-            engine.restart_experts()?;
-            let before = counters(&mut gpu);
-            let mut repetition = repeat(engine, prompt, new_tokens, forced)?;
-            repetition.gpu_energy_j = counters(&mut gpu).since(&before).energy_j();
-            if number >= plan.warmups {
-                run.repetitions.push(repetition);
+            for (i, runs) in results.iter_mut().enumerate() {
+                contenders.begin(i, engine)?;
+                let before = counters(&mut gpu);
+                let mut repetition = repeat(engine, prompt, new_tokens, forced)?;
+                repetition.gpu_energy_j = counters(&mut gpu).since(&before).energy_j();
+                contenders.end(i, engine);
+                if let Some(run) = runs.last_mut().filter(|_| number >= plan.warmups) {
+                    run.repetitions.push(repetition);
+                }
+                bar.inc(1);
             }
-            bar.inc(1);
         }
-        results.push(run);
     }
     bar.finish_and_clear();
     Ok(results)

@@ -1,7 +1,9 @@
 //! `moectl bench`: measure what the plan predicts.
 
+mod contenders;
 mod gpu;
 mod measure;
+mod predict;
 mod quality;
 mod table;
 
@@ -17,6 +19,9 @@ use super::machine::{self, HardwareChoice, this_machine};
 use super::plan;
 use super::profile::{self, Settings as ProfileSettings};
 use super::{Failure, cache_state, check_output, load, report, workloads};
+use contenders::{Contenders, Rival};
+use predict::Situation;
+
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::Engine;
 use crate::formats::Document;
@@ -24,17 +29,15 @@ use crate::formats::corpus::Corpus;
 use crate::formats::document::{PLACEMENT, RUN};
 use crate::hardware::{HardwareBody, Monitor, probe};
 use crate::model::Source;
-use crate::planning::cost::{self, DecodeSituation};
 use crate::planning::footprint::{Footprint, KvDtype};
 use crate::planning::hardware::Hardware;
 use crate::planning::placement::Placement;
 use crate::planning::planner::{PlanRequest, RoutingSource};
 use crate::planning::profile::ProfileBody;
 use crate::planning::units::parse_tokens;
-use crate::planning::{PolicyConfig, TraceReader, placement};
+use crate::planning::{TraceReader, placement};
 use crate::report::record::{
-    Continuation, Labels, MemoryComponent, MemoryRecord, Prediction, PredictionTerm, RunBody,
-    Settings, SoftwareFacts, Tier,
+    Continuation, Labels, MemoryComponent, MemoryRecord, RunBody, Settings, SoftwareFacts, Tier,
 };
 
 /// Measure throughput, latency and memory on real text
@@ -48,7 +51,8 @@ Examples:
   moectl bench
   moectl bench --model org/name --ctx 4k,32k --placement placement.json
   moectl bench corpus.jsonl --ctx 8k -n 128 --repetitions 10 -o results
-  moectl bench corpus.jsonl --ctx 8k --continuation text")]
+  moectl bench corpus.jsonl --ctx 8k --continuation text
+  moectl bench --placement placement.json --against static,none")]
 pub struct BenchArgs {
     /// Corpus the prompts are cut from [default: the built-in long documents]
     #[arg(value_name = "CORPUS.jsonl")]
@@ -80,6 +84,15 @@ pub struct BenchArgs {
     /// Held-out tokens to compare with the reference backend on; 0 skips it
     #[arg(long, value_name = "N", default_value_t = 512)]
     quality_tokens: usize,
+    /// Also measure these policies, by turns on the same loaded model: static, lru, .., or none for no
+    /// expert in VRAM; their reports go to folders of these names in the output folder
+    #[arg(
+        long,
+        value_name = "POLICY,...",
+        value_delimiter = ',',
+        conflicts_with = "cache_state"
+    )]
+    against: Vec<Rival>,
     /// Folder for run.json, tables and charts
     #[arg(short, long, value_name = "FOLDER", default_value = "bench-out")]
     output: PathBuf,
@@ -163,11 +176,12 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     }
     let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&engine));
     let plan = args.measure_plan(config.synthetic);
-    let contexts = measure::contexts(&mut engine, &corpus, &plan, console);
+    let mut contenders = Contenders::new(&engine, &placement.body, &args.compute, &args.against)?;
+    let contexts = measure::contexts(&mut engine, &corpus, &plan, &mut contenders, console);
     cache_state::save(cache_file, &engine, console)?;
-    let mut contexts = contexts?;
+    let contexts = contexts?;
     let monitor = monitor.stop();
-    if let Some(reason) = engine.experts().and_then(|experts| experts.stopped()) {
+    for reason in (0..contenders.len()).filter_map(|i| contenders.stopped(i)) {
         console.note(format!("note: {reason}"));
     }
     if console.verbose {
@@ -181,33 +195,15 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     // Not before: its buffer would count as the model's memory.
     let threads = engine.backend().threads;
     hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
-    let (machine, situation) = match facts.gpu() {
-        Some(_) => (
-            Some(given.unwrap_or_else(|| machine::with_gpu(&hardware))),
-            situation(&args.compute, &placement.body),
-        ),
-        None => {
-            let on_cpu = Situation {
-                hit_rates: vec![0.0; footprint.num_layers],
-                promotions_per_token: 0.0,
-                kv_dtype: KvDtype::F16,
-                head: placement::Tier::Vram,
-            };
-            let given = given.map(|machine| Hardware {
+    let machine = match facts.gpu() {
+        Some(_) => Some(given.unwrap_or_else(|| machine::with_gpu(&hardware))),
+        None => given
+            .map(|machine| Hardware {
                 gpu: None,
                 ..machine
-            });
-            (given.or_else(|| this_machine(&hardware)), on_cpu)
-        }
+            })
+            .or_else(|| this_machine(&hardware)),
     };
-    for context in &mut contexts {
-        let tokens = context.context_tokens;
-        context.bytes_read_per_token = engine.decode_read_bytes(tokens);
-        context.prediction = machine
-            .as_ref()
-            .map(|m| predict(&footprint, m, tokens as u64, &situation));
-        context.compare_prediction();
-    }
     let quality = match args.quality_tokens {
         0 => None,
         _ if engine.backend().name == "reference" => None,
@@ -219,44 +215,76 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         )?),
     };
 
-    let mut memory = memory(&placement.body, &monitor);
-    if gpu::by_the_plan(&engine, &args.compute, &placement.body) {
-        memory.compare_vram();
+    let rivals = args.against.iter().map(|rival| rival.flags(&args.compute));
+    let flags: Vec<ComputeArgs> = std::iter::once(args.compute.clone())
+        .chain(rivals)
+        .collect();
+    let mut written = Vec::new();
+    for (i, (flags, mut contexts)) in flags.iter().zip(contexts).enumerate() {
+        let situation = match facts.gpu() {
+            Some(_) => predict::situation(flags, &placement.body),
+            None => Situation::on_cpu(footprint.num_layers),
+        };
+        for context in &mut contexts {
+            let tokens = context.context_tokens;
+            context.bytes_read_per_token = engine.decode_read_bytes(tokens);
+            context.prediction = (machine.as_ref())
+                .map(|m| predict::predict(&footprint, m, tokens as u64, &situation));
+            context.compare_prediction();
+        }
+        let mut memory = memory(&placement.body, &monitor);
+        if gpu::by_the_plan(&engine, flags, &placement.body) {
+            memory.compare_vram();
+        }
+        let body = RunBody {
+            labels: Labels {
+                synthetic: config.synthetic,
+                executed_on: executed_on.clone(),
+                notes: notes(&engine, contenders.notes(i, &engine)),
+            },
+            hardware: hardware.clone(),
+            software: software(&engine),
+            settings: Settings {
+                warmups: args.warmups,
+                repetitions: args.repetitions,
+                generated_tokens: args.max_tokens,
+                corpus: corpus.name().into(),
+                corpus_sha256: Some(corpus.sha256.clone()),
+                continuation: plan.continuation,
+                command: std::env::args().collect::<Vec<_>>().join(" "),
+            },
+            placement_sha256: Some(hash_json(&placement.body)?),
+            contexts,
+            memory,
+            quality: quality.clone().filter(|_| i == 0),
+            monitor: Some(monitor.clone()).filter(|_| i == 0),
+        };
+        let document = Document::new(RUN, Some(engine.model_id().clone()), body);
+        let folder = match i {
+            0 => args.output.clone(),
+            _ => args.output.join(args.against[i - 1].name()),
+        };
+        std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        document.write(&folder.join("run.json"))?;
+        let files = report::of_bench(&folder, &document, profile.as_ref(), &placement)?;
+        written.push((document, report::list(&folder, &files)));
     }
-    let body = RunBody {
-        labels: Labels {
-            synthetic: config.synthetic,
-            executed_on: executed_on.clone(),
-            notes: notes(&engine),
-        },
-        hardware,
-        software: software(&engine),
-        settings: Settings {
-            warmups: args.warmups,
-            repetitions: args.repetitions,
-            generated_tokens: args.max_tokens,
-            corpus: corpus.name().into(),
-            corpus_sha256: Some(corpus.sha256.clone()),
-            continuation: plan.continuation,
-            command: std::env::args().collect::<Vec<_>>().join(" "),
-        },
-        placement_sha256: Some(hash_json(&placement.body)?),
-        contexts,
-        memory,
-        quality,
-        monitor: Some(monitor),
-    };
-    let document = Document::new(RUN, Some(engine.model_id().clone()), body);
-    document.write(&run_path)?;
-    let files = report::of_bench(&args.output, &document, profile.as_ref(), &placement)?;
     if console.json {
-        console.result_json(&document)?;
-    } else {
-        if let Some(label) = document.label() {
-            console.result(label)?;
+        match &written[..] {
+            [(document, _)] => console.result_json(document)?,
+            all => console.result_json(&all.iter().map(|(d, _)| d).collect::<Vec<_>>())?,
+        }
+        return Ok(());
+    }
+    if let Some(label) = written.first().and_then(|(document, _)| document.label()) {
+        console.result(label)?;
+    }
+    for (i, (document, files)) in written.iter().enumerate() {
+        if i > 0 {
+            console.result(format!("\nagainst {}", args.against[i - 1].name()))?;
         }
         console.result(table::render(&document.body))?;
-        console.result(report::list(&args.output, &files))?;
+        console.result(files)?;
     }
     Ok(())
 }
@@ -356,75 +384,6 @@ fn plan_here(
     Ok((placement, profile))
 }
 
-/// What a prediction takes from the plan and the flags.
-struct Situation {
-    /// `[layer]`
-    hit_rates: Vec<f64>,
-    promotions_per_token: f64,
-    kv_dtype: KvDtype,
-    head: placement::Tier,
-}
-
-fn situation(compute: &ComputeArgs, placement: &Placement) -> Situation {
-    let (share, promoted) = match compute.policy {
-        _ if compute.cpu_moe => (0.0, 0.0),
-        Some(forced) if forced != placement.policy => forced_policy(forced, placement),
-        _ => (1.0, placement.decode.promotion_h2d_bytes_per_token),
-    };
-    let hit_rates = placement.expected_hit_rates.iter();
-    let hit_rates = hit_rates.map(|rate| (rate * share).min(1.0)).collect();
-    let promotions_per_token = promoted / placement.expert_bytes.max(1) as f64;
-    Situation {
-        hit_rates,
-        promotions_per_token,
-        kv_dtype: compute
-            .kv_dtype
-            .map_or(placement.kv_dtype, load::planned_kv),
-        head: placement.head,
-    }
-}
-
-/// Of a policy in place of the planned one: its hits as a share of the planned one's, and the bytes that it
-/// moves per token, both on held-out text if the plan has such; else the hits of the plan, and nothing moved.
-fn forced_policy(forced: PolicyConfig, placement: &Placement) -> (f64, f64) {
-    let scores = placement.validation.iter().flat_map(|v| &v.scores);
-    let planned = scores.clone().find(|score| score.chosen);
-    let other = scores.clone().find(|score| score.policy == forced.label());
-    match (planned, other) {
-        (Some(planned), Some(other)) => (
-            other.expert_hit_rate / planned.expert_hit_rate.max(f64::MIN_POSITIVE),
-            other.h2d_bytes_per_token,
-        ),
-        _ => (1.0, 0.0),
-    }
-}
-
-fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64, at: &Situation) -> Prediction {
-    let decode = cost::decode(
-        footprint,
-        machine,
-        &DecodeSituation {
-            ctx_tokens: ctx,
-            kv_dtype: at.kv_dtype,
-            head: at.head,
-            hit_rates: &at.hit_rates,
-            promotions_per_token: at.promotions_per_token,
-            disk_share: 0.0,
-        },
-    );
-    let terms = decode.terms.into_iter();
-    Prediction {
-        decode_tok_s: decode.tok_s,
-        prefill_tok_s: None,
-        terms: terms
-            .map(|t| PredictionTerm {
-                name: t.name,
-                ms_per_token: t.ms,
-            })
-            .collect(),
-    }
-}
-
 fn memory(placement: &Placement, monitor: &crate::hardware::MonitorRecord) -> MemoryRecord {
     let tier = |tier| match tier {
         placement::Tier::Vram => Tier::Vram,
@@ -445,9 +404,7 @@ fn memory(placement: &Placement, monitor: &crate::hardware::MonitorRecord) -> Me
     }
 }
 
-fn notes(engine: &Engine) -> Vec<String> {
-    let mut notes = engine.notes().to_vec();
-    notes.extend(engine.experts().and_then(|e| e.stopped()).map(String::from));
+fn notes(engine: &Engine, mut notes: Vec<String>) -> Vec<String> {
     if engine.backend().gpu().is_some() {
         return notes;
     }

@@ -15,7 +15,7 @@ use super::weights::{Maker, RowKind, SILU_RMS};
 use crate::backend::DeltaNetShape;
 
 /// How much of the memory a token replaces: every other head this, the others that.
-const BETA: [f64; 2] = [0.2, 0.02];
+const BETA: [f64; 2] = [0.02, 0.005];
 
 /// `A_log` of heads that forget nothing but what they replace.
 const NO_DECAY: f32 = -8.0;

@@ -17,7 +17,7 @@ pub const PREFIX: &str = "synth:";
 const VERSION: u32 = 3;
 
 /// Calibrated on the built-in workloads, see `tests/synth.rs`.
-pub const DEFAULT_LOCALITY: f64 = 0.75;
+pub const DEFAULT_LOCALITY: f64 = 0.6;
 
 /// Shapes by name and what config.json says of them.
 const SHAPES: [(&str, &str); 2] = [
