@@ -49,8 +49,9 @@ plan() {
 planned() {
   local name=$1 budget=$2 placement=$out/$2-$3.json contexts=$4
   shift 4
+  (($#)) || set -- -n 128 --repetitions 3
   bench "$name" --model "$skewed" --placement "$placement" --hardware "$out/hardware.json" \
-    --vram "$budget" --ctx "$contexts" -n 128 --repetitions 3 --quality-tokens 0 "$@"
+    --vram "$budget" --ctx "$contexts" --quality-tokens 0 "$@"
 }
 
 run() {
@@ -73,26 +74,23 @@ run() {
     # Routing as skewed as a sibling's; profile and plan of other text, and the planned policy.
     planned-14g)
       prepare && plan 14G 4k || echo "$1: no plan; see the logs in $out"
-      planned planned-14g 14G 4k 4k ;;
-    static-14g) planned static-14g 14G 4k 4k --policy static ;;
+      planned planned-14g 14G 4k 4k -n 256 --repetitions 5 --against static,none ;;
     # The loop closed: this machine measured, other text profiled, a plan for each budget, and what it
-    # says against what comes out, by the planned policy, and at 14G by static slots and with no expert
-    # in VRAM. About eight minutes: a call of its own.
+    # says against what comes out; at 14G beside static slots and no expert in VRAM, by turns in one
+    # process. About eight minutes: a call of its own.
     budgets)
       prepare || echo "$1: nothing to plan from; see the logs in $out"
-      # What is compared comes one after the other.
       for budget in 14G 24G 8G; do
         plan $budget 32k || echo "$1: no plan for $budget; see $out/plan-$budget-32k.log"
-        planned "planned-$budget" $budget 32k 4k,32k
-        [[ $budget == 14G ]] || continue
-        planned static-14G 14G 32k 4k,32k --policy static
-        planned ram-14G 14G 32k 4k,32k --cpu-moe
+        local against=()
+        [[ $budget == 14G ]] && against=(-n 256 --repetitions 4 --against static,none)
+        planned "planned-$budget" $budget 32k 4k,32k "${against[@]}"
       done ;;
     *) echo "$1: no such configuration" >&2 && return 2 ;;
   esac
 }
 
-(($#)) || set -- uniform-14g uniform-vram uniform-ram tiny planned-14g static-14g
+(($#)) || set -- uniform-14g uniform-vram uniform-ram tiny planned-14g
 measure || echo "this machine was not measured; see $out/doctor.log"
 for name; do
   run "$name"

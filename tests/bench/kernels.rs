@@ -7,6 +7,7 @@
 //! `amx-ab` as FILTER compares the products of many tokens on AVX-512 and AMX, run by turns, which
 //! says more on a machine with noisy neighbours.
 
+mod offload;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -434,11 +435,7 @@ fn slice(layers: usize) -> (ModelShape, ModelWeights) {
             norm_topk_prob: true,
         },
     };
-    let expert = ExpertWeights {
-        gate_proj: nf4(512, 2048),
-        up_proj: nf4(512, 2048),
-        down_proj: nf4(2048, 512),
-    };
+    let expert = expert();
     let delta = MixerWeights::GatedDeltaNet(Box::new(DeltaNetWeights {
         in_proj_qkvz: nf4(12288, 2048),
         in_proj_ba: nf4(64, 2048),
@@ -501,6 +498,15 @@ fn slice(layers: usize) -> (ModelShape, ModelWeights) {
         lm_head,
     };
     (shape, weights)
+}
+
+/// An expert of the 80B model.
+fn expert() -> ExpertWeights {
+    ExpertWeights {
+        gate_proj: nf4(512, 2048),
+        up_proj: nf4(512, 2048),
+        down_proj: nf4(2048, 512),
+    }
 }
 
 /// Decode and prefill of a whole model; `vocab` bounds the token ids that are fed.
@@ -577,6 +583,9 @@ fn main() {
         }
     }
     memory_bound(&bench);
+    if bench.wants("offload") {
+        offload::offload(&expert());
+    }
     for threads in [Some(1), None] {
         if bench.wants("tiny") {
             let tiny = support::open(&support::tiny_moe());
