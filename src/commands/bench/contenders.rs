@@ -33,15 +33,14 @@ impl std::str::FromStr for Rival {
 }
 
 impl Rival {
-    pub fn name(&self) -> &'static str {
+    fn name(&self) -> &'static str {
         match self {
             Rival::Policy(policy) => policy.name(),
             Rival::Nothing => NONE,
         }
     }
 
-    /// The flags with which it would run alone.
-    pub fn flags(&self, compute: &ComputeArgs) -> ComputeArgs {
+    fn flags(&self, compute: &ComputeArgs) -> ComputeArgs {
         let (cpu_moe, policy) = match self {
             Rival::Policy(policy) => (false, Some(*policy)),
             Rival::Nothing => (true, None),
@@ -61,8 +60,10 @@ pub struct Contenders<'a> {
 }
 
 struct Contender {
-    /// `None`: as loaded
-    flags: Option<ComputeArgs>,
+    /// Of a rival
+    name: Option<&'static str>,
+    /// With which it would run alone
+    flags: ComputeArgs,
     tuning: Option<Tuning>,
     /// What the engine said of it
     calibration: Option<Vec<String>>,
@@ -86,19 +87,29 @@ impl<'a> Contenders<'a> {
             )
             .into());
         }
-        let contender = |flags| Contender {
+        let contender = |name, flags| Contender {
+            name,
             flags,
             tuning: None,
             calibration: None,
             stopped: None,
         };
-        let mut all = vec![contender((!rivals.is_empty()).then(|| compute.clone()))];
-        all.extend(rivals.iter().map(|r| contender(Some(r.flags(compute)))));
+        let mut all = vec![contender(None, compute.clone())];
+        all.extend((rivals.iter()).map(|r| contender(Some(r.name()), r.flags(compute))));
         Ok(Contenders { placement, all })
     }
 
     pub fn len(&self) -> usize {
         self.all.len()
+    }
+
+    /// `None` for the run that the flags ask for, which is the first.
+    pub fn name(&self, i: usize) -> Option<&'static str> {
+        self.all[i].name
+    }
+
+    pub fn flags(&self, i: usize) -> &ComputeArgs {
+        &self.all[i].flags
     }
 
     /// Why the cache of contender `i` was stopped, if it was.
@@ -109,9 +120,13 @@ impl<'a> Contenders<'a> {
     /// Puts the engine where contender `i` begins, whatever ran before: the last repetition decoded the
     /// very same text, which a cache would know by now.
     pub fn begin(&mut self, i: usize, engine: &mut Engine) -> anyhow::Result<()> {
+        let alone = self.all.len() == 1;
         let contender = &mut self.all[i];
-        if let Some(flags) = &contender.flags {
-            match load::manager(flags, self.placement) {
+        if alone {
+            // As loaded: perhaps from a saved state.
+            engine.restart_experts()?;
+        } else {
+            match load::manager(&contender.flags, self.placement) {
                 Some(experts) => engine.place(experts).map(drop)?,
                 None => {
                     let slots = self.placement.layers.iter().map(|layer| layer.slots);
@@ -122,8 +137,6 @@ impl<'a> Contenders<'a> {
             contender
                 .calibration
                 .get_or_insert_with(|| engine.notes().to_vec());
-        } else {
-            engine.restart_experts()?;
         }
         // What a first step prepares is no part of a repetition.
         Ok(engine.warm_up()?)

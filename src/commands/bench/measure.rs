@@ -24,8 +24,8 @@ pub struct MeasurePlan {
     pub repetitions: usize,
 }
 
-/// Measures every context with every contender, `[contender][context]`; prompts are cut from the corpus' text from its start, and what is fed after
-/// them, if it is text, from behind.
+/// Measures every context with every contender, `[contender][context]`; prompts are cut from the corpus'
+/// text from its start, and what is fed after them, if it is text, from behind.
 pub fn contexts(
     engine: &mut Engine,
     corpus: &Corpus,

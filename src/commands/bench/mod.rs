@@ -14,14 +14,14 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use sha2::{Digest, Sha256};
 
+use contenders::{Contenders, Rival};
+use predict::Situation;
+
 use super::console::Console;
 use super::machine::{self, HardwareChoice, this_machine};
 use super::plan;
 use super::profile::{self, Settings as ProfileSettings};
 use super::{Failure, cache_state, check_output, load, report, workloads};
-use contenders::{Contenders, Rival};
-use predict::Situation;
-
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::Engine;
 use crate::formats::Document;
@@ -215,12 +215,9 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         )?),
     };
 
-    let rivals = args.against.iter().map(|rival| rival.flags(&args.compute));
-    let flags: Vec<ComputeArgs> = std::iter::once(args.compute.clone())
-        .chain(rivals)
-        .collect();
     let mut written = Vec::new();
-    for (i, (flags, mut contexts)) in flags.iter().zip(contexts).enumerate() {
+    for (i, mut contexts) in contexts.into_iter().enumerate() {
+        let flags = contenders.flags(i);
         let situation = match facts.gpu() {
             Some(_) => predict::situation(flags, &placement.body),
             None => Situation::on_cpu(footprint.num_layers),
@@ -260,9 +257,9 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
             monitor: Some(monitor.clone()).filter(|_| i == 0),
         };
         let document = Document::new(RUN, Some(engine.model_id().clone()), body);
-        let folder = match i {
-            0 => args.output.clone(),
-            _ => args.output.join(args.against[i - 1].name()),
+        let folder = match contenders.name(i) {
+            None => args.output.clone(),
+            Some(rival) => args.output.join(rival),
         };
         std::fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
         document.write(&folder.join("run.json"))?;
@@ -280,8 +277,8 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         console.result(label)?;
     }
     for (i, (document, files)) in written.iter().enumerate() {
-        if i > 0 {
-            console.result(format!("\nagainst {}", args.against[i - 1].name()))?;
+        if let Some(rival) = contenders.name(i) {
+            console.result(format!("\nagainst {rival}"))?;
         }
         console.result(table::render(&document.body))?;
         console.result(files)?;
