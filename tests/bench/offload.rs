@@ -2,21 +2,21 @@
 
 use std::time::{Duration, Instant};
 
+use moectl::backend::ExpertWeights;
 use moectl::backend::cpu::CpuPrecision;
-use moectl::backend::cpu::offload::{LayerExperts, Offload, load_layer};
-use moectl::backend::{ExpertWeights, Result};
+use moectl::backend::cpu::offload::{Asked, LayerExperts, Offload, Request, load_layer};
 
 /// Together more than any cache holds.
-const LAYERS: usize = 24;
+const LAYERS: usize = 48;
 const EXPERTS: usize = 64;
 
 /// Experts of a layer's token.
 const PICKS: [usize; 2] = [4, 10];
 
 /// What the GPU takes between two layers' experts, in microseconds; 0 fetches nothing ahead.
-const WINDOWS_US: [u64; 5] = [0, 30, 60, 120, 1000];
+const WINDOWS_US: [u64; 5] = [0, 30, 60, 120, 180];
 
-const ROUNDS: usize = 40;
+const ROUNDS: usize = 20;
 
 /// Prints, for each number of experts and each window, how long computing them takes from there.
 pub fn offload(expert: &ExpertWeights) {
@@ -35,20 +35,34 @@ pub fn offload(expert: &ExpertWeights) {
         let mut times = vec![Vec::new(); WINDOWS_US.len()];
         let mut cached = Vec::new();
         for round in 0..ROUNDS {
-            for (window, times) in WINDOWS_US.iter().zip(&mut times) {
+            for (&window, times) in WINDOWS_US.iter().zip(&mut times) {
                 for (layer, of_layer) in layers.iter().enumerate() {
-                    let experts = &of_layer.experts;
                     let ids: Vec<i32> = (0..picks)
                         .map(|i| ((round * 29 + layer * 7 + i * 5) % EXPERTS) as i32)
                         .collect();
-                    wait(&mut offload, of_layer, &ids, Duration::from_micros(*window)).unwrap();
-                    let start = Instant::now();
-                    (offload.compute(experts, &ids, &weights, &x, &mut out)).unwrap();
-                    times.push(1e6 * start.elapsed().as_secs_f64());
-                    if *window == 0 {
-                        let start = Instant::now();
-                        (offload.compute(experts, &ids, &weights, &x, &mut out)).unwrap();
-                        cached.push(1e6 * start.elapsed().as_secs_f64());
+                    let asked = Asked {
+                        ids: &ids,
+                        weights: &weights,
+                        x: &x,
+                    };
+                    let mut answer = |window| {
+                        let turn = Turn {
+                            asked,
+                            over: Instant::now() + Duration::from_micros(window),
+                        };
+                        let mut wait = || {
+                            while turn.asked().is_none() {
+                                std::hint::spin_loop();
+                            }
+                            Ok(())
+                        };
+                        (offload.answer(&of_layer.experts, picks, &turn, &mut wait, &mut out))
+                            .unwrap();
+                        1e6 * turn.over.elapsed().as_secs_f64()
+                    };
+                    times.push(answer(window));
+                    if window == 0 {
+                        cached.push(answer(0));
                     }
                 }
             }
@@ -62,15 +76,21 @@ pub fn offload(expert: &ExpertWeights) {
 }
 
 /// The GPU's turn: fetches ahead until it is over.
-fn wait(offload: &mut Offload, layer: &LayerExperts, ids: &[i32], window: Duration) -> Result<()> {
-    let start = Instant::now();
-    if !window.is_zero() {
-        offload.prefetch(&layer.experts, ids, &|| start.elapsed() >= window)?;
+struct Turn<'a> {
+    asked: Asked<'a>,
+    over: Instant,
+}
+
+impl Request for Turn<'_> {
+    fn foreseen(&self) -> Option<&[i32]> {
+        Some(self.asked.ids)
     }
-    while start.elapsed() < window {
-        std::hint::spin_loop();
+
+    fn asked(&self) -> Option<Asked<'_>> {
+        (Instant::now() >= self.over).then_some(self.asked)
     }
-    Ok(())
+
+    fn answered(&self) {}
 }
 
 fn show(name: &str, bytes: f64, us: &mut [f64]) {

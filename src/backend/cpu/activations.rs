@@ -157,9 +157,9 @@ impl IntegerBlocks {
 
 /// See [`IntegerBlocks::parts`].
 pub struct IntegerParts<'a> {
-    int8: Parts<'a, Int8Block>,
-    int16: Parts<'a, Int16Block>,
-    wide: Parts<'a, WideBlock>,
+    pub int8: Parts<'a, Int8Block>,
+    pub int16: Parts<'a, Int16Block>,
+    pub wide: Parts<'a, WideBlock>,
     rows: ByteRowsParts<'a>,
 }
 

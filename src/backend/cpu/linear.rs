@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::activations::{
-    Activations, Block, Int8Block, Int16Block, IntegerBlocks, Integers, WideBlock,
+    Activations, Block, Int8Block, Int16Block, IntegerBlocks, IntegerParts, Integers, WideBlock,
 };
 use super::byte_rows::{ByteRows, ByteRowsView};
 use super::isa::Isa;
@@ -65,6 +65,20 @@ pub struct View<'a> {
     pub rows: ByteRowsView<'a>,
 }
 
+impl<'a> View<'a> {
+    /// One token, for kernels that read no integers.
+    pub fn of_blocks(blocks: &'a [Block]) -> Self {
+        View {
+            tokens: 1,
+            blocks,
+            int8: &[],
+            int16: &[],
+            wide: &[],
+            rows: ByteRowsView::default(),
+        }
+    }
+}
+
 impl Activations {
     pub fn view(&self) -> View<'_> {
         let all = 0..self.blocks.len();
@@ -83,6 +97,37 @@ impl IntegerBlocks {
             wide: self.wide.get(range.clone()).unwrap_or(&[]),
             rows: self.rows.view().slice(range),
         }
+    }
+}
+
+impl IntegerParts<'_> {
+    /// `blocks` of one token, whose integers are `range` of these. Without rows for tiles, which are
+    /// for many tokens.
+    ///
+    /// # Safety
+    /// Nobody writes these integers while the view lives.
+    pub unsafe fn view<'a>(&'a self, blocks: &'a [Block], range: Range<usize>) -> View<'a> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            View {
+                int8: filled(&self.int8, &range),
+                int16: filled(&self.int16, &range),
+                wide: filled(&self.wide, &range),
+                ..View::of_blocks(blocks)
+            }
+        }
+    }
+}
+
+/// `range` of a list, or nothing if it is not filled.
+///
+/// # Safety
+/// As [`Parts::shared`].
+unsafe fn filled<'a, T>(list: &'a Parts<T>, range: &Range<usize>) -> &'a [T] {
+    match list.is_empty() {
+        true => &[],
+        // SAFETY: the caller's promise.
+        false => unsafe { list.shared(range.clone()) },
     }
 }
 

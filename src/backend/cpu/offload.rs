@@ -1,25 +1,35 @@
 //! The experts of one token that a GPU leaves to the CPU, computed where they lie in RAM.
 //!
-//! Two jobs of the pool per layer, as in [`experts`](super::experts), but cut finer: a decode step
-//! has few experts, and sixteen workers want equal shares of them. Sums have the same order for any
-//! number of workers.
+//! One job of the pool per layer, which begins before the layer's request is known:
+//!
+//! ```text
+//! fetch        what will probably be asked for, each worker its share, until the request is there
+//! gate and up  32 rows of an expert at a time
+//! down         32 rows of the sum at a time, waiting for each expert's intermediate values
+//! answer       by whoever finishes the last rows
+//! ```
+//!
+//! Workers go from stage to stage on their own, so nobody stands still but for what is really
+//! missing: a job of the pool costs 4 us on 16 cores, and a decode step has 48 layers. Sums have the
+//! same order for any number of workers.
+
+mod layer;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 
-use bytemuck::cast_slice;
-
+use super::CpuPrecision;
 use super::activations::{Activations, Block, IntegerBlocks};
-use super::experts::{Expert, add_weighted, swiglu};
+use super::experts::Expert;
 use super::isa::Isa;
-use super::layout::{TILE_COLS, TILE_ROWS, Tile};
-use super::linear::{Linear, Panel, View, Weights, add_product};
-use super::load::{self, Request};
+use super::layout::{TILE_COLS, Tile};
+use super::linear::{Linear, Weights, add_product};
+use super::load;
 use super::memory::Huge;
 use super::rms_norm::rms_norm;
 use super::threads::{Parts, Pool};
-use super::{CpuPrecision, layout};
 use crate::backend::{BackendError, ExpertWeights, Result};
+use layer::{Layer, OnPanic, Progress};
 
 /// All routed experts of a layer.
 pub struct LayerExperts {
@@ -38,7 +48,7 @@ pub fn load_layer(
     experts: &[ExpertWeights],
     precision: CpuPrecision,
 ) -> Result<LayerExperts> {
-    let requests: Vec<Request> = experts
+    let requests: Vec<load::Request> = experts
         .iter()
         .flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj])
         .map(|matrix| (matrix, precision))
@@ -63,28 +73,65 @@ pub fn load_layer(
     Ok(LayerExperts { experts, arena })
 }
 
+/// What is asked of the CPU in one layer, as it becomes known. Workers look on from all sides.
+pub trait Request: Sync {
+    /// Experts that will probably be asked for, once that is known.
+    fn foreseen(&self) -> Option<&[i32]>;
+
+    /// What is asked, once it is known.
+    fn asked(&self) -> Option<Asked<'_>>;
+
+    /// Called once, by any worker, when the answer is complete.
+    fn answered(&self);
+}
+
+/// `sum_i weights[i] * experts[ids[i]](x)`, summed in order of `i`.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    pub ids: &'a [i32],
+    pub weights: &'a [f32],
+    /// `[D]`, normed
+    pub x: &'a [f32],
+}
+
+/// A request that is known from the start, and whose answer is seen when the call returns.
+impl Request for Asked<'_> {
+    fn foreseen(&self) -> Option<&[i32]> {
+        None
+    }
+
+    fn asked(&self) -> Option<Asked<'_>> {
+        Some(*self)
+    }
+
+    fn answered(&self) {}
+}
+
 /// Workers and buffers for one token at a time.
 pub struct Offload {
     isa: Isa,
     pool: Pool,
-    x: Activations,
+    /// Of each worker, which is quicker than waiting for one that makes it for all
+    x: Vec<Activations>,
     hidden: Vec<Block>,
     hidden_integers: IntegerBlocks,
-    /// Halves of each block of `hidden` that are done
-    halves: Vec<AtomicU32>,
+    progress: Progress,
 }
 
 impl Offload {
     /// # Errors
     /// If threads cannot be started.
     pub fn new(threads: Option<usize>) -> Result<Self> {
+        let pool = Pool::new(threads)?;
         Ok(Offload {
             isa: Isa::detect()?,
-            pool: Pool::new(threads)?,
-            x: Activations::default(),
+            x: (0..pool.threads())
+                .map(|_| Activations::default())
+                .collect(),
             hidden: Vec::new(),
             hidden_integers: IntegerBlocks::default(),
-            halves: Vec::new(),
+            progress: Progress::new(pool.threads()),
+            pool,
         })
     }
 
@@ -100,123 +147,66 @@ impl Offload {
         self.pool.threads()
     }
 
-    /// `out = sum_i weights[i] * experts[ids[i]](x)`, summed in order of `i`.
-    ///
-    /// - `x`: `[D]`, normed
-    /// - `out`: `[D]`
+    /// Writes what `asked` asks of `experts` to `out`, `[D]`.
     ///
     /// # Errors
     /// An id out of range, or a panic in a worker.
-    pub fn compute(
-        &mut self,
-        experts: &[Expert],
-        ids: &[i32],
-        weights: &[f32],
-        x: &[f32],
-        out: &mut [f32],
-    ) -> Result<()> {
-        if ids.is_empty() {
-            out.fill(0.0);
-            return Ok(());
-        }
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= experts.len()) {
-            let count = experts.len();
-            return Err(BackendError::Other(format!(
-                "expert {id} of {count} was asked for"
-            )));
-        }
-        let chosen: Vec<&Expert> = ids.iter().map(|&id| &experts[id as usize]).collect();
-        let isa = self.isa;
-        self.set_x(x, &chosen[0].gate);
-
-        let blocks = chosen.iter().map(|e| e.blocks()).max().unwrap_or(0);
-        let integers = chosen[0].down.reads_integers();
-        self.hidden.resize(ids.len() * blocks, [0.0; TILE_COLS]);
-        self.hidden_integers
-            .resize(isa, ids.len() * blocks, integers);
-        self.halves
-            .resize_with(ids.len() * blocks, AtomicU32::default);
-        let view = self.x.view();
-        {
-            let hidden = Parts::new(self.hidden.as_flattened_mut());
-            let quantized = self.hidden_integers.parts();
-            let halves = &self.halves;
-            // All experts' first rows come first: so a worker has the same rows of every expert,
-            // whichever experts they are, and finds them where it prefetched them.
-            self.pool.run(2 * blocks * ids.len(), &|item| {
-                let (tile_row, i) = (item / chosen.len(), item % chosen.len());
-                let (block, half) = (i * blocks + tile_row / 2, tile_row % 2);
-                let expert = chosen[i];
-                let start = block * TILE_COLS + half * TILE_ROWS;
-                // SAFETY: every item has its own half of a block.
-                let out = unsafe { hidden.slice(start..start + TILE_ROWS) };
-                gate_and_up(isa, expert, tile_row, view, out);
-                // The second of two halves sees the first one's values.
-                if halves[block].fetch_add(1, Ordering::AcqRel) == 1 {
-                    halves[block].store(0, Ordering::Relaxed);
-                    let whole = block * TILE_COLS..(block + 1) * TILE_COLS;
-                    // SAFETY: both halves are written, and nobody else looks at them in this job.
-                    let whole = unsafe { hidden.slice(whole) };
-                    if let Some(kind) = integers {
-                        let whole: &Block = (&*whole).try_into().expect("a block");
-                        // SAFETY: a block is finished once.
-                        unsafe { quantized.quantize(isa, kind, block, whole) };
-                    }
-                }
-            })?;
-        }
-        let rows = chosen[0].down.rows;
-        assert_eq!(out.len(), rows);
-        let out = Parts::new(out);
-        let (hidden, integers) = (&self.hidden, &self.hidden_integers);
-        self.pool.run(chosen[0].down.tile_rows(), &|tile_row| {
-            let mut sum = [[0.0; TILE_ROWS]];
-            for (i, expert) in chosen.iter().enumerate() {
-                let range = i * blocks..i * blocks + expert.blocks();
-                let h = integers.view(1, hidden, range);
-                let mut c = [[0.0; TILE_ROWS]];
-                expert.down.tile_row(isa, tile_row, h, &[0], &mut c);
-                add_weighted(isa, &c, &[0], &weights[i..i + 1], &mut sum);
-            }
-            let first = tile_row * TILE_ROWS;
-            let last = rows.min(first + TILE_ROWS);
-            // SAFETY: each item has output rows of its own.
-            let out = unsafe { out.slice(first..last) };
-            out.copy_from_slice(&sum[0][..last - first]);
-        })
+    pub fn compute(&mut self, experts: &[Expert], asked: Asked, out: &mut [f32]) -> Result<()> {
+        self.answer(experts, asked.ids.len(), &asked, &mut || Ok(()), out)
     }
 
-    /// Brings experts that will probably be asked for into the caches of the workers that will
-    /// compute them, until `enough` says so.
+    /// Waits for a request to `experts`, all of one size, and writes the answer to `out`, `[D]`.
+    /// Meanwhile workers bring what is foreseen into the caches where they will need it.
+    ///
+    /// - `at_most`: experts in the request
+    /// - `wait`: returns when the request is there; its error ends the call
     ///
     /// # Errors
-    /// A panic in a worker.
-    pub fn prefetch(
+    /// An id out of range, more experts than `at_most`, a panic in a worker, or that of `wait`; the
+    /// request is not answered then.
+    pub fn answer(
         &mut self,
         experts: &[Expert],
-        ids: &[i32],
-        enough: &(dyn Fn() -> bool + Sync),
+        at_most: usize,
+        request: &dyn Request,
+        wait: &mut dyn FnMut() -> Result<()>,
+        out: &mut [f32],
     ) -> Result<()> {
-        let workers = self.pool.threads();
-        self.pool.run(workers, &|worker| {
-            for expert in ids.iter().filter_map(|&id| experts.get(id as usize)) {
-                for linear in [&expert.gate, &expert.up, &expert.down] {
-                    let Weights::Nf4Int16(tiles) = &linear.weights else {
-                        return;
-                    };
-                    let rows = linear.tile_rows();
-                    let kblocks = tiles.range.len() / rows.max(1);
-                    let share = worker * rows / workers..(worker + 1) * rows / workers;
-                    let tiles = &tiles.arena[tiles.range.clone()];
-                    for tiles in tiles[share.start * kblocks..share.end * kblocks].chunks(4) {
-                        if enough() {
-                            return;
-                        }
-                        touch(cast_slice(tiles));
-                    }
-                }
+        let Some(first) = experts.first() else {
+            return Err(BackendError::Other(
+                "a layer without experts was asked".into(),
+            ));
+        };
+        let (isa, blocks) = (self.isa, first.blocks());
+        assert_eq!(out.len(), first.down.rows);
+        let integers = first.down.reads_integers();
+        self.hidden.resize(at_most * blocks, [0.0; TILE_COLS]);
+        self.hidden_integers.resize(isa, at_most * blocks, integers);
+        self.progress.begin(at_most, blocks);
+        let layer = Layer {
+            isa,
+            workers: self.pool.threads(),
+            experts,
+            at_most,
+            blocks,
+            request,
+            progress: &self.progress,
+            x: Parts::new(&mut self.x),
+            hidden: Parts::new(self.hidden.as_flattened_mut()),
+            hidden_integers: integers.map(|kind| (kind, self.hidden_integers.parts())),
+            out: Parts::new(out),
+        };
+        self.pool.beside(&|worker| layer.work(worker), || {
+            let _failed = OnPanic(&layer.progress.failed);
+            // Whoever waits here must see a GPU that stands still, which `wait` does.
+            layer.fetch(0, request.foreseen().unwrap_or(&[]));
+            let known = wait().and_then(|()| layer.check());
+            match known {
+                Ok(()) => layer.compute(0),
+                Err(_) => layer.progress.failed.store(true, Ordering::Relaxed),
             }
-        })
+            known
+        })?
     }
 
     /// `out = linear norm(hidden)`: the output head of one token.
@@ -234,57 +224,35 @@ impl Offload {
         eps: f32,
         out: &mut [f32],
     ) -> Result<()> {
-        let mut x = vec![0.0; hidden.len()];
-        rms_norm(self.isa, hidden, scale, eps, &mut x);
-        self.set_x(&x, linear);
+        let mut normed = vec![0.0; hidden.len()];
+        rms_norm(self.isa, hidden, scale, eps, &mut normed);
+        let x = &mut self.x[0];
+        prepare(self.isa, x, &normed, linear);
         out.fill(0.0);
-        add_product(&mut self.pool, self.isa, linear, self.x.view(), &[0], out)
-    }
-
-    /// Cuts `x` into blocks, and quantises them as `linear` reads them.
-    fn set_x(&mut self, x: &[f32], linear: &Linear) {
-        let integers = linear.reads_integers();
-        self.x.resize(self.isa, 1, x.len(), integers);
-        let values = self.x.blocks.as_flattened_mut();
-        values[..x.len()].copy_from_slice(x);
-        values[x.len()..].fill(0.0);
-        if let Some(kind) = integers {
-            let quantized = self.x.integers.parts();
-            for (i, block) in self.x.blocks.iter().enumerate() {
-                // SAFETY: one thread.
-                unsafe { quantized.quantize(self.isa, kind, i, block) };
-            }
-        }
+        add_product(&mut self.pool, self.isa, linear, x.view(), &[0], out)
     }
 }
 
-/// Asks for every line of `bytes`.
-fn touch(bytes: &[u8]) {
-    const LINE: usize = 64;
-    for line in bytes.chunks(LINE) {
-        #[cfg(target_arch = "x86_64")]
-        // SAFETY: SSE is part of x86-64, and a prefetch faults on no address.
-        unsafe {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+/// Cuts `values` into blocks, and quantises them as `linear` reads them.
+fn prepare(isa: Isa, x: &mut Activations, values: &[f32], linear: &Linear) {
+    let integers = linear.reads_integers();
+    x.resize(isa, 1, values.len(), integers);
+    let padded = x.blocks.as_flattened_mut();
+    padded[..values.len()].copy_from_slice(values);
+    padded[values.len()..].fill(0.0);
+    if let Some(kind) = integers {
+        let quantized = x.integers.parts();
+        for (i, block) in x.blocks.iter().enumerate() {
+            // SAFETY: one thread.
+            unsafe { quantized.quantize(isa, kind, i, block) };
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        std::hint::black_box(line[0]);
     }
-}
-
-/// 32 intermediate values: `silu(gate x) * up x` of rows `32 tile_row ..`.
-fn gate_and_up(isa: Isa, expert: &Expert, tile_row: usize, x: View, out: &mut [f32]) {
-    let (mut gate, mut up): ([Panel; 1], [Panel; 1]) = Default::default();
-    expert.gate.tile_row(isa, tile_row, x, &[0], &mut gate);
-    expert.up.tile_row(isa, tile_row, x, &[0], &mut up);
-    let mut block = [[0.0; layout::TILE_COLS]];
-    swiglu(isa, &gate, &up, 0, &mut block);
-    out.copy_from_slice(&block[0][..TILE_ROWS]);
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
     use crate::backend::Routing;
     use crate::backend::cpu::experts::{Buffers, add_experts};
@@ -317,9 +285,12 @@ mod tests {
                 let topk_weights = vec![0.5, 0.3, 0.2];
                 let mut out = vec![f32::NAN; dim];
                 for _ in 0..2 {
-                    offload
-                        .compute(&layer.experts, &ids, &topk_weights, &x, &mut out)
-                        .unwrap();
+                    let asked = Asked {
+                        ids: &ids,
+                        weights: &topk_weights,
+                        x: &x,
+                    };
+                    offload.compute(&layer.experts, asked, &mut out).unwrap();
                 }
                 let routing = Routing {
                     num_experts_per_tok: 3,
@@ -336,7 +307,7 @@ mod tests {
                     &shared,
                     &routing,
                     &[0.0],
-                    &offload.x,
+                    &offload.x[0],
                     &[0],
                     &mut Buffers::default(),
                     &mut expected,
@@ -355,14 +326,81 @@ mod tests {
         let layer = load_layer(offload.pool(), &layer(2, 64, 64), CpuPrecision::Int16).unwrap();
         let mut out = vec![1.0; 64];
         let x = vec![0.0; 64];
+        let asked = |ids, weights| Asked {
+            ids,
+            weights,
+            x: &x,
+        };
         offload
-            .compute(&layer.experts, &[], &[], &x, &mut out)
+            .compute(&layer.experts, asked(&[], &[]), &mut out)
             .unwrap();
         assert!(out.iter().all(|&v| v == 0.0));
-        assert!(
-            offload
-                .compute(&layer.experts, &[2], &[1.0], &x, &mut out)
-                .is_err()
-        );
+        let unknown = offload.compute(&layer.experts, asked(&[2], &[1.0]), &mut out);
+        assert!(unknown.is_err());
+        let many = asked(&[0, 1], &[1.0, 1.0]);
+        let too_many = offload.answer(&layer.experts, 1, &many, &mut || Ok(()), &mut out);
+        assert!(too_many.is_err());
+    }
+
+    /// Asks after a while, as a GPU does.
+    struct Later<'a> {
+        asked: Asked<'a>,
+        looks: AtomicUsize,
+        answers: AtomicUsize,
+    }
+
+    impl Request for Later<'_> {
+        fn foreseen(&self) -> Option<&[i32]> {
+            let looks = self.looks.fetch_add(1, Ordering::Relaxed);
+            // An expert that does not exist must be no worse than one that is not asked for.
+            (looks > 50).then_some(&[1, 0, 99])
+        }
+
+        fn asked(&self) -> Option<Asked<'_>> {
+            let looks = self.looks.fetch_add(1, Ordering::Relaxed);
+            (looks > 500).then_some(self.asked)
+        }
+
+        fn answered(&self) {
+            self.answers.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn requests_are_answered_once_and_an_error_while_waiting_ends_the_layer() {
+        for threads in [1, 2] {
+            let mut offload = Offload::new(Some(threads)).unwrap();
+            let layer =
+                load_layer(offload.pool(), &layer(3, 128, 64), CpuPrecision::Int16).unwrap();
+            let (x, mut out) = (random_vector(128, 5), vec![0.0; 128]);
+            let asked = Asked {
+                ids: &[2, 0],
+                weights: &[0.6, 0.4],
+                x: &x,
+            };
+            let mut expected = out.clone();
+            (offload.compute(&layer.experts, asked, &mut expected)).unwrap();
+            for round in 0..100 {
+                let later = Later {
+                    asked,
+                    looks: AtomicUsize::new(0),
+                    answers: AtomicUsize::new(0),
+                };
+                let mut wait = || match round % 3 {
+                    0 => Err(BackendError::Other("the GPU stands still".into())),
+                    _ => {
+                        while later.asked().is_none() {}
+                        Ok(())
+                    }
+                };
+                out.fill(f32::NAN);
+                let answer = offload.answer(&layer.experts, 4, &later, &mut wait, &mut out);
+                assert_eq!(answer.is_ok(), round % 3 != 0);
+                if answer.is_ok() {
+                    assert_eq!(later.answers.into_inner(), 1);
+                    assert_eq!(out, expected);
+                }
+            }
+        }
     }
 }

@@ -33,10 +33,9 @@ pub struct Pool {
 struct Shared {
     /// Number of the latest job, whether it is open, and how many workers are in it; see [`Gate`].
     gate: Padded<AtomicU64>,
-    /// The latest job; written only while it is closed and nobody is in it.
-    job: UnsafeCell<Option<*const Job<'static>>>,
-    /// Items that each worker starts with; others may take from them.
-    ranges: Vec<Padded<ItemRange>>,
+    /// The latest job and its items; written only while it is closed and nobody is in it.
+    job: UnsafeCell<Option<(*const Job<'static>, usize)>>,
+    shares: Shares,
     sleeping: Vec<Padded<AtomicBool>>,
     stop: AtomicBool,
     panicked: Mutex<Option<String>>,
@@ -71,10 +70,43 @@ impl Gate {
     }
 }
 
-#[derive(Default)]
-struct ItemRange {
-    next: AtomicUsize,
-    end: AtomicUsize,
+/// Items that workers share out among themselves: each begins with its own equal part of neighbouring
+/// items, the same one every time, and then helps the others.
+pub struct Shares {
+    /// Items taken of each worker's part
+    taken: Vec<Padded<AtomicUsize>>,
+}
+
+impl Shares {
+    pub fn new(workers: usize) -> Self {
+        Shares {
+            taken: (0..workers).map(|_| Padded::default()).collect(),
+        }
+    }
+
+    /// All items may be taken again. Nobody may be taking any.
+    pub fn reset(&self) {
+        for Padded(taken) in &self.taken {
+            taken.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// Runs `job(item)` for items below `items`, which is the same for all workers, until all are taken.
+    pub fn take(&self, worker: usize, items: usize, mut job: impl FnMut(usize)) {
+        let workers = self.taken.len();
+        for turn in 0..workers {
+            let victim = (worker + turn) % workers;
+            let (first, end) = (victim * items / workers, (victim + 1) * items / workers);
+            let Padded(taken) = &self.taken[victim];
+            while taken.load(Ordering::Relaxed) < end - first {
+                let item = first + taken.fetch_add(1, Ordering::Relaxed);
+                if item >= end {
+                    break;
+                }
+                job(item);
+            }
+        }
+    }
 }
 
 /// Two cache lines of its own, since processors fetch lines in pairs.
@@ -99,7 +131,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             gate: Padded::default(),
             job: UnsafeCell::new(None),
-            ranges: cores.iter().map(|_| Padded::default()).collect(),
+            shares: Shares::new(cores.len()),
             sleeping: cores.iter().map(|_| Padded::default()).collect(),
             stop: AtomicBool::new(false),
             panicked: Mutex::new(None),
@@ -127,31 +159,49 @@ impl Pool {
         self.workers.len() + 1
     }
 
-    /// Runs `job(item)` once for every item below `items`, in no fixed order, and waits.
-    ///
-    /// Each worker begins with its own equal share of neighbouring items, the same one every time,
-    /// and then helps the others.
+    /// Runs `job(item)` once for every item below `items`, in no fixed order, and waits. How items are
+    /// shared out: [`Shares`].
     ///
     /// # Errors
     /// If `job` panicked; some items may then not have run.
     pub fn run(&mut self, items: usize, job: &Job) -> Result<()> {
-        let threads = self.threads();
-        if threads == 1 || items <= 1 {
+        if self.threads() == 1 || items <= 1 {
             return catch(|| (0..items).for_each(job));
         }
-        let shared = &*self.shared;
-        for (id, Padded(range)) in shared.ranges.iter().enumerate() {
-            range.next.store(id * items / threads, Ordering::Relaxed);
-            range
-                .end
-                .store((id + 1) * items / threads, Ordering::Relaxed);
+        self.shared.shares.reset();
+        self.open(items, job);
+        // When this returns, every item has been claimed.
+        self.shared.work(0, job, items);
+        self.close()
+    }
+
+    /// Runs `own` here while the other workers run `job(worker)`, once for each that has a core
+    /// meanwhile, and waits for both.
+    ///
+    /// # Errors
+    /// If either panicked.
+    pub fn beside<T>(&mut self, job: &Job, own: impl FnOnce() -> T) -> Result<T> {
+        if self.threads() == 1 {
+            return catch(own);
         }
+        self.shared.shares.reset();
+        // Worker 0 is this thread.
+        self.shared.shares.taken[0].0.store(1, Ordering::Relaxed);
+        self.open(self.threads(), job);
+        let result = catch(own);
+        self.close()?;
+        result
+    }
+
+    /// Lets workers in. Whoever calls this must also call [`close`](Pool::close), whatever happens.
+    fn open(&self, items: usize, job: &Job) {
+        let shared = &*self.shared;
         // SAFETY: only the lifetime changes. Workers use the pointer between here and the moment
-        // the gate is closed and empty again, which is awaited below, and nothing in between
+        // the gate is closed and empty again, which the caller awaits, and nothing in between
         // returns or unwinds.
         let pointer: *const Job<'static> = unsafe { std::mem::transmute(job as *const Job) };
         // SAFETY: the gate is closed and empty, so no worker reads the job now.
-        unsafe { *shared.job.get() = Some(pointer) };
+        unsafe { *shared.job.get() = Some((pointer, items)) };
         let number = Gate(shared.gate.0.load(Ordering::Relaxed)).job() + 1;
         let open = number << 17 | Gate::OPEN;
         shared.gate.0.store(open, Ordering::SeqCst);
@@ -160,9 +210,11 @@ impl Pool {
                 worker.thread().unpark();
             }
         }
+    }
 
-        // When this returns, every item has been claimed.
-        shared.work(0, job);
+    /// Lets nobody in any more, and waits for those inside.
+    fn close(&self) -> Result<()> {
+        let shared = &*self.shared;
         shared.gate.0.fetch_and(!Gate::OPEN, Ordering::AcqRel);
         let mut waiting = Backoff::default();
         while Gate(shared.gate.0.load(Ordering::Acquire)).inside() > 0 {
@@ -215,8 +267,9 @@ impl Shared {
         while let Some(number) = self.enter(id, last) {
             last = number;
             // SAFETY: this worker is inside the gate, so the job stays as it is, and alive.
-            let job = unsafe { &*(*self.job.get()).expect("an open gate has a job") };
-            self.work(id, job);
+            let (job, items) = unsafe { (*self.job.get()).expect("an open gate has a job") };
+            // SAFETY: as above.
+            self.work(id, unsafe { &*job }, items);
             self.gate.0.fetch_sub(1, Ordering::Release);
         }
     }
@@ -260,22 +313,9 @@ impl Shared {
         self.sleeping[id].0.store(false, Ordering::SeqCst);
     }
 
-    /// Claims and runs items: own ones first, then those of the others in turn.
-    fn work(&self, id: usize, job: &Job) {
-        let result = catch(|| {
-            for victim in 0..self.ranges.len() {
-                let Padded(range) = &self.ranges[(id + victim) % self.ranges.len()];
-                let end = range.end.load(Ordering::Relaxed);
-                while range.next.load(Ordering::Relaxed) < end {
-                    let item = range.next.fetch_add(1, Ordering::Relaxed);
-                    if item >= end {
-                        break;
-                    }
-                    job(item);
-                }
-            }
-        });
-        if let Err(error) = result {
+    /// Claims and runs items.
+    fn work(&self, id: usize, job: &Job, items: usize) {
+        if let Err(error) = catch(|| self.shares.take(id, items, job)) {
             self.panicked
                 .lock()
                 .unwrap()
@@ -285,7 +325,7 @@ impl Shared {
 }
 
 /// Spins, then yields, so that a worker whose core has other work does not hold it up.
-struct Backoff {
+pub struct Backoff {
     since: Option<Instant>,
     spins: u32,
     waited: Duration,
@@ -303,7 +343,7 @@ impl Default for Backoff {
 
 impl Backoff {
     /// Waits a moment; returns how long it has been in all, looking at the clock now and then.
-    fn pause(&mut self) -> Duration {
+    pub fn pause(&mut self) -> Duration {
         self.spins += 1;
         if self.spins.is_multiple_of(64) {
             self.waited = self.since.get_or_insert_with(Instant::now).elapsed();
@@ -317,7 +357,7 @@ impl Backoff {
     }
 }
 
-fn catch(f: impl FnOnce()) -> Result<()> {
+fn catch<T>(f: impl FnOnce() -> T) -> Result<T> {
     catch_unwind(AssertUnwindSafe(f)).map_err(|payload| panic_error(panic_message(&*payload)))
 }
 
@@ -350,6 +390,20 @@ impl<'a, T> Parts<'a, T> {
             len: data.len(),
             lifetime: PhantomData,
         }
+    }
+
+    /// The elements in `range`, to read.
+    ///
+    /// # Safety
+    /// Nobody writes them while the slice lives.
+    pub unsafe fn shared(&self, range: Range<usize>) -> &[T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: in bounds by the assertion, unchanged by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.len()) }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
     }
 
     /// The elements in `range`.
@@ -420,6 +474,40 @@ mod tests {
             assert!(error.contains("item 57"), "{error}");
             pool.run(100, &|_| {}).unwrap();
         }
+    }
+
+    #[test]
+    fn workers_run_beside_their_caller_and_are_awaited() {
+        for mut pool in [crowded(), Pool::new(Some(1)).unwrap()] {
+            for round in 0..100 {
+                let left = AtomicUsize::new(0);
+                let own = pool.beside(
+                    &|worker| {
+                        assert!((1..4).contains(&worker));
+                        left.fetch_add(1, Ordering::Relaxed);
+                    },
+                    || round,
+                );
+                assert_eq!(own.unwrap(), round);
+                assert!(left.into_inner() <= 3);
+            }
+            let error = pool.beside(&|_| {}, || panic!("own")).unwrap_err();
+            assert!(error.to_string().contains("own"), "{error}");
+        }
+        let mut pool = crowded();
+        let entered = AtomicBool::new(false);
+        let waiting = || {
+            while !entered.load(Ordering::Relaxed) {
+                thread::yield_now();
+            }
+        };
+        let panics = |_: usize| {
+            entered.store(true, Ordering::Relaxed);
+            panic!("beside");
+        };
+        let error = pool.beside(&panics, waiting).unwrap_err();
+        assert!(error.to_string().contains("beside"), "{error}");
+        pool.run(100, &|_| {}).unwrap();
     }
 
     #[test]

@@ -99,6 +99,13 @@ pub struct Handoff {
     pub padding: [i32; 2],
 }
 
+impl Handoff {
+    /// The experts that the CPU is to compute.
+    pub fn experts(&self) -> &[i32] {
+        &self.cpu_ids[..(self.num_cpu.max(0) as usize).min(MAX_TOP_K)]
+    }
+}
+
 /// Keys and values of one layer.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]

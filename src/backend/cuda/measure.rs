@@ -11,6 +11,7 @@ use super::device::{Buffer, Event, Pinned, Stream};
 use super::weights::Mixer;
 use super::{Cuda, Residency};
 use crate::backend::cpu::layout::{TILE_COLS, TILE_ROWS, Tile};
+use crate::backend::cpu::offload::Asked;
 use crate::backend::{BackendError, Result};
 use crate::hardware::gpu_probe::{CopyRate, GpuProbe, Micros};
 use crate::hardware::probe::{Rate, median};
@@ -186,7 +187,12 @@ impl Cuda {
             round += k;
             for layer in layers {
                 let ids: Vec<i32> = (0..k).map(|i| ((round + i) % experts) as i32).collect();
-                offload.compute(&layer.experts, &ids, &vec![0.1; k], &x, &mut out)?;
+                let asked = Asked {
+                    ids: &ids,
+                    weights: &vec![0.1; k],
+                    x: &x,
+                };
+                offload.compute(&layer.experts, asked, &mut out)?;
             }
             Ok(start.elapsed().as_secs_f64())
         };

@@ -8,11 +8,11 @@
 mod best;
 mod measure;
 mod record;
+mod serve;
 
 pub use best::finds;
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::abi::{DECISION_BYTES, ExpertLayout, Handoff, Step};
@@ -23,9 +23,7 @@ use super::state::SequenceState;
 use super::store::ExpertStore;
 use super::weights::{DenseWeights, Head};
 use crate::backend::cpu::offload::Offload;
-use crate::backend::{
-    BackendError, DecodeTimes, LayerPicks, ModelShape, Result, Routing, StepTimes,
-};
+use crate::backend::{DecodeTimes, LayerPicks, ModelShape, Result, Routing, StepTimes};
 
 /// The GPU must reach the next layer within this time.
 const WATCHDOG: Duration = Duration::from_secs(30);
@@ -358,120 +356,5 @@ impl Decode {
         };
         let (hidden, logits) = (self.host_hidden.as_slice(), self.host_logits.as_mut_slice());
         offload.head(linear, hidden, norm, model.shape.rms_norm_eps, logits)
-    }
-
-    /// Computes what each layer leaves to the CPU, as the GPU gets there, and hands over the other
-    /// parts of the step: each when the GPU begins with the one before it.
-    fn serve(
-        &mut self,
-        model: &Model,
-        offload: &mut Offload,
-        graphs: usize,
-        times: &mut StepTimes,
-    ) -> Result<()> {
-        let dim = model.shape.hidden_size;
-        let layers = model.shape.num_layers();
-        let (mut part, mut next_part) = (0, 0);
-        let mut now = Instant::now();
-        for layer in 0..layers {
-            if layer == next_part {
-                part += 1;
-                let parts = &self.graphs[graphs].1;
-                if let Some(graph) = parts.get(part) {
-                    // SAFETY: as in `step`.
-                    unsafe { model.stream.launch_graph(graph)? };
-                    next_part = part_of(layers, parts.len(), part).start;
-                }
-            }
-            if self.side.is_some() && layer > 0 {
-                self.prefetch(layer, model, offload)?;
-            }
-            self.wait_ready(layer, model)?;
-            let ready = Instant::now();
-            times.wait_gpu_s += (ready - now).as_secs_f64();
-            let handoff = self.handoffs.pointer(layer);
-            // SAFETY: the GPU released it with `ready`, and writes it again in the next step.
-            let handoff = unsafe { handoff.read_volatile() };
-            let count = (handoff.num_cpu.max(0) as usize).min(handoff.cpu_ids.len());
-            if count > 0 {
-                // SAFETY: as above; `[layers, dim]` floats.
-                let x =
-                    unsafe { std::slice::from_raw_parts(self.handoff_x.pointer(layer * dim), dim) };
-                // SAFETY: the GPU reads this only after `done` is set below.
-                let out = unsafe {
-                    std::slice::from_raw_parts_mut(self.cpu_out.pointer(layer * dim), dim)
-                };
-                let experts = &model.store.layers[layer].experts;
-                let (ids, weights) = (&handoff.cpu_ids[..count], &handoff.cpu_weights[..count]);
-                offload.compute(experts, ids, weights, x, out)?;
-            } else {
-                let out = self.cpu_out.as_mut_slice();
-                out[layer * dim..(layer + 1) * dim].fill(0.0);
-            }
-            self.set_done(layer, 1);
-            now = Instant::now();
-            times.cpu_experts_s += (now - ready).as_secs_f64();
-        }
-        Ok(())
-    }
-
-    /// Fetches what `layer` will probably ask for, until it asks.
-    fn prefetch(&self, layer: usize, model: &Model, offload: &mut Offload) -> Result<()> {
-        let (asked, foreseen) = (self.ready(layer), self.foreseen.pointer(layer));
-        // SAFETY: `ready` is the first field, a u32 that the GPU stores.
-        let known = unsafe { AtomicU32::from_ptr(foreseen.cast()) };
-        let mut spins = 0u32;
-        while known.load(Ordering::Acquire) != self.number {
-            // A GPU that stands still is noticed by `wait_ready`.
-            spins += 1;
-            if asked.load(Ordering::Acquire) == self.number || spins > 1 << 20 {
-                return Ok(());
-            }
-            std::hint::spin_loop();
-        }
-        // SAFETY: the GPU released it with `ready`, and writes it again in the next step.
-        let foreseen = unsafe { foreseen.read_volatile() };
-        let count = (foreseen.num_cpu.max(0) as usize).min(foreseen.cpu_ids.len());
-        let experts = &model.store.layers[layer].experts;
-        let number = self.number;
-        let enough = move || asked.load(Ordering::Relaxed) == number;
-        offload.prefetch(experts, &foreseen.cpu_ids[..count], &enough)
-    }
-
-    /// The number of the last step whose router of `layer` has chosen.
-    fn ready(&self, layer: usize) -> &AtomicU32 {
-        let ready = self.handoffs.pointer(layer).cast::<u32>();
-        // SAFETY: `ready` is the first field, a u32 that only the GPU stores.
-        unsafe { AtomicU32::from_ptr(ready) }
-    }
-
-    fn set_done(&self, layer: usize, done: u32) {
-        // SAFETY: a u32 that only atomics and the GPU touch.
-        unsafe { AtomicU32::from_ptr(self.done.pointer(layer)) }.store(done, Ordering::Release);
-    }
-
-    /// Spins until the router of `layer` has chosen.
-    fn wait_ready(&self, layer: usize, model: &Model) -> Result<()> {
-        let ready = self.ready(layer);
-        let mut spins = 0u32;
-        let mut since = None;
-        while ready.load(Ordering::Acquire) != self.number {
-            std::hint::spin_loop();
-            spins = spins.wrapping_add(1);
-            if spins.is_multiple_of(1 << 14) {
-                // A kernel that failed never gets here: the stream tells.
-                let idle = model.stream.is_idle()?;
-                let since = *since.get_or_insert_with(Instant::now);
-                if idle || since.elapsed() > WATCHDOG {
-                    return Err(BackendError::Other(format!(
-                        "the GPU did not reach layer {layer} of step {} within {} s{}",
-                        self.number,
-                        since.elapsed().as_secs(),
-                        if idle { ", though it has finished" } else { "" },
-                    )));
-                }
-            }
-        }
-        Ok(())
     }
 }
