@@ -10,7 +10,7 @@ use crate::formats::Document;
 use crate::formats::document::HARDWARE;
 use crate::hardware::gpu_probe::Micros;
 use crate::hardware::{GpuProbe, GpuReport, HardwareBody, Rate};
-use crate::planning::hardware::{CopyRate, Cpu, Figure, Gpu, Hardware, KNOWN};
+use crate::planning::hardware::{CopyRate, Cpu, ExpertWait, Figure, Gpu, Hardware, KNOWN};
 
 /// hardware.json as `doctor` writes it: what the machine is, and what plans are made from.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -144,6 +144,7 @@ fn measured_gpu(probe: &GpuProbe) -> Gpu {
             })
             .collect(),
         cpu_and_pcie_gb_s: Some(figure(&probe.cpu_and_pcie)),
+        expert_wait: waits(probe),
         // Prefill's arithmetic is not measured.
         gemm_tflops: Figure::modelled(like.gemm_tflops.value),
         attention_tflops: Figure::modelled(like.attention_tflops.value),
@@ -151,6 +152,27 @@ fn measured_gpu(probe: &GpuProbe) -> Gpu {
         // The difference of two steps; a flag alone takes that much at least.
         flag_round_trip_us: duration(&probe.flag_round_trip, &probe.handoff),
     }
+}
+
+/// The measured waits, each a little longer than those before it: where next to nothing is missing,
+/// or a neighbour was busy, the order is noise.
+fn waits(probe: &GpuProbe) -> Vec<ExpertWait> {
+    let mut waits: Vec<ExpertWait> = Vec::new();
+    for wait in &probe.expert_wait {
+        let before = waits
+            .last()
+            .map_or((0.0, 0.0), |w| (w.missing_bytes, w.us.value));
+        if wait.missing_bytes > before.0 {
+            waits.push(ExpertWait {
+                missing_bytes: wait.missing_bytes,
+                us: Figure {
+                    mad: Some(wait.time.mad_us),
+                    ..Figure::measured(wait.time.median_us.max(before.1 + 0.1))
+                },
+            });
+        }
+    }
+    waits
 }
 
 /// The known machine that is most like this one, to plan for before anything is measured.

@@ -31,6 +31,9 @@ pub struct GpuProbe {
     pub cpu_and_pcie: Rate,
     /// Of the missing experts, percent that the GPU read then
     pub pcie_share_percent: usize,
+    /// What the experts of a layer take in whole decode steps, by how much of them is missing
+    #[serde(default)]
+    pub expert_wait: Vec<ExpertWait>,
     /// A kernel tells the CPU, which sets the flag that the next one waits for
     pub flag_round_trip: Micros,
     /// A kernel of a captured graph that has next to nothing to do
@@ -46,6 +49,15 @@ pub struct GpuProbe {
 pub struct CopyRate {
     pub bytes: u64,
     pub rate: Rate,
+}
+
+/// Some of a token's experts in VRAM, the others in RAM.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ExpertWait {
+    /// Of a layer and token in RAM, mean
+    pub missing_bytes: f64,
+    /// All experts of the layer
+    pub time: Micros,
 }
 
 /// Repetitions of one short thing.
@@ -94,12 +106,21 @@ impl GpuProbe {
     }
 
     /// Every duration by name.
-    pub fn durations(&self) -> [(&'static str, &Micros); 4] {
-        [
-            ("flag round trip", &self.flag_round_trip),
-            ("kernel in a graph", &self.kernel_node),
-            ("kernel of a step", &self.step_kernel),
-            ("hand-off of a layer", &self.handoff),
-        ]
+    pub fn durations(&self) -> Vec<(String, &Micros)> {
+        let mut durations = vec![
+            ("flag round trip".to_string(), &self.flag_round_trip),
+            ("kernel in a graph".into(), &self.kernel_node),
+            ("kernel of a step".into(), &self.step_kernel),
+            ("hand-off of a layer".into(), &self.handoff),
+        ];
+        for ExpertWait {
+            missing_bytes,
+            time,
+        } in &self.expert_wait
+        {
+            let missing = missing_bytes / 1e6;
+            durations.push((format!("experts of a layer, {missing:.1} MB missing"), time));
+        }
+        durations
     }
 }

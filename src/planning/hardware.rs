@@ -60,6 +60,10 @@ pub struct Gpu {
     /// Absent: the CPU alone computes what is missing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_and_pcie_gb_s: Option<Figure>,
+    /// What the experts of a layer and token take in whole steps, by how many bytes of them are not in
+    /// VRAM, ascending. Empty: as the rates have it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub expert_wait: Vec<ExpertWait>,
     pub gemm_tflops: Figure,
     pub attention_tflops: Figure,
     pub kernel_boundary_us: Figure,
@@ -71,6 +75,12 @@ pub struct Gpu {
 pub struct CopyRate {
     pub bytes: u64,
     pub gb_s: Figure,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExpertWait {
+    pub missing_bytes: f64,
+    pub us: Figure,
 }
 
 /// A machine that cannot be: a file may say anything.
@@ -112,6 +122,22 @@ impl Gpu {
     /// At which the kernels of a decode step read weights and KV cache.
     pub fn weight_read_gb_s(&self) -> f64 {
         self.vram_gb_s.value * self.weight_kernel_share.value
+    }
+
+    /// Microseconds that the experts of a layer and token take with so many bytes missing: on straight
+    /// lines from none through the measured points, and on beyond them. `None` if none was measured.
+    pub fn expert_wait_us(&self, missing_bytes: f64) -> Option<f64> {
+        let point = |i: usize| match i.checked_sub(1) {
+            Some(i) => (
+                self.expert_wait[i].missing_bytes,
+                self.expert_wait[i].us.value,
+            ),
+            None => (0.0, 0.0),
+        };
+        let last = self.expert_wait.len().checked_sub(1)?;
+        let before = (self.expert_wait).partition_point(|w| w.missing_bytes < missing_bytes);
+        let ((low, from), (high, to)) = (point(before.min(last)), point(before.min(last) + 1));
+        Some(from + (to - from) * (missing_bytes - low) / (high - low))
     }
 
     /// Copy bandwidth at a size: between two measured sizes by the logarithm, beyond them the
@@ -197,6 +223,9 @@ impl Hardware {
             Some(gpu) if !gpu.h2d.is_sorted_by(|a, b| a.bytes < b.bytes) => {
                 wrong("ascending order of h2d", 0.0)
             }
+            Some(gpu) if !is_ascending(&gpu.expert_wait) => {
+                wrong("ascending order of expert_wait", 0.0)
+            }
             _ => Ok(()),
         }
     }
@@ -220,9 +249,20 @@ impl Hardware {
             ]);
             figures.extend(gpu.h2d.iter().map(|rate| ("h2d gb_s", rate.gb_s)));
             figures.extend(gpu.cpu_and_pcie_gb_s.map(|f| ("cpu_and_pcie_gb_s", f)));
+            figures.extend(
+                gpu.expert_wait
+                    .iter()
+                    .map(|wait| ("expert_wait us", wait.us)),
+            );
         }
         figures
     }
+}
+
+/// From some bytes on, each more than the one before.
+fn is_ascending(waits: &[ExpertWait]) -> bool {
+    waits.first().is_none_or(|w| w.missing_bytes > 0.0)
+        && waits.is_sorted_by(|a, b| a.missing_bytes < b.missing_bytes)
 }
 
 #[cfg(test)]
@@ -259,6 +299,34 @@ mod tests {
         assert_eq!(gpu.h2d_gb_s(1 << 40), 55.0);
         let between = gpu.h2d_gb_s(5_000_000);
         assert!(between > 52.0 && between < 53.0, "{between}");
+    }
+
+    #[test]
+    fn waits_lie_on_lines_through_what_was_measured() {
+        let mut gpu = Hardware::laptop_4090().gpu.unwrap();
+        assert_eq!(gpu.expert_wait_us(1e6), None);
+        let wait = |missing_bytes, us| ExpertWait {
+            missing_bytes,
+            us: Figure::measured(us),
+        };
+        gpu.expert_wait = vec![wait(2e6, 30.0), wait(4e6, 40.0)];
+        for (bytes, us) in [
+            (0.0, 0.0),
+            (1e6, 15.0),
+            (2e6, 30.0),
+            (3e6, 35.0),
+            (6e6, 50.0),
+        ] {
+            assert_eq!(gpu.expert_wait_us(bytes), Some(us));
+        }
+        gpu.expert_wait.swap(0, 1);
+        let mut machine = Hardware::laptop_4090();
+        machine.gpu = Some(gpu);
+        let message = machine.check().unwrap_err().to_string();
+        assert!(
+            message.contains("ascending order of expert_wait"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -103,7 +103,7 @@ fn measured(probe: &GpuProbe) -> Vec<(&'static str, String)> {
     )];
     let rates = probe.rates().into_iter();
     lines.extend(rates.map(|(name, r)| ("", format!("{name}: {}", rate(r)))));
-    lines.extend(probe.durations().map(|(name, d)| {
+    lines.extend(probe.durations().into_iter().map(|(name, d)| {
         let (median, mad) = (d.median_us, d.mad_us);
         let text = format!(
             "{name}: {median:.1} ± {mad:.1} us median of {}",

@@ -13,7 +13,7 @@ use super::{Cuda, Residency};
 use crate::backend::cpu::layout::{TILE_COLS, TILE_ROWS, Tile};
 use crate::backend::cpu::offload::Asked;
 use crate::backend::{BackendError, Result};
-use crate::hardware::gpu_probe::{CopyRate, GpuProbe, Micros};
+use crate::hardware::gpu_probe::{CopyRate, ExpertWait, GpuProbe, Micros};
 use crate::hardware::probe::{Rate, median};
 
 /// Sizes of copies: part of an expert of the 80B model, about one, ten, and a stretch of prefill.
@@ -23,6 +23,10 @@ const VRAM_BYTES: usize = 512 << 20;
 /// Repetitions: as many as fit the time, within these bounds.
 const TIME_PER_FIGURE: Duration = Duration::from_millis(700);
 const REPETITIONS: std::ops::RangeInclusive<usize> = 3..=15;
+/// Steps are timed together for about this long.
+const SAMPLE_SECONDS: f64 = 0.04;
+/// Shares of the experts that are not in VRAM, one after the other.
+const MISSING: [f64; 4] = [0.25, 0.5, 0.75, 1.0];
 /// Kernels of a layer, as the cost model counts them.
 const KERNELS_PER_LAYER: usize = 7;
 const EXPERT_KERNELS: [&str; 3] = ["decode_router", "decode_experts_up", "decode_experts_down"];
@@ -149,6 +153,7 @@ impl Cuda {
         self.measure_copies(&mut probe)?;
         let measured = self.measure_steps(&mut probe);
         self.decode.hand_over_always = false;
+        self.decode.look_ahead(false, &self.device)?;
         self.set_pcie_share(0)?;
         self.options.residency = asked;
         self.fill_slots()?;
@@ -256,7 +261,8 @@ impl Cuda {
         let per_layer = |&s: &f64| ((s - middle(&alone)) * 1e6 / layers as f64).max(0.0);
         probe.handoff = Micros::of(handed.iter().map(per_layer).collect());
 
-        // Nothing resident: the same kernels read over PCIe, then CPU and GPU share the misses.
+        // Nothing resident: the same kernels read over PCIe, then CPU and GPU share the misses, and the
+        // CPU fetches its own ahead.
         self.give_slots(Residency::Nothing)?;
         self.set_pcie_share(100)?;
         self.step_all(&[0], 0..1, &mut |_, _, _| {})?;
@@ -264,6 +270,7 @@ impl Cuda {
         let rates = over_pcie.iter().map(|&s| gb_s(routed_bytes, s));
         probe.expert_kernel_over_pcie = Rate::of(rates.collect());
         let base = (middle(&handed) - middle(&in_vram)).max(0.0);
+        self.decode.look_ahead(true, &self.device)?;
         for percent in SHARES {
             self.set_pcie_share(percent)?;
             let steps = self.step_seconds()?;
@@ -275,7 +282,31 @@ impl Cuda {
                 (probe.cpu_and_pcie, probe.pcie_share_percent) = (rate, percent);
             }
         }
+        self.set_pcie_share(probe.pcie_share_percent)?;
+        for missing in MISSING {
+            probe.expert_wait.push(self.expert_wait(missing, base)?);
+        }
         Ok(())
+    }
+
+    /// What the experts of a layer take with this share of them missing, in whole steps that take
+    /// `base` seconds without them.
+    fn expert_wait(&mut self, missing: f64, base: f64) -> Result<ExpertWait> {
+        let layers = self.model.shape.num_layers();
+        let experts = self.model.shape.moe.num_experts;
+        let here = ((1.0 - missing) * experts as f64).round() as usize;
+        let all = (0..layers).flat_map(|layer| (0..here).map(move |expert| (layer, expert)));
+        self.give_slots(Residency::Exactly(all.collect()))?;
+        self.take_times();
+        let steps = self.step_seconds()?;
+        let times = self.take_times();
+        let per_layer = |count: u64| count as f64 / (times.steps.max(1) * layers as u64) as f64;
+        let blob_bytes = self.model.store.layout.blob_bytes as f64;
+        let us = |s: &f64| ((s - base) * 1e6 / layers as f64).max(0.0);
+        Ok(ExpertWait {
+            missing_bytes: per_layer(times.experts_cpu + times.experts_pcie) * blob_bytes,
+            time: Micros::of(steps.iter().map(us).collect()),
+        })
     }
 
     fn give_slots(&mut self, residency: Residency) -> Result<()> {
@@ -296,12 +327,18 @@ impl Cuda {
         })
     }
 
-    /// Seconds of whole steps.
+    /// Seconds of whole steps; where they are short, each the mean of many, of other tokens.
     fn step_seconds(&mut self) -> Result<Vec<f64>> {
         let mut number = 0;
-        repeat(|| {
+        let mut step = || {
             number += 1;
             self.timed_step(number - 1)
+        };
+        step()?;
+        let together = (SAMPLE_SECONDS / step()?).clamp(1.0, 32.0) as usize;
+        repeat(|| {
+            let total = (0..together).try_fold(0.0, |sum, _| step().map(|s| sum + s))?;
+            Ok(total / together as f64)
         })
     }
 

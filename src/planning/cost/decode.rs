@@ -45,7 +45,8 @@ pub struct DecodeSituation<'a> {
 /// Predicts one decode token.
 ///
 /// Per layer the GPU reads its hits while the misses are read by the CPU or, where the machine has
-/// a figure for both at once, partly by the GPU over PCIe; the slower side counts. A miss outside
+/// a figure for both at once, partly by the GPU over PCIe; the slower side counts. Where whole layers
+/// were measured with some of their experts missing, that counts instead. A miss outside
 /// RAM comes from disk and is paid on top, and so is the RAM bandwidth that promotions take.
 /// Without a GPU every byte is read from DRAM and hit rates do not matter.
 pub fn decode(f: &Footprint, hardware: &Hardware, at: &DecodeSituation) -> DecodePrediction {
@@ -85,12 +86,15 @@ pub fn decode(f: &Footprint, hardware: &Hardware, at: &DecodeSituation) -> Decod
                 expert_layer_ms(f, hardware, hit_rate(l)) - ms(hit_rate(l) * layer_bytes, hits_gb_s)
             };
             let miss_bytes = (f.num_layers as f64 - hit_share) * layer_bytes;
+            let all_ms: f64 = layers()
+                .map(|l| expert_layer_ms(f, hardware, hit_rate(l)))
+                .sum();
             terms.add(
                 "waiting for experts in RAM",
                 layers().map(wait).sum(),
                 format!(
                     "{}, beside the hits",
-                    at_rate(miss_bytes, miss_gb_s(hardware))
+                    at_rate(miss_bytes, miss_bytes / (all_ms * 1e6).max(1e-9))
                 ),
             );
             if at.promotions_per_token > 0.0 {
@@ -145,9 +149,13 @@ fn fixed(terms: &mut Terms, f: &Footprint, gpu: &Gpu) {
 /// Routed experts of one layer and token: hits and misses overlap, the slower side counts.
 pub fn expert_layer_ms(f: &Footprint, hardware: &Hardware, hit_rate: f64) -> f64 {
     let bytes = picked_bytes(f);
+    let missing = bytes * (1.0 - hit_rate);
     match &hardware.gpu {
-        Some(gpu) => ms(bytes * hit_rate, gpu.weight_read_gb_s())
-            .max(ms(bytes * (1.0 - hit_rate), miss_gb_s(hardware))),
+        Some(gpu) => {
+            let measured = gpu.expert_wait_us(missing).map(|us| us / 1e3);
+            let misses = measured.unwrap_or_else(|| ms(missing, miss_gb_s(hardware)));
+            ms(bytes * hit_rate, gpu.weight_read_gb_s()).max(misses)
+        }
         None => ms(bytes, miss_gb_s(hardware)),
     }
 }
@@ -160,10 +168,11 @@ pub fn disk_layer_ms(f: &Footprint, hardware: &Hardware, hit_rate: f64, disk_sha
 
 /// Expected further picks that a copy into a slot must bring to be worth its while.
 ///
-/// A copy costs its bytes of RAM bandwidth, a hit saves the same bytes at the rate of misses.
+/// A copy costs its bytes of RAM bandwidth, a hit saves the same bytes at the rate of misses, or of
+/// the last misses of many where those were measured.
 pub fn pay_back_picks(hardware: &Hardware) -> f64 {
     let Some(gpu) = &hardware.gpu else { return 0.0 };
-    let saved = 1.0 / miss_gb_s(hardware) - 1.0 / gpu.weight_read_gb_s();
+    let saved = 1.0 / last_misses_gb_s(hardware) - 1.0 / gpu.weight_read_gb_s();
     match saved > 0.0 {
         true => 1.0 / hardware.cpu.dram_read_gb_s.value / saved,
         // Hits save nothing: no copy ever pays.
@@ -199,11 +208,24 @@ fn miss_gb_s(hardware: &Hardware) -> f64 {
     both.map_or(cpu, |both| both.value.max(cpu))
 }
 
+/// At which one more missing expert is read, where half of them or more are.
+fn last_misses_gb_s(hardware: &Hardware) -> f64 {
+    let waits = (hardware.gpu.as_ref()).map_or(&[][..], |gpu| &gpu.expert_wait);
+    let middle = waits.get(waits.len().saturating_sub(1) / 2);
+    match (middle, waits.last()) {
+        (Some(some), Some(all)) if some.us.value < all.us.value => {
+            (all.missing_bytes - some.missing_bytes) / (all.us.value - some.us.value) / 1e3
+        }
+        _ => miss_gb_s(hardware),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::tests::{laptop, near, server};
     use super::*;
     use crate::planning::footprint::tests::qwen3_next_80b;
+    use crate::planning::hardware::{ExpertWait, Figure};
 
     fn at(hit_rates: &[f64]) -> DecodeSituation<'_> {
         DecodeSituation {
@@ -266,6 +288,27 @@ mod tests {
                 0.015,
             );
         }
+    }
+
+    #[test]
+    fn a_layer_measured_with_missing_experts_counts_instead_of_rates() {
+        let f = qwen3_next_80b();
+        let mut machine = server();
+        let half = 5.0 * f.expert_bytes as f64;
+        let wait = |missing_bytes, us| ExpertWait {
+            missing_bytes,
+            us: Figure::measured(us),
+        };
+        machine.gpu.as_mut().unwrap().expert_wait = vec![
+            wait(half / 2.0, 50.0),
+            wait(half, 90.0),
+            wait(2.0 * half, 150.0),
+        ];
+        near(expert_layer_ms(&f, &machine, 0.5), 0.09, 1e-9);
+        near(expert_layer_ms(&f, &machine, 0.0), 0.15, 1e-9);
+        // The copy's bytes at 150 GB/s against what the second half takes, less what hits take.
+        let saved = 60e-6 / half - 1.0 / 2180e9;
+        near(pay_back_picks(&machine), 1.0 / 150e9 / saved, 1e-9);
     }
 
     #[test]

@@ -74,6 +74,7 @@ pub(crate) mod tests {
         gpu.vram_gb_s.value = vram;
         gpu.weight_kernel_share.value = 1.0;
         gpu.cpu_and_pcie_gb_s = None;
+        gpu.expert_wait.clear();
         gpu.gemm_tflops.value = gemm;
         gpu.attention_tflops.value = attention;
         gpu.kernel_boundary_us.value = 1000.0 / 48.0 / 7.0;
