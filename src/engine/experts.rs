@@ -281,7 +281,10 @@ impl Engine {
     /// # Errors
     /// If the backend fails.
     pub fn tune(&mut self, tuning: Option<Tuning>) -> Result<Option<Tuning>> {
-        Ok(self.runner.tune(tuning)?)
+        let tuning = self.runner.tune(tuning)?;
+        self.notes.truncate(self.own_notes);
+        self.notes.extend(self.runner.notes());
+        Ok(tuning)
     }
 
     /// Prepares what the first decode step would. The sequence starts over.

@@ -232,6 +232,8 @@ pub struct Engine {
     text: TextModel,
     model_id: ModelId,
     notes: Vec<String>,
+    /// Of those, the ones that are not the backend's, which may change
+    own_notes: usize,
 }
 
 impl Engine {
@@ -278,6 +280,7 @@ impl Engine {
                 Box::new(Sequence::new(backend, options.max_tokens)?)
             }
         };
+        let own_notes = notes.len();
         notes.extend(runner.notes());
         Ok(Engine {
             runner,
@@ -287,6 +290,7 @@ impl Engine {
             text,
             model_id,
             notes,
+            own_notes,
         })
     }
 

@@ -3,10 +3,10 @@
 //! One job of the pool per layer, which begins before the layer's request is known:
 //!
 //! ```text
-//! fetch        what will probably be asked for, each worker its share, until the request is there
-//! gate and up  32 rows of an expert at a time
-//! down         32 rows of the sum at a time, waiting for each expert's intermediate values
-//! answer       by whoever finishes the last rows
+//! fetch         what will probably be asked for, each worker its share, until the request is there
+//! gate, up      32 rows of an expert at a time
+//! down          32 rows of the sum at a time, waiting for each expert's intermediate values
+//! answer        by whoever finishes the last rows
 //! ```
 //!
 //! Workers go from stage to stage on their own, so nobody stands still but for what is really
@@ -114,6 +114,7 @@ pub struct Offload {
     /// Of each worker, which is quicker than waiting for one that makes it for all
     x: Vec<Activations>,
     hidden: Vec<Block>,
+    up: Vec<Block>,
     hidden_integers: IntegerBlocks,
     progress: Progress,
 }
@@ -129,6 +130,7 @@ impl Offload {
                 .map(|_| Activations::default())
                 .collect(),
             hidden: Vec::new(),
+            up: Vec::new(),
             hidden_integers: IntegerBlocks::default(),
             progress: Progress::new(pool.threads()),
             pool,
@@ -181,6 +183,7 @@ impl Offload {
         assert_eq!(out.len(), first.down.rows);
         let integers = first.down.reads_integers();
         self.hidden.resize(at_most * blocks, [0.0; TILE_COLS]);
+        self.up.resize(at_most * blocks, [0.0; TILE_COLS]);
         self.hidden_integers.resize(isa, at_most * blocks, integers);
         self.progress.begin(at_most, blocks);
         let layer = Layer {
@@ -193,6 +196,7 @@ impl Offload {
             progress: &self.progress,
             x: Parts::new(&mut self.x),
             hidden: Parts::new(self.hidden.as_flattened_mut()),
+            up: Parts::new(self.up.as_flattened_mut()),
             hidden_integers: integers.map(|kind| (kind, self.hidden_integers.parts())),
             out: Parts::new(out),
         };

@@ -17,8 +17,8 @@ use crate::backend::{BackendError, Result};
 pub struct Progress {
     up: Shares,
     down: Shares,
-    /// Of each block of intermediate values: halves that are done
-    halves: Vec<AtomicU32>,
+    /// Of each block of intermediate values: quarters that are done, 32 rows of gate or of up
+    quarters: Vec<AtomicU32>,
     /// Of each chosen expert: blocks that are done
     blocks: Vec<AtomicUsize>,
     /// Tile rows of the sum that are done
@@ -32,7 +32,7 @@ impl Progress {
         Progress {
             up: Shares::new(workers),
             down: Shares::new(workers),
-            halves: Vec::new(),
+            quarters: Vec::new(),
             blocks: Vec::new(),
             rows: AtomicUsize::new(0),
             failed: AtomicBool::new(false),
@@ -44,8 +44,8 @@ impl Progress {
         self.up.reset();
         self.down.reset();
         // After a failure some would be left half done.
-        self.halves.clear();
-        self.halves
+        self.quarters.clear();
+        self.quarters
             .resize_with(experts * blocks, AtomicU32::default);
         self.blocks.clear();
         self.blocks.resize_with(experts, AtomicUsize::default);
@@ -88,7 +88,10 @@ pub struct Layer<'a> {
     pub request: &'a dyn Request,
     pub progress: &'a Progress,
     pub x: Parts<'a, Activations>,
+    /// Intermediate values, before that what gate gave
     pub hidden: Parts<'a, f32>,
+    /// What up gave
+    pub up: Parts<'a, f32>,
     pub hidden_integers: Option<(Integers, IntegerParts<'a>)>,
     pub out: Parts<'a, f32>,
 }
@@ -168,9 +171,9 @@ impl Layer<'_> {
         let x = x.view();
         // All experts' first rows come first: so a worker has the same rows of every expert,
         // whichever experts they are, and finds them where it fetched them.
-        progress.up.take(worker, 2 * self.blocks * count, |item| {
-            let (tile_row, i) = (item / count, item % count);
-            self.gate_and_up(expert(i), i, tile_row, x);
+        progress.up.take(worker, 4 * self.blocks * count, |item| {
+            let (tile_row, item) = (item / (2 * count), item % (2 * count));
+            self.gate_or_up(expert(item / 2), item, tile_row, x);
         });
         progress.down.take(worker, rows, |tile_row| {
             let mut sum = [[0.0; TILE_ROWS]];
@@ -196,24 +199,50 @@ impl Layer<'_> {
         });
     }
 
-    /// 32 intermediate values of the chosen expert number `i`; the block they finish is quantised.
-    fn gate_and_up(&self, expert: &Expert, i: usize, tile_row: usize, x: View) {
-        let (block, half) = (i * self.blocks + tile_row / 2, tile_row % 2);
-        let start = block * TILE_COLS + half * TILE_ROWS;
-        // SAFETY: every item has its own half of a block.
-        let out = unsafe { self.hidden.slice(start..start + TILE_ROWS) };
-        gate_and_up(self.isa, expert, tile_row, x, out);
-        // The second of two halves sees the first one's values.
-        if self.progress.halves[block].fetch_add(1, Ordering::AcqRel) == 1 {
-            if let Some((kind, quantized)) = &self.hidden_integers {
-                let whole = block * TILE_COLS..(block + 1) * TILE_COLS;
-                // SAFETY: both halves are written, and nobody writes them again.
-                let whole = unsafe { self.hidden.shared(whole) };
-                let whole: &Block = whole.try_into().expect("a block");
-                // SAFETY: a block is finished once.
-                unsafe { quantized.quantize(self.isa, *kind, block, whole) };
-            }
+    /// 32 rows of gate, or for odd `item` of up, of the chosen expert number `item / 2`.
+    fn gate_or_up(&self, expert: &Expert, item: usize, tile_row: usize, x: View) {
+        let (i, is_up) = (item / 2, item % 2 == 1);
+        let block = i * self.blocks + tile_row / 2;
+        let (linear, out) = match is_up {
+            false => (&expert.gate, &self.hidden),
+            true => (&expert.up, &self.up),
+        };
+        let mut panel: [Panel; 1] = Default::default();
+        linear.tile_row(self.isa, tile_row, x, &[0], &mut panel);
+        let start = block * TILE_COLS + tile_row % 2 * TILE_ROWS;
+        // SAFETY: every item has its own quarter of a block.
+        unsafe { out.slice(start..start + TILE_ROWS) }.copy_from_slice(&panel[0]);
+        // The last of four quarters sees the others' values.
+        if self.progress.quarters[block].fetch_add(1, Ordering::AcqRel) == 3 {
+            // SAFETY: all are written, and a block is finished once.
+            unsafe { self.finish(block) };
             self.progress.blocks[i].fetch_add(1, Ordering::Release);
+        }
+    }
+
+    /// `silu(gate) * up` of a block, also as integers.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes the block.
+    unsafe fn finish(&self, block: usize) {
+        let range = block * TILE_COLS..(block + 1) * TILE_COLS;
+        // SAFETY: the caller's promise.
+        let (hidden, up) = unsafe { (self.hidden.slice(range.clone()), self.up.shared(range)) };
+        let mut whole: [Block; 1] = [[0.0; TILE_COLS]];
+        let (gate, up) = (hidden.as_chunks().0, up.as_chunks().0);
+        for half in 0..2 {
+            swiglu(
+                self.isa,
+                &gate[half..=half],
+                &up[half..=half],
+                half,
+                &mut whole,
+            );
+        }
+        hidden.copy_from_slice(&whole[0]);
+        if let Some((kind, quantized)) = &self.hidden_integers {
+            // SAFETY: the caller's promise.
+            unsafe { quantized.quantize(self.isa, *kind, block, &whole[0]) };
         }
     }
 
@@ -246,14 +275,4 @@ fn touch(bytes: &[u8]) {
         #[cfg(not(target_arch = "x86_64"))]
         std::hint::black_box(line[0]);
     }
-}
-
-/// 32 intermediate values: `silu(gate x) * up x` of rows `32 tile_row ..`.
-fn gate_and_up(isa: Isa, expert: &Expert, tile_row: usize, x: View, out: &mut [f32]) {
-    let (mut gate, mut up): ([Panel; 1], [Panel; 1]) = Default::default();
-    expert.gate.tile_row(isa, tile_row, x, &[0], &mut gate);
-    expert.up.tile_row(isa, tile_row, x, &[0], &mut up);
-    let mut block = [[0.0; TILE_COLS]];
-    swiglu(isa, &gate, &up, 0, &mut block);
-    out.copy_from_slice(&block[0][..TILE_ROWS]);
 }
