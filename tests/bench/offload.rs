@@ -50,7 +50,8 @@ pub fn offload(expert: &ExpertWeights) {
                             asked,
                             over: Instant::now() + Duration::from_micros(window),
                         };
-                        let mut wait = || {
+                        let mut wait = |fetch: &dyn Fn()| {
+                            fetch();
                             while turn.asked().is_none() {
                                 std::hint::spin_loop();
                             }

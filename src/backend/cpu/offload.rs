@@ -107,6 +107,9 @@ impl Request for Asked<'_> {
     fn answered(&self) {}
 }
 
+/// See [`Offload::answer`].
+pub type Wait<'a> = dyn FnMut(&dyn Fn()) -> Result<()> + 'a;
+
 /// Workers and buffers for one token at a time.
 pub struct Offload {
     isa: Isa,
@@ -154,14 +157,16 @@ impl Offload {
     /// # Errors
     /// An id out of range, or a panic in a worker.
     pub fn compute(&mut self, experts: &[Expert], asked: Asked, out: &mut [f32]) -> Result<()> {
-        self.answer(experts, asked.ids.len(), &asked, &mut || Ok(()), out)
+        self.answer(experts, asked.ids.len(), &asked, &mut |_| Ok(()), out)
     }
 
     /// Waits for a request to `experts`, all of one size, and writes the answer to `out`, `[D]`.
     /// Meanwhile workers bring what is foreseen into the caches where they will need it.
     ///
     /// - `at_most`: experts in the request
-    /// - `wait`: returns when the request is there; its error ends the call
+    /// - `wait`: returns when the request is there, its error ends the call; may use the time by calling
+    ///   what it is given, which fetches this thread's share and returns when the request is there or all
+    ///   is fetched
     ///
     /// # Errors
     /// An id out of range, more experts than `at_most`, a panic in a worker, or that of `wait`; the
@@ -171,7 +176,7 @@ impl Offload {
         experts: &[Expert],
         at_most: usize,
         request: &dyn Request,
-        wait: &mut dyn FnMut() -> Result<()>,
+        wait: &mut Wait,
         out: &mut [f32],
     ) -> Result<()> {
         let Some(first) = experts.first() else {
@@ -202,9 +207,8 @@ impl Offload {
         };
         self.pool.beside(&|worker| layer.work(worker), || {
             let _failed = OnPanic(&layer.progress.failed);
-            // Whoever waits here must see a GPU that stands still, which `wait` does.
-            layer.fetch(0, request.foreseen().unwrap_or(&[]));
-            let known = wait().and_then(|()| layer.check());
+            let fetch = || layer.fetch(0, request.foreseen().unwrap_or(&[]));
+            let known = wait(&fetch).and_then(|()| layer.check());
             match known {
                 Ok(()) => layer.compute(0),
                 Err(_) => layer.progress.failed.store(true, Ordering::Relaxed),
@@ -342,7 +346,7 @@ mod tests {
         let unknown = offload.compute(&layer.experts, asked(&[2], &[1.0]), &mut out);
         assert!(unknown.is_err());
         let many = asked(&[0, 1], &[1.0, 1.0]);
-        let too_many = offload.answer(&layer.experts, 1, &many, &mut || Ok(()), &mut out);
+        let too_many = offload.answer(&layer.experts, 1, &many, &mut |_| Ok(()), &mut out);
         assert!(too_many.is_err());
     }
 
@@ -390,9 +394,10 @@ mod tests {
                     looks: AtomicUsize::new(0),
                     answers: AtomicUsize::new(0),
                 };
-                let mut wait = || match round % 3 {
+                let mut wait = |fetch: &dyn Fn()| match round % 3 {
                     0 => Err(BackendError::Other("the GPU stands still".into())),
                     _ => {
+                        fetch();
                         while later.asked().is_none() {}
                         Ok(())
                     }

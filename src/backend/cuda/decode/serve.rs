@@ -73,15 +73,6 @@ impl Decode {
         let (mut part, mut next_part) = (0, 0);
         let mut now = Instant::now();
         for layer in 0..layers {
-            if layer == next_part {
-                part += 1;
-                let parts = &self.graphs[graphs].1;
-                if let Some(graph) = parts.get(part) {
-                    // SAFETY: as in `step`.
-                    unsafe { model.stream.launch_graph(graph)? };
-                    next_part = part_of(layers, parts.len(), part).start;
-                }
-            }
             // The first layer has none before it whose router could look ahead.
             let ahead = self.side.is_some() && layer > 0;
             let request = HandedOver {
@@ -96,7 +87,18 @@ impl Decode {
             let out =
                 unsafe { std::slice::from_raw_parts_mut(self.cpu_out.pointer(layer * dim), dim) };
             let mut ready = now;
-            let mut wait = || {
+            let mut wait = |fetch: &dyn Fn()| {
+                // The other workers do without this one meanwhile.
+                if layer == next_part {
+                    part += 1;
+                    let parts = &self.graphs[graphs].1;
+                    if let Some(graph) = parts.get(part) {
+                        // SAFETY: as in `step`.
+                        unsafe { model.stream.launch_graph(graph)? };
+                        next_part = part_of(layers, parts.len(), part).start;
+                    }
+                }
+                fetch();
                 self.wait_ready(layer, model)?;
                 ready = Instant::now();
                 Ok(())
