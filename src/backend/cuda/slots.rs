@@ -66,7 +66,15 @@ impl Cuda {
             self.options.residency,
             Residency::Nothing | Residency::Exactly(_)
         );
-        if nothing || room.min(all) < 2 * workspace {
+        // As few as a placement names, however much room there is.
+        let few = match &self.options.residency {
+            Residency::Slots(contents) => {
+                let slots: usize = contents.iter().map(Vec::len).sum();
+                slots as u64 * self.model.store.slot_bytes() < workspace
+            }
+            _ => false,
+        };
+        if nothing || few || room.min(all) < 2 * workspace {
             // Refused before it is taken: the budget is a ceiling at any moment.
             if let Some(budget) = budget.filter(|_| room < workspace) {
                 let needed = budget - room + workspace;
