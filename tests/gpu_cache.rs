@@ -4,6 +4,8 @@
 
 #[path = "cli/program.rs"]
 mod program;
+#[path = "gpu/renewal.rs"]
+mod renewal;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -40,14 +42,19 @@ fn emulate() {
 }
 
 fn engine(max_tokens: usize) -> Engine {
+    engine_of(model().to_str().unwrap(), max_tokens, None)
+}
+
+fn engine_of(model: &str, max_tokens: usize, prefill_tokens: Option<usize>) -> Engine {
     emulate();
-    let source = Source::resolve(Some(model().to_str().unwrap())).unwrap();
+    let source = Source::resolve(Some(model)).unwrap();
     let options = LoadOptions {
         backend: BackendChoice::Cuda(0),
         threads: Some(2),
         cpu_precision: CpuPrecision::default(),
         gpu: GpuOptions {
             residency: Residency::Nothing,
+            prefill_tokens,
             ..GpuOptions::default()
         },
         kv_dtype: Some(KvDtype::F16),
