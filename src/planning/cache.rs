@@ -61,10 +61,9 @@ impl LayerCounts {
     }
 }
 
-/// At the end of a prompt at most one in so many slots changes, where each change is a copy over PCIe. On a
-/// synthetic 80B model with 146 slots a layer, cold before each prompt of 4,000 tokens: 65.6% of the picks
-/// after it hit without, 67.7% so, 68.0% with no limit and twice the copies; an eighth takes some 30 ms over
-/// PCIe.
+/// At the end of a prompt at most one in so many slots changes where the copies go over PCIe. On a synthetic
+/// 80B model with 146 slots a layer, cold before each prompt of 4,000 tokens: 65.6% of the picks after it hit
+/// without, 67.7% so, 68.0% with no limit and twice the copies; an eighth takes some 30 ms over PCIe.
 const RENEWED: usize = 8;
 
 /// The caches of all layers with their budgets and counts.
