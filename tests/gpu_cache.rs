@@ -4,6 +4,8 @@
 
 #[path = "cli/program.rs"]
 mod program;
+#[path = "gpu/renewal.rs"]
+mod renewal;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -40,14 +42,19 @@ fn emulate() {
 }
 
 fn engine(max_tokens: usize) -> Engine {
+    engine_of(model().to_str().unwrap(), max_tokens, None)
+}
+
+fn engine_of(model: &str, max_tokens: usize, prefill_tokens: Option<usize>) -> Engine {
     emulate();
-    let source = Source::resolve(Some(model().to_str().unwrap())).unwrap();
+    let source = Source::resolve(Some(model)).unwrap();
     let options = LoadOptions {
         backend: BackendChoice::Cuda(0),
         threads: Some(2),
         cpu_precision: CpuPrecision::default(),
         gpu: GpuOptions {
             residency: Residency::Nothing,
+            prefill_tokens,
             ..GpuOptions::default()
         },
         kv_dtype: Some(KvDtype::F16),
@@ -144,7 +151,11 @@ fn hits_are_those_of_the_simulator_to_the_last_one() {
             }
         }
         let renewed: usize = (0..layers.len())
-            .map(|layer| simulated.renew(layer).len())
+            .map(|layer| {
+                // A prompt this short is stepped through: copies go over PCIe.
+                let at_most = simulated.renewed_over_pcie(layer);
+                simulated.renew(layer, at_most).len()
+            })
             .sum();
         assert_eq!(renewed > 0, config == LFU);
         let decode = records.iter().filter(|r| !is_prefill(r));

@@ -11,7 +11,7 @@ mod support;
 
 use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::{CudaOptions, Residency};
-use moectl::backend::{BackendError, KvDtype, NextLogits};
+use moectl::backend::{BackendError, KvDtype, NextLogits, SlotChange};
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use moectl::model::{LogitRows, Runner, Source};
 use sequence::*;
@@ -238,6 +238,60 @@ fn the_engine_gives_up_a_prompt_when_told_to() {
         assert_eq!(engine.tokens(), &ids[..64 * chunks]);
         assert_eq!(run(&mut engine), expected, "after {chunks} chunks");
     }
+}
+
+#[test]
+fn a_prompts_last_piece_leaves_in_slots_what_is_asked_for() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let model = open(&tiny_moe());
+    let layers = model.0.num_layers();
+    let ids = tiny_moe_text(60);
+    let options = || CudaOptions {
+        prefill_tokens: Some(24),
+        ..with(Residency::Nothing)
+    };
+    let mut contents: Vec<Vec<Option<u16>>> = vec![(0..48).map(Some).collect(); layers];
+    contents[layers - 1][47] = None;
+    let mut sequence = cuda(&device, options(), &model, 128);
+    assert_eq!(sequence.place(&contents).unwrap(), 48 * layers);
+    let mut asked = Vec::new();
+    let logits =
+        sequence.forward_renewing(&ids, 59..60, &mut |layer, position, routing, at_most| {
+            let tokens = routing.topk_ids.len() / routing.num_experts_per_tok;
+            asked.push((layer, position, tokens, at_most));
+            // The last one is passed over: there is no such slot.
+            let changes = [(2, 60), (47, 61), (99, 62)];
+            let changes = changes.map(|(slot, expert)| SlotChange {
+                layer,
+                slot,
+                expert,
+            });
+            changes.into_iter().take(at_most).collect()
+        });
+    let pieces = [(0, 24, 0), (24, 24, 0), (48, 12, 8)];
+    let expected = pieces.iter().flat_map(|&(position, tokens, at_most)| {
+        (0..layers).map(move |layer| (layer, position, tokens, at_most))
+    });
+    assert_eq!(asked, expected.collect::<Vec<_>>());
+    assert_eq!(sequence.resident_experts(), 48 * layers);
+    let times = sequence.take_times();
+    assert_eq!(times.promotions, 2 * layers as u64);
+    assert_eq!((times.promoted_bytes, times.h2d_bytes), (0, 0));
+    let found = [logits.unwrap(), step(&mut sequence, 7).logits];
+
+    for layer in &mut contents {
+        (layer[2], layer[47]) = (Some(60), Some(61));
+    }
+    let mut placed = cuda(&device, options(), &model, 128);
+    placed.place(&contents).unwrap();
+    let logits = placed.forward(&ids, 59..60, &mut |_, _, _| {}).unwrap();
+    assert!(found == [logits, step(&mut placed, 7).logits]);
+    // A new context fills the slots with the same.
+    Runner::reset(&mut sequence, 4096).unwrap();
+    assert_eq!(sequence.resident_experts(), 48 * layers);
+    let logits = sequence.forward(&ids, 59..60, &mut |_, _, _| {}).unwrap();
+    assert!(found == [logits, step(&mut sequence, 7).logits]);
 }
 
 /// Mean over positions of KL(p || q), and the largest, of the distributions of two rows of logits.

@@ -1,5 +1,7 @@
 //! Where decode steps spend their time, and where they find their experts.
 
+use super::Routing;
+
 /// Sums over decode steps, seen from the CPU that drives a GPU.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DecodeTimes {
@@ -22,11 +24,12 @@ pub struct DecodeTimes {
     /// Experts for the CPU that were foreseen while the GPU computed the layer before them, of those
     /// that it then had to compute
     pub foreseen: u64,
-    /// Experts that were copied into slots
+    /// Experts that were brought into slots
     pub promotions: u64,
-    /// Bytes of those
+    /// Bytes copied over PCIe for those; none for what a prefill left there as it streamed by
     pub promoted_bytes: u64,
-    /// Bytes of experts that went over PCIe: promotions, and what the GPU read where it lay in RAM
+    /// Bytes of experts that went over PCIe: copies into slots, and what the GPU read where it lay in
+    /// RAM. What a prefill streams by is not counted.
     pub h2d_bytes: u64,
     /// `[layer]`
     pub layers: Vec<LayerPicks>,
@@ -102,3 +105,8 @@ pub struct SlotChange {
     pub slot: usize,
     pub expert: usize,
 }
+
+/// Receives what the router chose in a prompt's last chunk (layer, position of the first token, the
+/// choice) and answers with changes of that layer's slots, no more than the last argument allows. It
+/// allows none where the experts are not at hand on the device.
+pub type OnRenewing<'a> = dyn FnMut(usize, usize, &Routing, usize) -> Vec<SlotChange> + 'a;

@@ -3,6 +3,10 @@
 //! The cache is the object that the simulator runs. It speaks of slots per layer; the backend keeps
 //! the bytes, and until a copy is there the expert is computed from RAM. A cache that costs more
 //! than it brings is stopped: what is in the slots then stays.
+//!
+//! What a prompt taught changes slots at its end. A backend past whose GPU all experts stream in the
+//! prompt's last chunk asks for that layer by layer, and keeps what it then has at hand anyway; where
+//! none asked, a share of the slots is copied.
 
 use super::{Engine, Result};
 use crate::backend::{Routing, SlotChange, Tuning};
@@ -23,6 +27,8 @@ pub struct ExpertManager {
     /// `[layer]` as the placement has them
     layers: Vec<LayerSlots>,
     changes: Vec<SlotChange>,
+    /// `[layer]`: whether the backend already asked what this prompt taught
+    renewed: Vec<bool>,
     /// `[layer][expert]`: whether it was in a slot at first
     at_first: Vec<Vec<bool>>,
     trial: Trial,
@@ -63,6 +69,7 @@ impl ExpertManager {
             config,
             layers: layers.to_vec(),
             changes: Vec::new(),
+            renewed: vec![false; layers.len()],
             trial: Trial::default(),
             stopped: None,
         }
@@ -86,6 +93,7 @@ impl ExpertManager {
     fn start_over(&mut self) {
         (self.cache.restore(self.config, &self.start)).expect("a state of this very cache");
         self.changes.clear();
+        self.renewed.fill(false);
         self.trial = Trial::default();
         self.stopped = None;
     }
@@ -136,16 +144,32 @@ impl ExpertManager {
         }
     }
 
-    /// At the end of a prompt: brings in what it taught.
+    /// Whether a prompt can change slots.
+    pub fn renews(&self) -> bool {
+        self.stopped.is_none() && self.config.renews()
+    }
+
+    /// What a backend that has every expert at hand shall leave in the slots of `layer`, after what the
+    /// whole prompt chose there; it allows `at_most` changes. None at all is no question.
+    pub fn renew(&mut self, layer: usize, at_most: usize) -> Vec<SlotChange> {
+        if at_most == 0 || !self.renews() {
+            return Vec::new();
+        }
+        self.renewed[layer] = true;
+        // Bounded, and no sign of a cache that copies for ever: not on trial.
+        let admits = self.cache.renew(layer, at_most);
+        admits.iter().map(|a| change(layer, a)).collect()
+    }
+
+    /// At the end of a prompt: brings in what it taught, where the backend has not asked for it.
     pub fn prompt_ended(&mut self) {
-        if self.stopped.is_some() {
-            return;
-        }
         for layer in 0..self.at_first.len() {
-            // Bounded, and no sign of a cache that copies for ever: not on trial.
-            let admits = self.cache.renew(layer);
-            self.changes.extend(admits.iter().map(|a| change(layer, a)));
+            if !self.renewed[layer] {
+                let changes = self.renew(layer, self.cache.renewed_over_pcie(layer));
+                self.changes.extend(changes);
+            }
         }
+        self.renewed.fill(false);
     }
 
     /// At the end of a step: stops a cache that has not paid.

@@ -167,6 +167,13 @@ fn load_weights(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<ModelWe
     })
 }
 
+fn check_ids(ids: &[u32], vocab_size: usize) -> Result<()> {
+    match ids.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(&id) => Err(EngineError::TokenId { id, vocab_size }),
+        None => Ok(()),
+    }
+}
+
 /// What `auto` means on this machine, in this build.
 fn fastest() -> BackendChoice {
     #[cfg(feature = "emulate")]
@@ -424,10 +431,7 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
         run: impl FnOnce(&mut dyn Runner, &mut OnRouting<'_>) -> backend::Result<T>,
     ) -> Result<T> {
-        let vocab_size = self.config.shape.vocab_size;
-        if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
-            return Err(EngineError::TokenId { id, vocab_size });
-        }
+        check_ids(ids, self.config.shape.vocab_size)?;
         let runner = self.runner.as_mut();
         let Some(experts) = &mut self.experts else {
             let result = run(runner, on_routing)?;
@@ -462,21 +466,39 @@ impl Engine {
             if !proceed(i * chunk_len) {
                 return Ok(None);
             }
-            let last = i + 1 == chunks;
-            let rows = if last {
-                LogitRows::Last
-            } else {
-                LogitRows::None
-            };
-            // Also where a chunk is one token.
-            let logits = self.feed(chunk, false, on_routing, |runner, on_routing| {
-                runner.forward(chunk, rows, on_routing)
-            })?;
-            if last {
-                self.prompt_ended()?;
-                return Ok(Some(logits));
+            if i + 1 == chunks {
+                return self.feed_last(chunk, on_routing).map(Some);
             }
+            // Also where a chunk is one token.
+            self.feed(chunk, false, on_routing, |runner, on_routing| {
+                runner.forward(chunk, LogitRows::None, on_routing)
+            })?;
         }
         Err(EngineError::EmptyPrompt)
+    }
+
+    /// The last chunk of a prompt, and what the experts' cache learnt from all of it.
+    fn feed_last(&mut self, ids: &[u32], on_routing: &mut OnRouting<'_>) -> Result<Vec<f32>> {
+        let logits = match &mut self.experts {
+            Some(experts) if experts.renews() => {
+                check_ids(ids, self.config.shape.vocab_size)?;
+                let logits = self.runner.forward_renewing(
+                    ids,
+                    LogitRows::Last,
+                    &mut |layer, position, routing, at_most| {
+                        experts.observe(layer, routing, false);
+                        on_routing(layer, position, routing);
+                        experts.renew(layer, at_most)
+                    },
+                )?;
+                self.tokens.extend(ids);
+                logits
+            }
+            _ => self.feed(ids, false, on_routing, |runner, on_routing| {
+                runner.forward(ids, LogitRows::Last, on_routing)
+            })?,
+        };
+        self.prompt_ended()?;
+        Ok(logits)
     }
 }

@@ -1,8 +1,10 @@
 //! The loop over blocks, the same for every backend. Routing events leave here.
 
+use std::ops::Range;
+
 use crate::backend::{
-    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, NextLogits, Result, Routing,
-    SlotChange, Tuning, VramHeld, VramMeter,
+    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, NextLogits, OnRenewing, Result,
+    Routing, SlotChange, Tuning, VramHeld, VramMeter,
 };
 
 use crate::hardware::GpuProbe;
@@ -14,6 +16,17 @@ pub enum LogitRows {
     /// Only the last token: what generation needs.
     Last,
     All,
+}
+
+impl LogitRows {
+    /// Those of a chunk of `tokens`.
+    pub fn of(self, tokens: usize) -> Range<usize> {
+        match self {
+            LogitRows::None => 0..0,
+            LogitRows::Last => tokens.saturating_sub(1)..tokens,
+            LogitRows::All => 0..tokens,
+        }
+    }
 }
 
 /// Receives what the router chose: layer, position of the chunk's first token, the choice.
@@ -31,6 +44,20 @@ pub trait Runner: Send {
         rows: LogitRows,
         on_routing: &mut OnRouting<'_>,
     ) -> Result<Vec<f32>>;
+
+    /// As [`forward`](Runner::forward) of a prompt's last chunk, for whoever would have slots hold what
+    /// the prompt taught: where all experts pass through the GPU anyway, `on_renewing` may change slots
+    /// layer by layer, and the next call finds its experts there. Other backends allow no changes.
+    fn forward_renewing(
+        &mut self,
+        ids: &[u32],
+        rows: LogitRows,
+        on_renewing: &mut OnRenewing<'_>,
+    ) -> Result<Vec<f32>> {
+        self.forward(ids, rows, &mut |layer, position, routing| {
+            on_renewing(layer, position, routing, 0);
+        })
+    }
 
     /// As [`forward`](Runner::forward) of one token, for whoever needs no more than its `wanted` best
     /// logits: a backend that finds them itself may give only those.
@@ -172,8 +199,7 @@ impl<B: Backend> Runner for Sequence<B> {
         self.position = needed;
         match rows {
             LogitRows::None => Ok(Vec::new()),
-            LogitRows::Last => self.backend.head(&hidden, ids.len() - 1..ids.len()),
-            LogitRows::All => self.backend.head(&hidden, 0..ids.len()),
+            _ => self.backend.head(&hidden, rows.of(ids.len())),
         }
     }
 
@@ -214,12 +240,16 @@ impl Runner for crate::backend::cuda::Cuda {
         rows: LogitRows,
         on_routing: &mut OnRouting<'_>,
     ) -> Result<Vec<f32>> {
-        let rows = match rows {
-            LogitRows::None => 0..0,
-            LogitRows::Last => ids.len().saturating_sub(1)..ids.len(),
-            LogitRows::All => 0..ids.len(),
-        };
-        self.forward(ids, rows, on_routing)
+        self.forward(ids, rows.of(ids.len()), on_routing)
+    }
+
+    fn forward_renewing(
+        &mut self,
+        ids: &[u32],
+        rows: LogitRows,
+        on_renewing: &mut OnRenewing<'_>,
+    ) -> Result<Vec<f32>> {
+        self.forward_renewing(ids, rows.of(ids.len()), on_renewing)
     }
 
     fn forward_best(

@@ -146,7 +146,8 @@ pub struct ExpertCounts {
     /// Found in VRAM.
     pub hits: u64,
     pub misses: u64,
-    /// Experts copied into slots, and their bytes.
+    /// Experts brought into slots, and the bytes copied over PCIe for that: none for those that a
+    /// prefill left there.
     #[serde(default)]
     pub promotions: u64,
     pub moved_bytes: u64,

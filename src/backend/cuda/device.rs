@@ -111,6 +111,8 @@ pub trait Driver: Send + Sync {
     fn record(&self, event: Handle, stream: Handle) -> Result<()>;
     /// Whether all work before the event's last record is done.
     fn has_happened(&self, event: Handle) -> Result<bool>;
+    /// Waits for all work before the event's last record.
+    fn synchronize_event(&self, event: Handle) -> Result<()>;
     /// Work added to `stream` later waits for `event`.
     fn wait_event(&self, stream: Handle, event: Handle) -> Result<()>;
     /// Milliseconds between two events that have happened.
@@ -560,6 +562,11 @@ impl Event {
     /// Whether all work before the last record of this event is done.
     pub fn has_happened(&self) -> Result<bool> {
         self.device.driver.has_happened(self.handle)
+    }
+
+    /// Waits for all work before the last record of this event.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.driver.synchronize_event(self.handle)
     }
 
     /// Milliseconds from `earlier` to this; both must have happened.

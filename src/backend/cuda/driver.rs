@@ -412,6 +412,13 @@ impl Driver for Gpu {
         }
     }
 
+    fn synchronize_event(&self, handle: Handle) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the event exists.
+        let waited = unsafe { sys::cuEventSynchronize(event(handle)) };
+        check(waited, "run kernels")
+    }
+
     fn wait_event(&self, on: Handle, handle: Handle) -> Result<()> {
         self.bind()?;
         // SAFETY: both exist.

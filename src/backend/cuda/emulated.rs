@@ -280,6 +280,14 @@ impl Driver for Emulated {
         Ok(state.1 >= state.0)
     }
 
+    fn synchronize_event(&self, event: Handle) -> Result<()> {
+        let event = self.event(event);
+        let state = event.state.lock().unwrap();
+        let target = state.0;
+        drop(event.changed.wait_while(state, |s| s.1 < target).unwrap());
+        Ok(())
+    }
+
     fn wait_event(&self, stream: Handle, event: Handle) -> Result<()> {
         let mut branches = self.branches.lock().unwrap();
         if let Some(&root) = branches.events.get(&event) {

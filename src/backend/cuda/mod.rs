@@ -48,8 +48,8 @@ pub use super::Residency;
 use super::cpu::offload::Offload;
 use super::cpu::{CpuPrecision, Progress};
 use super::{
-    BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, NextLogits, Result,
-    Routing, VramHeld, VramMeter,
+    BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, NextLogits,
+    OnRenewing, Result, Routing, VramHeld, VramMeter,
 };
 use crate::formats::Matrix;
 
@@ -343,7 +343,35 @@ impl Cuda {
     ) -> Result<Vec<f32>> {
         self.feed(ids.len(), |cuda| match ids.len() {
             ..=MAX_STEPPED_TOKENS => cuda.step_all(ids, rows, on_routing),
-            _ => cuda.prefill_all(ids, rows, on_routing),
+            _ => {
+                let on_routing = &mut |layer: usize, position: usize, routing: &Routing, _| {
+                    on_routing(layer, position, routing);
+                    Vec::new()
+                };
+                cuda.prefill_all(ids, rows, false, on_routing)
+            }
+        })
+    }
+
+    /// As [`forward`](Cuda::forward) of a prompt's last chunk: while experts stream in, `on_renewing` is
+    /// asked what slots shall hold, once per layer. Where they do not, it may change none.
+    ///
+    /// # Errors
+    /// As [`forward`](Cuda::forward).
+    pub fn forward_renewing(
+        &mut self,
+        ids: &[u32],
+        rows: Range<usize>,
+        on_renewing: &mut OnRenewing<'_>,
+    ) -> Result<Vec<f32>> {
+        if ids.len() <= MAX_STEPPED_TOKENS {
+            return self.forward(ids, rows, &mut |layer, position, routing| {
+                on_renewing(layer, position, routing, 0);
+            });
+        }
+        let renews = !self.model.store.all_resident();
+        self.feed(ids.len(), |cuda| {
+            cuda.prefill_all(ids, rows, renews, on_renewing)
         })
     }
 

@@ -31,6 +31,19 @@ struct Batch {
     copies: Vec<(usize, usize, usize)>,
 }
 
+impl Slots {
+    /// How many slots a layer has.
+    pub fn of_layer(&self, layer: usize) -> usize {
+        self.layers.get(layer).map_or(0, |&(_, count)| count)
+    }
+
+    /// The slot that a change names among those of all layers; none if it did not fit.
+    pub fn find(&self, change: &SlotChange) -> Option<usize> {
+        let &(first, count) = self.layers.get(change.layer)?;
+        (change.slot < count).then_some(first + change.slot)
+    }
+}
+
 impl Cuda {
     /// Gives the VRAM that is left to experts, as the options ask.
     pub(super) fn fill_slots(&mut self) -> Result<()> {
@@ -53,7 +66,15 @@ impl Cuda {
             self.options.residency,
             Residency::Nothing | Residency::Exactly(_)
         );
-        if nothing || room.min(all) < 2 * workspace {
+        // As few as a placement names, however much room there is.
+        let few = match &self.options.residency {
+            Residency::Slots(contents) => {
+                let slots: usize = contents.iter().map(Vec::len).sum();
+                slots as u64 * self.model.store.slot_bytes() < workspace
+            }
+            _ => false,
+        };
+        if nothing || few || room.min(all) < 2 * workspace {
             // Refused before it is taken: the budget is a ceiling at any moment.
             if let Some(budget) = budget.filter(|_| room < workspace) {
                 let needed = budget - room + workspace;
@@ -118,13 +139,9 @@ impl Cuda {
     pub fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
         let mut copies = Vec::with_capacity(changes.len());
         for change in changes {
-            let Some(&(first, count)) = self.slots.layers.get(change.layer) else {
+            let Some(slot) = self.slots.find(change) else {
                 continue;
             };
-            if change.slot >= count {
-                continue;
-            }
-            let slot = first + change.slot;
             for batch in &mut self.slots.pending {
                 batch.copies.retain(|&(_, _, other)| other != slot);
             }
@@ -135,12 +152,8 @@ impl Cuda {
                 .start_fetch(change.layer, change.expert, slot, &self.copies)?;
             copies.push((change.layer, change.expert, slot));
             self.slots.changed = true;
-            // A new context fills the slots again: with what the policy believes is there.
-            if let Residency::Slots(contents) = &mut self.options.residency {
-                contents[change.layer][change.slot] = Some(change.expert as u16);
-            }
+            self.note_change(change);
             let (times, bytes) = (&mut self.decode.times, self.model.store.layout.blob_bytes);
-            times.promotions += 1;
             times.promoted_bytes += bytes as u64;
             times.h2d_bytes += bytes as u64;
         }
@@ -153,6 +166,15 @@ impl Cuda {
             self.slots.pending.push_back(Batch { done, copies });
         }
         Ok(())
+    }
+
+    /// Remembers what a slot is to hold: a new context fills the slots again with what the policy
+    /// believes is there.
+    pub(super) fn note_change(&mut self, change: &SlotChange) {
+        if let Residency::Slots(contents) = &mut self.options.residency {
+            contents[change.layer][change.slot] = Some(change.expert as u16);
+        }
+        self.decode.times.promotions += 1;
     }
 
     /// Makes known to the device what has changed: what left, and what has arrived.

@@ -144,6 +144,11 @@ impl PolicyConfig {
         *self != PolicyConfig::Static
     }
 
+    /// Whether what it only learnt from, such as a prompt, can change slots: see [`Policy::renew`].
+    pub fn renews(&self) -> bool {
+        matches!(self, PolicyConfig::LfuDecay { .. })
+    }
+
     /// A layer of `slots`, filled from `hottest` as the policy would have it.
     pub fn fill(&self, slots: usize, hottest: &[u16]) -> LayerSlots {
         let experts = &hottest[..slots.min(hottest.len())];

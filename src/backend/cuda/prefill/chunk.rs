@@ -6,7 +6,8 @@ use super::super::device::{Args, Geometry, args};
 use super::super::geometry::{self, MATMUL_SHARED_BYTES};
 use super::super::state::LayerState;
 use super::super::weights::Mixer;
-use super::Group;
+use super::renew::Renewing;
+use super::{Group, RING};
 use crate::backend::Result;
 
 /// One chunk on its way.
@@ -17,8 +18,35 @@ pub struct Chunk<'a> {
     pub position: usize,
 }
 
+/// Ring buffers in the order of their use.
+struct Uses {
+    /// Layer, group and part of each
+    all: Vec<(usize, usize, usize)>,
+    /// How many have their copies under way
+    sent: usize,
+    /// How many have the kernels that read them under way
+    computed: usize,
+}
+
+impl Uses {
+    fn new(groups: &[Vec<Group>]) -> Self {
+        let mut all = Vec::new();
+        for (layer, groups) in groups.iter().enumerate() {
+            for part in 0..2 {
+                let streamed = (0..groups.len()).filter(|&g| groups[g].ring.is_some());
+                all.extend(streamed.map(|group| (layer, group, part)));
+            }
+        }
+        Uses {
+            all,
+            sent: 0,
+            computed: 0,
+        }
+    }
+}
+
 impl Chunk<'_> {
-    fn at(&self, place: usize) -> u64 {
+    pub fn at(&self, place: usize) -> u64 {
         self.base + place as u64
     }
 
@@ -32,7 +60,11 @@ impl Chunk<'_> {
         unsafe { self.cuda.model.stream.launch(kernel, geometry, args, false) }
     }
 
-    pub fn run(&self, groups: &[Vec<Group>]) -> Result<()> {
+    pub fn run(
+        &self,
+        groups: &[Vec<Group>],
+        mut renewing: Option<&mut Renewing<'_>>,
+    ) -> Result<()> {
         let cuda = self.cuda;
         let stream = &cuda.model.stream;
         let dim = cuda.model.shape.hidden_size;
@@ -44,9 +76,10 @@ impl Chunk<'_> {
         for event in &cuda.prefill.free {
             stream.record(event)?;
         }
-        for (layer, groups) in groups.iter().enumerate() {
+        let mut uses = Uses::new(groups);
+        for layer in 0..groups.len() {
             self.mixer(layer)?;
-            self.experts(layer, groups)?;
+            self.experts(layer, groups, &mut uses, renewing.as_deref_mut())?;
         }
         Ok(())
     }
@@ -209,7 +242,13 @@ impl Chunk<'_> {
     }
 
     /// `hidden += sum_k weight_k * expert_k(rms_norm(hidden)) + shared expert`
-    fn experts(&self, index: usize, groups: &[Group]) -> Result<()> {
+    fn experts(
+        &self,
+        index: usize,
+        groups: &[Vec<Group>],
+        uses: &mut Uses,
+        mut renewing: Option<&mut Renewing<'_>>,
+    ) -> Result<()> {
         let cuda = self.cuda;
         let p = &cuda.prefill.places;
         let shape = &cuda.model.shape;
@@ -255,10 +294,14 @@ impl Chunk<'_> {
         let bytes = 4 * self.tokens * k;
         let host_ids = cuda.prefill.host_ids.pointer(start).cast();
         let host_weights = cuda.prefill.host_weights.pointer(start).cast();
-        // SAFETY: every layer has room for the largest chunk; read after the chunk's last wait.
+        // SAFETY: every layer has room for the largest chunk; read after the chunk's last wait, or after
+        // that for the event.
         unsafe {
             stream.copy_to_host(host_ids, ids, bytes)?;
             stream.copy_to_host(host_weights, weights, bytes)?;
+        }
+        if renewing.is_some() {
+            stream.record(&cuda.prefill.routed)?;
         }
         let (counts, offsets) = (self.at(p.counts), self.at(p.offsets));
         let (tiles, tile_offsets) = (self.at(p.tiles), self.at(p.tile_offsets));
@@ -355,17 +398,29 @@ impl Chunk<'_> {
             };
             // The shared expert, always there, gives the bus a head start.
             compute(experts, 1, self.tokens.div_ceil(128))?;
-            for group in groups {
+            if let Some(renewing) = renewing.as_deref_mut().filter(|_| part == 0) {
+                // The bus goes on while the host waits.
+                self.stream_ahead(groups, uses)?;
+                self.ask(index, &groups[index], renewing)?;
+            }
+            for group in &groups[index] {
                 let buffer = group.ring.map(|buffers| buffers[part]);
                 if let Some(buffer) = buffer {
-                    self.stream_in(index, group, part, buffer)?;
+                    self.stream_ahead(groups, uses)?;
                     stream.wait(&cuda.prefill.ready[buffer])?;
                 }
                 compute(group.first, group.count, tiles_bound(group.count, false))?;
                 if let Some(buffer) = buffer {
+                    if let Some(renewing) = renewing.as_deref() {
+                        self.keep(group, part, buffer, renewing)?;
+                    }
                     stream.record(&cuda.prefill.free[buffer])?;
+                    uses.computed += 1;
                 }
             }
+        }
+        if let Some(renewing) = renewing {
+            self.move_in(renewing)?;
         }
         self.launch(
             "prefill_combine",
@@ -376,17 +431,42 @@ impl Chunk<'_> {
         )
     }
 
-    /// Copies the missing experts of a group into a ring buffer: gate and up, or down.
-    fn stream_in(&self, layer: usize, group: &Group, part: usize, buffer: usize) -> Result<()> {
-        let cuda = self.cuda;
-        let copies = &cuda.copies;
-        let layout = &cuda.model.store.layout;
+    /// Where a part of each expert lies in its blob, and how long it is: gate and up, or down.
+    pub fn part(&self, part: usize) -> (usize, usize) {
+        let layout = &self.cuda.model.store.layout;
         let (up_bytes, blob_bytes) = (layout.down_offset as usize, layout.blob_bytes as usize);
-        let (offset, width) = match part {
+        match part {
             0 => (0, up_bytes),
             _ => (up_bytes, blob_bytes - up_bytes),
+        }
+    }
+
+    /// Where a ring buffer holds a group's expert, whose part there is `width` long.
+    pub fn in_ring(&self, buffer: usize, group: &Group, expert: usize, width: usize) -> u64 {
+        let prefill = &self.cuda.prefill;
+        let offset = buffer * prefill.group_bytes + (expert - group.first) * width;
+        self.at(prefill.places.ring + offset)
+    }
+
+    /// Has copies go as far ahead of the kernels as the ring allows.
+    fn stream_ahead(&self, groups: &[Vec<Group>], uses: &mut Uses) -> Result<()> {
+        let end = uses.all.len().min(uses.computed + RING);
+        for &(layer, group, part) in &uses.all[uses.sent..end] {
+            self.stream_in(layer, &groups[layer][group], part)?;
+        }
+        uses.sent = end;
+        Ok(())
+    }
+
+    /// Copies a part of a group's missing experts into its ring buffer.
+    fn stream_in(&self, layer: usize, group: &Group, part: usize) -> Result<()> {
+        let cuda = self.cuda;
+        let copies = &cuda.copies;
+        let blob_bytes = cuda.model.store.layout.blob_bytes as usize;
+        let (offset, width) = self.part(part);
+        let Some(buffer) = group.ring.map(|buffers| buffers[part]) else {
+            return Ok(());
         };
-        let ring = self.at(cuda.prefill.places.ring) + (buffer * cuda.prefill.group_bytes) as u64;
         copies.wait(&cuda.prefill.free[buffer])?;
         let missing = |e: usize| cuda.model.store.resident(layer, e) == 0;
         let mut expert = group.first;
@@ -395,7 +475,7 @@ impl Chunk<'_> {
             let run = (expert..end).take_while(|&e| missing(e)).count();
             if run > 0 {
                 let (from, _) = cuda.model.store.blob(layer, expert);
-                let to = ring + ((expert - group.first) * width) as u64;
+                let to = self.in_ring(buffer, group, expert, width);
                 // SAFETY: `run` blobs follow each other in the store, and the buffer has room for
                 // all experts of the group.
                 unsafe {

@@ -5,9 +5,13 @@
 //! as far ahead as the ring allows, so that the bus never waits for the kernels; with a few thousand
 //! tokens the bus bounds the speed. The memory for it, a few hundred MB, is borrowed from expert
 //! slots, whose experts come back afterwards.
+//!
+//! In a prompt's last chunk slots may change to what the prompt taught, without any more copies over
+//! PCIe: see [`renew`].
 
 mod chunk;
 mod places;
+mod renew;
 
 use std::ops::Range;
 
@@ -16,9 +20,10 @@ use super::device::{Buffer, Device, Event, Pinned, Stream};
 use super::store::ExpertStore;
 use super::weights::DenseWeights;
 use super::{Cuda, CudaOptions};
-use crate::backend::{ModelShape, Result, Routing};
+use crate::backend::{ModelShape, OnRenewing, Result, Routing};
 use chunk::Chunk;
 use places::{Places, stride};
+use renew::{Renewal, Renewing, most_kept};
 
 /// Tokens of the largest chunk, if memory allows: the more, the fewer times all experts cross the
 /// bus.
@@ -45,6 +50,10 @@ pub struct Prefill {
     host_weights: Pinned<f32>,
     ready: Vec<Event>,
     free: Vec<Event>,
+    /// A layer's routing is on the host
+    routed: Event,
+    /// Experts of a layer that can be kept for slots
+    kept: usize,
     expert_hidden_stride: usize,
     group_bytes: usize,
     /// The workspace, where it is not borrowed
@@ -76,12 +85,13 @@ impl Prefill {
         let down_bytes = store.layout.blob_bytes - up_bytes;
         let group = GROUP_EXPERTS.min(experts);
         let group_bytes = group * (up_bytes.max(down_bytes) as usize);
-        let ring = RING * group_bytes;
+        let kept = most_kept(experts);
+        let areas = [RING * group_bytes, kept * store.layout.blob_bytes as usize];
         // A chunk takes at most a quarter of the budget.
         let budget = options.vram_bytes.unwrap_or(device.facts().total_bytes) as usize / 4;
         let mut tokens = options.prefill_tokens.unwrap_or(MAX_TOKENS).max(1);
         if options.prefill_tokens.is_none() {
-            while tokens > 256 && Places::new(shape, layouts, tokens, ring).bytes > budget {
+            while tokens > 256 && Places::new(shape, layouts, tokens, areas).bytes > budget {
                 tokens /= 2;
             }
         }
@@ -99,7 +109,7 @@ impl Prefill {
         Ok(Prefill {
             tokens,
             multiprocessors: device.facts().multiprocessors as usize,
-            places: Places::new(shape, layouts, tokens, ring),
+            places: Places::new(shape, layouts, tokens, areas),
             blobs: device.alloc(8 * layers * 2 * (experts + 1), stream)?,
             host_blobs: device.alloc_host(layers * 2 * (experts + 1))?,
             units: device.upload(&units, stream)?,
@@ -108,6 +118,8 @@ impl Prefill {
             host_weights: device.alloc_host(layers * tokens * k)?,
             ready: events()?,
             free: events()?,
+            routed: device.new_event()?,
+            kept,
             expert_hidden_stride: stride(layouts),
             group_bytes,
             own: None,
@@ -135,19 +147,33 @@ impl Prefill {
     pub fn drop_workspace(&mut self) {
         self.own = None;
     }
+
+    /// What the router chose in `layer`, once that is on the host.
+    fn routing(&self, layer: usize, tokens: usize, k: usize) -> Routing {
+        let start = layer * self.tokens * k;
+        let range = start..start + tokens * k;
+        let ids = &self.host_ids.as_slice()[range.clone()];
+        Routing {
+            num_experts_per_tok: k,
+            topk_ids: ids.iter().map(|&id| id as u16).collect(),
+            topk_weights: self.host_weights.as_slice()[range].to_vec(),
+        }
+    }
 }
 
 impl Cuda {
-    /// A chunk of any length, in pieces that fit the workspace.
+    /// A chunk of any length, in pieces that fit the workspace. With `renews` slots may change in the
+    /// last of them.
     pub(super) fn prefill_all(
         &mut self,
         ids: &[u32],
         rows: Range<usize>,
-        on_routing: &mut dyn FnMut(usize, usize, &Routing),
+        renews: bool,
+        on_routing: &mut OnRenewing<'_>,
     ) -> Result<Vec<f32>> {
         let size = self.prefill.tokens;
         self.finish_slots()?;
-        let (base, borrowed) = match &self.prefill.own {
+        let (base, mut borrowed) = match &self.prefill.own {
             Some(buffer) => (buffer.address(), Vec::new()),
             None => self.model.store.borrow(self.prefill.workspace_bytes()),
         };
@@ -155,18 +181,23 @@ impl Cuda {
             self.model.store.publish(&self.model.stream)?;
         }
         let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
+        let mut renewed = false;
         for (i, piece) in ids.chunks(size).enumerate() {
             let first = i * size;
+            let last = first + piece.len() == ids.len();
             let inside = |row: usize| row.clamp(first, first + piece.len()) - first;
             let rows = inside(rows.start)..inside(rows.end);
-            self.prefill_chunk_at(base, piece, rows, &mut logits, on_routing)?;
+            let renewals =
+                self.prefill_chunk_at(base, piece, rows, &mut logits, renews && last, on_routing)?;
+            renewed |= !renewals.is_empty();
+            self.note_renewals(&renewals, &mut borrowed);
         }
         for &(slot, (layer, expert)) in &borrowed {
             self.model
                 .store
                 .fetch(layer, expert, slot, &self.model.stream)?;
         }
-        if !borrowed.is_empty() {
+        if renewed || !borrowed.is_empty() {
             self.model.store.publish(&self.model.stream)?;
             self.model.stream.synchronize()?;
         }
@@ -179,8 +210,9 @@ impl Cuda {
         ids: &[u32],
         rows: Range<usize>,
         logits: &mut Vec<f32>,
-        on_routing: &mut dyn FnMut(usize, usize, &Routing),
-    ) -> Result<()> {
+        renews: bool,
+        on_routing: &mut OnRenewing<'_>,
+    ) -> Result<Vec<Renewal>> {
         let dim = self.model.shape.hidden_size;
         let position = self.state.position;
         // The last chunk's copies from here are done: every chunk ends with a wait.
@@ -196,7 +228,9 @@ impl Cuda {
             tokens: ids.len(),
             position,
         };
-        chunk.run(&groups)?;
+        let mut renewing = renews.then(|| Renewing::new(on_routing));
+        chunk.run(&groups, renewing.as_mut())?;
+        let renewals = renewing.map(|renewing| renewing.renewals);
         for row in rows {
             let hidden = base + (self.prefill.places.hidden + 4 * row * dim) as u64;
             let row = (self.decode).head_of(&self.model, &mut self.offload, hidden)?;
@@ -206,23 +240,15 @@ impl Cuda {
         self.copies.synchronize()?;
         self.state.position += ids.len();
 
-        let k = self.model.shape.moe.num_experts_per_tok;
-        let count = ids.len() * k;
-        let mut routing = Routing {
-            num_experts_per_tok: k,
-            ..Routing::default()
-        };
-        for layer in 0..self.model.shape.num_layers() {
-            let start = layer * self.prefill.tokens * k;
-            let ids = &self.prefill.host_ids.as_slice()[start..start + count];
-            let weights = &self.prefill.host_weights.as_slice()[start..start + count];
-            routing.topk_ids.clear();
-            routing.topk_ids.extend(ids.iter().map(|&id| id as u16));
-            routing.topk_weights.clear();
-            routing.topk_weights.extend(weights);
-            on_routing(layer, position, &routing);
+        if let Some(renewals) = renewals {
+            return Ok(renewals);
         }
-        Ok(())
+        let k = self.model.shape.moe.num_experts_per_tok;
+        for layer in 0..self.model.shape.num_layers() {
+            let routing = self.prefill.routing(layer, ids.len(), k);
+            on_routing(layer, position, &routing, 0);
+        }
+        Ok(Vec::new())
     }
 
     /// Cuts every layer's experts into groups, and says where each expert will be found.

@@ -39,6 +39,7 @@ pub struct Places {
     pub expert_scale: usize,
     pub expert_out: usize,
     pub ring: usize,
+    pub kept: usize,
     pub bytes: usize,
 }
 
@@ -62,7 +63,7 @@ impl Places {
         shape: &ModelShape,
         layouts: [&ExpertLayout; 2],
         tokens: usize,
-        ring: usize,
+        [ring, kept]: [usize; 2],
     ) -> Self {
         let t = tokens;
         let dim = shape.hidden_size;
@@ -126,6 +127,7 @@ impl Places {
         at.floats(rows * dim.max(stride));
         at.0 = at.0.max(mixer_end);
         p.ring = at.take(ring);
+        p.kept = at.take(kept);
         p.bytes = at.0;
         p
     }
