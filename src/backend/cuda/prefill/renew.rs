@@ -1,11 +1,11 @@
-//! What a prompt taught, kept in slots as it streams by: no copy over PCIe, and there for the first
-//! decoded token.
+//! What a prompt taught, kept in slots as it streams by: no further copy over PCIe, and there for the
+//! first decoded token.
 //!
 //! In a prompt's last chunk the host waits for each layer's routing, while copies go on as far ahead
 //! as the ring allows, and asks what the layer's slots shall hold. Kernels of that layer still read what
 //! is to leave. So the new experts are kept aside, part by part as they lie in the ring, and moved
 //! into their slots behind those kernels. Slots that are lent as workspace get their new experts
-//! instead of the old ones when they are given back.
+//! instead of the old ones when they are given back: as many copies, one more if a slot was empty.
 
 use super::super::Cuda;
 use super::super::store::Held;
