@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use moectl::backend::ExpertWeights;
 use moectl::backend::cpu::CpuPrecision;
-use moectl::backend::cpu::offload::{Asked, LayerExperts, Offload, Request, load_layer};
+use moectl::backend::cpu::offload::{Asked, Expert, LayerExperts, Offload, Requests, load_layer};
 
 /// Together more than any cache holds.
 const LAYERS: usize = 48;
@@ -47,18 +47,18 @@ pub fn offload(expert: &ExpertWeights) {
                     };
                     let mut answer = |window| {
                         let turn = Turn {
+                            experts: &of_layer.experts,
                             asked,
                             over: Instant::now() + Duration::from_micros(window),
                         };
-                        let mut wait = |fetch: &dyn Fn()| {
+                        let mut wait = |_: usize, fetch: &dyn Fn()| {
                             fetch();
-                            while turn.asked().is_none() {
+                            while turn.asked(0).is_none() {
                                 std::hint::spin_loop();
                             }
                             Ok(())
                         };
-                        (offload.answer(&of_layer.experts, picks, &turn, &mut wait, &mut out))
-                            .unwrap();
+                        (offload.answer(&turn, picks, &mut wait, &mut out)).unwrap();
                         1e6 * turn.over.elapsed().as_secs_f64()
                     };
                     times.push(answer(window));
@@ -78,20 +78,29 @@ pub fn offload(expert: &ExpertWeights) {
 
 /// The GPU's turn: fetches ahead until it is over.
 struct Turn<'a> {
+    experts: &'a [Expert],
     asked: Asked<'a>,
     over: Instant,
 }
 
-impl Request for Turn<'_> {
-    fn foreseen(&self) -> Option<&[i32]> {
+impl Requests for Turn<'_> {
+    fn layers(&self) -> usize {
+        1
+    }
+
+    fn experts(&self, _: usize) -> &[Expert] {
+        self.experts
+    }
+
+    fn foreseen(&self, _: usize) -> Option<&[i32]> {
         Some(self.asked.ids)
     }
 
-    fn asked(&self) -> Option<Asked<'_>> {
+    fn asked(&self, _: usize) -> Option<Asked<'_>> {
         (Instant::now() >= self.over).then_some(self.asked)
     }
 
-    fn answered(&self) {}
+    fn answered(&self, _: usize) {}
 }
 
 fn show(name: &str, bytes: f64, us: &mut [f64]) {

@@ -1,6 +1,6 @@
 //! The experts of one token that a GPU leaves to the CPU, computed where they lie in RAM.
 //!
-//! One job of the pool per layer, which begins before the layer's request is known:
+//! One job of the pool per token. In each layer workers go from stage to stage on their own:
 //!
 //! ```text
 //! fetch         what will probably be asked for, each worker its share, until the request is there
@@ -9,9 +9,9 @@
 //! answer        by whoever finishes the last rows
 //! ```
 //!
-//! Workers go from stage to stage on their own, so nobody stands still but for what is really
-//! missing: a job of the pool costs 4 us on 16 cores, and a decode step has 48 layers. Sums have the
-//! same order for any number of workers.
+//! So nobody stands still but for what is really missing, and nobody waits for a worker that lost its
+//! core between items: a job of the pool costs 4 us on 16 cores, and a decode step has 48 layers. Sums
+//! have the same order for any number of workers.
 
 mod layer;
 
@@ -20,7 +20,7 @@ use std::sync::atomic::Ordering;
 
 use super::CpuPrecision;
 use super::activations::{Activations, Block, IntegerBlocks};
-use super::experts::Expert;
+pub use super::experts::Expert;
 use super::isa::Isa;
 use super::layout::{TILE_COLS, Tile};
 use super::linear::{Linear, Weights, add_product};
@@ -29,7 +29,7 @@ use super::memory::Huge;
 use super::rms_norm::rms_norm;
 use super::threads::{Parts, Pool};
 use crate::backend::{BackendError, ExpertWeights, Result};
-use layer::{Layer, OnPanic, Progress};
+use layer::{OnPanic, Progress, Token};
 
 /// All routed experts of a layer.
 pub struct LayerExperts {
@@ -73,16 +73,22 @@ pub fn load_layer(
     Ok(LayerExperts { experts, arena })
 }
 
-/// What is asked of the CPU in one layer, as it becomes known. Workers look on from all sides.
-pub trait Request: Sync {
+/// What is asked of the CPU for one token, layer by layer, as it becomes known. Workers look on from
+/// all sides, some of them at layers that are over.
+pub trait Requests: Sync {
+    fn layers(&self) -> usize;
+
+    /// Of one size in all layers.
+    fn experts(&self, layer: usize) -> &[Expert];
+
     /// Experts that will probably be asked for, once that is known.
-    fn foreseen(&self) -> Option<&[i32]>;
+    fn foreseen(&self, layer: usize) -> Option<&[i32]>;
 
-    /// What is asked, once it is known.
-    fn asked(&self) -> Option<Asked<'_>>;
+    /// What is asked, once it is known. No layer asks before the one before it is answered.
+    fn asked(&self, layer: usize) -> Option<Asked<'_>>;
 
-    /// Called once, by any worker, when the answer is complete.
-    fn answered(&self);
+    /// Called once for each layer, by any worker, when the answer is complete.
+    fn answered(&self, layer: usize);
 }
 
 /// `sum_i weights[i] * experts[ids[i]](x)`, summed in order of `i`.
@@ -95,20 +101,33 @@ pub struct Asked<'a> {
 }
 
 /// A request that is known from the start, and whose answer is seen when the call returns.
-impl Request for Asked<'_> {
-    fn foreseen(&self) -> Option<&[i32]> {
+struct AtOnce<'a> {
+    experts: &'a [Expert],
+    asked: Asked<'a>,
+}
+
+impl Requests for AtOnce<'_> {
+    fn layers(&self) -> usize {
+        1
+    }
+
+    fn experts(&self, _: usize) -> &[Expert] {
+        self.experts
+    }
+
+    fn foreseen(&self, _: usize) -> Option<&[i32]> {
         None
     }
 
-    fn asked(&self) -> Option<Asked<'_>> {
-        Some(*self)
+    fn asked(&self, _: usize) -> Option<Asked<'_>> {
+        Some(self.asked)
     }
 
-    fn answered(&self) {}
+    fn answered(&self, _: usize) {}
 }
 
 /// See [`Offload::answer`].
-pub type Wait<'a> = dyn FnMut(&dyn Fn()) -> Result<()> + 'a;
+pub type Wait<'a> = dyn FnMut(usize, &dyn Fn()) -> Result<()> + 'a;
 
 /// Workers and buffers for one token at a time.
 pub struct Offload {
@@ -157,47 +176,51 @@ impl Offload {
     /// # Errors
     /// An id out of range, or a panic in a worker.
     pub fn compute(&mut self, experts: &[Expert], asked: Asked, out: &mut [f32]) -> Result<()> {
-        self.answer(experts, asked.ids.len(), &asked, &mut |_| Ok(()), out)
+        let requests = AtOnce { experts, asked };
+        self.answer(&requests, asked.ids.len(), &mut |_, _| Ok(()), out)
     }
 
-    /// Waits for a request to `experts`, all of one size, and writes the answer to `out`, `[D]`.
-    /// Meanwhile workers bring what is foreseen into the caches where they will need it.
+    /// Waits for the requests of a token and writes the answers to `out`, `[layers, D]`. Meanwhile
+    /// workers bring what is foreseen into the caches where they will need it.
     ///
-    /// - `at_most`: experts in the request
-    /// - `wait`: returns when the request is there, its error ends the call; may use the time by calling
-    ///   what it is given, which fetches this thread's share and returns when the request is there or all
-    ///   is fetched
+    /// - `at_most`: experts in a request
+    /// - `wait(layer, fetch)`: returns when the layer's request is there, its error ends the call; may use
+    ///   the time by calling `fetch`, which fetches this thread's share and returns when the request is
+    ///   there or all is fetched
     ///
     /// # Errors
     /// An id out of range, more experts than `at_most`, a panic in a worker, or that of `wait`; the
-    /// request is not answered then.
+    /// layers from there on are not answered then.
     pub fn answer(
         &mut self,
-        experts: &[Expert],
+        requests: &dyn Requests,
         at_most: usize,
-        request: &dyn Request,
         wait: &mut Wait,
         out: &mut [f32],
     ) -> Result<()> {
-        let Some(first) = experts.first() else {
+        let layers = requests.layers();
+        let experts = (0..layers).map(|layer| requests.experts(layer).first());
+        let Some(first) = experts
+            .collect::<Option<Vec<_>>>()
+            .and_then(|all| all.first().copied())
+        else {
             return Err(BackendError::Other(
                 "a layer without experts was asked".into(),
             ));
         };
         let (isa, blocks) = (self.isa, first.blocks());
-        assert_eq!(out.len(), first.down.rows);
+        assert_eq!(out.len(), layers * first.down.rows);
         let integers = first.down.reads_integers();
         self.hidden.resize(at_most * blocks, [0.0; TILE_COLS]);
         self.up.resize(at_most * blocks, [0.0; TILE_COLS]);
         self.hidden_integers.resize(isa, at_most * blocks, integers);
         self.progress.begin(at_most, blocks);
-        let layer = Layer {
+        let token = Token {
             isa,
             workers: self.pool.threads(),
-            experts,
+            requests,
             at_most,
             blocks,
-            request,
             progress: &self.progress,
             x: Parts::new(&mut self.x),
             hidden: Parts::new(self.hidden.as_flattened_mut()),
@@ -205,16 +228,26 @@ impl Offload {
             hidden_integers: integers.map(|kind| (kind, self.hidden_integers.parts())),
             out: Parts::new(out),
         };
-        self.pool.beside(&|worker| layer.work(worker), || {
-            let _failed = OnPanic(&layer.progress.failed);
-            let fetch = || layer.fetch(0, request.foreseen().unwrap_or(&[]));
-            let known = wait(&fetch).and_then(|()| layer.check());
-            match known {
-                Ok(()) => layer.compute(0),
-                Err(_) => layer.progress.failed.store(true, Ordering::Relaxed),
+        let own = || {
+            let _failed = OnPanic(&token.progress.failed);
+            let result = (0..layers).try_for_each(|layer| {
+                wait(layer, &|| token.fetch(layer, 0))?;
+                token.check(layer)?;
+                token.compute(layer, 0);
+                match token.finish_layer(layer) {
+                    true => Ok(()),
+                    // Its panic is reported in place of this.
+                    false => Err(BackendError::Other("a worker gave up".into())),
+                }
+            });
+            if result.is_err() {
+                token.progress.failed.store(true, Ordering::Relaxed);
             }
-            known
-        })?
+            result
+        };
+        let result = self.pool.beside(&|worker| token.work(worker), own);
+        self.progress.rounds = self.progress.rounds.wrapping_add(layers as u32);
+        result?
     }
 
     /// `out = linear norm(hidden)`: the output head of one token.
@@ -346,69 +379,110 @@ mod tests {
         let unknown = offload.compute(&layer.experts, asked(&[2], &[1.0]), &mut out);
         assert!(unknown.is_err());
         let many = asked(&[0, 1], &[1.0, 1.0]);
-        let too_many = offload.answer(&layer.experts, 1, &many, &mut |_| Ok(()), &mut out);
+        let many = AtOnce {
+            experts: &layer.experts,
+            asked: many,
+        };
+        let too_many = offload.answer(&many, 1, &mut |_, _| Ok(()), &mut out);
         assert!(too_many.is_err());
     }
 
-    /// Asks after a while, as a GPU does.
+    /// Asks after a while, as a GPU does, and for the next layer once this one is answered.
     struct Later<'a> {
+        experts: &'a [Expert],
         asked: Asked<'a>,
-        looks: AtomicUsize,
-        answers: AtomicUsize,
+        looks: [AtomicUsize; 5],
+        answers: [AtomicUsize; 5],
     }
 
-    impl Request for Later<'_> {
-        fn foreseen(&self) -> Option<&[i32]> {
-            let looks = self.looks.fetch_add(1, Ordering::Relaxed);
+    impl Later<'_> {
+        /// Whether `layer` was looked at so often since the one before it was answered.
+        fn is_time(&self, layer: usize, looks: usize) -> bool {
+            let answers = |layer: usize| self.answers[layer].load(Ordering::Acquire);
+            let may_ask = layer == 0 || answers(layer - 1) > 0;
+            may_ask && self.looks[layer].fetch_add(1, Ordering::AcqRel) > looks
+        }
+    }
+
+    impl Requests for Later<'_> {
+        fn layers(&self) -> usize {
+            self.answers.len()
+        }
+
+        fn experts(&self, _: usize) -> &[Expert] {
+            self.experts
+        }
+
+        fn foreseen(&self, layer: usize) -> Option<&[i32]> {
             // An expert that does not exist must be no worse than one that is not asked for.
-            (looks > 50).then_some(&[1, 0, 99])
+            self.is_time(layer, 10).then_some(&[1, 0, 99])
         }
 
-        fn asked(&self) -> Option<Asked<'_>> {
-            let looks = self.looks.fetch_add(1, Ordering::Relaxed);
-            (looks > 500).then_some(self.asked)
+        fn asked(&self, layer: usize) -> Option<Asked<'_>> {
+            self.is_time(layer, 100).then_some(self.asked)
         }
 
-        fn answered(&self) {
-            self.answers.fetch_add(1, Ordering::Relaxed);
+        fn answered(&self, layer: usize) {
+            self.answers[layer].fetch_add(1, Ordering::AcqRel);
         }
     }
 
     #[test]
-    fn requests_are_answered_once_and_an_error_while_waiting_ends_the_layer() {
+    fn requests_are_answered_once_and_an_error_while_waiting_ends_the_token() {
         for threads in [1, 2] {
             let mut offload = Offload::new(Some(threads)).unwrap();
             let layer =
                 load_layer(offload.pool(), &layer(3, 128, 64), CpuPrecision::Int16).unwrap();
-            let (x, mut out) = (random_vector(128, 5), vec![0.0; 128]);
+            let x = random_vector(128, 5);
+            let mut expected = vec![0.0; 128];
+            let mut out = vec![0.0; 5 * 128];
             let asked = Asked {
                 ids: &[2, 0],
                 weights: &[0.6, 0.4],
                 x: &x,
             };
-            let mut expected = out.clone();
             (offload.compute(&layer.experts, asked, &mut expected)).unwrap();
-            for round in 0..100 {
+            for round in 0..200 {
                 let later = Later {
+                    experts: &layer.experts,
                     asked,
-                    looks: AtomicUsize::new(0),
-                    answers: AtomicUsize::new(0),
+                    looks: Default::default(),
+                    answers: Default::default(),
                 };
-                let mut wait = |fetch: &dyn Fn()| match round % 3 {
-                    0 => Err(BackendError::Other("the GPU stands still".into())),
-                    _ => {
-                        fetch();
-                        while later.asked().is_none() {}
-                        Ok(())
+                let stands_still = round % 4;
+                let mut wait = |layer: usize, fetch: &dyn Fn()| {
+                    if layer == stands_still {
+                        return Err(BackendError::Other("the GPU stands still".into()));
                     }
+                    fetch();
+                    while later.asked(layer).is_none() {}
+                    Ok(())
                 };
                 out.fill(f32::NAN);
-                let answer = offload.answer(&layer.experts, 4, &later, &mut wait, &mut out);
-                assert_eq!(answer.is_ok(), round % 3 != 0);
-                if answer.is_ok() {
-                    assert_eq!(later.answers.into_inner(), 1);
-                    assert_eq!(out, expected);
+                let answer = offload.answer(&later, 4, &mut wait, &mut out);
+                assert!(answer.is_err());
+                let answered: Vec<usize> = later
+                    .answers
+                    .iter()
+                    .map(|a| a.load(Ordering::Relaxed))
+                    .collect();
+                for (layer, out) in out.chunks_exact(128).enumerate() {
+                    let is_answered = layer < stands_still;
+                    assert_eq!(answered[layer], usize::from(is_answered), "layer {layer}");
+                    assert!(!is_answered || out == expected, "layer {layer}");
                 }
+                let later = Later {
+                    answers: Default::default(),
+                    looks: Default::default(),
+                    ..later
+                };
+                let mut wait = |layer: usize, _: &dyn Fn()| {
+                    while later.asked(layer).is_none() {}
+                    Ok(())
+                };
+                offload.answer(&later, 4, &mut wait, &mut out).unwrap();
+                assert!(out.chunks_exact(128).all(|out| out == expected));
+                assert!(later.answers.iter().all(|a| a.load(Ordering::Relaxed) == 1));
             }
         }
     }

@@ -8,7 +8,7 @@ use std::cell::UnsafeCell;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -72,9 +72,12 @@ impl Gate {
 
 /// Items that workers share out among themselves: each begins with its own equal part of neighbouring
 /// items, the same one every time, and then helps the others.
+///
+/// Rounds follow each other without anybody starting them: what was taken counts for the round it was taken
+/// in, and a worker that comes too late for a round finds nothing left of it.
 pub struct Shares {
     /// Items taken of each worker's part
-    taken: Vec<Padded<AtomicUsize>>,
+    taken: Vec<Padded<Count>>,
 }
 
 impl Shares {
@@ -84,27 +87,58 @@ impl Shares {
         }
     }
 
-    /// All items may be taken again. Nobody may be taking any.
-    pub fn reset(&self) {
-        for Padded(taken) in &self.taken {
-            taken.store(0, Ordering::Relaxed);
-        }
-    }
-
     /// Runs `job(item)` for items below `items`, which is the same for all workers, until all are taken.
-    pub fn take(&self, worker: usize, items: usize, mut job: impl FnMut(usize)) {
+    pub fn take(&self, round: u32, worker: usize, items: usize, mut job: impl FnMut(usize)) {
         let workers = self.taken.len();
         for turn in 0..workers {
             let victim = (worker + turn) % workers;
             let (first, end) = (victim * items / workers, (victim + 1) * items / workers);
             let Padded(taken) = &self.taken[victim];
-            while taken.load(Ordering::Relaxed) < end - first {
-                let item = first + taken.fetch_add(1, Ordering::Relaxed);
-                if item >= end {
-                    break;
-                }
-                job(item);
+            while let Some(item) = taken.next(round, (end - first) as u32) {
+                job(first + item as usize);
             }
+        }
+    }
+}
+
+/// Counts from 0 in every round; rounds are numbered upwards, around the end of the numbers.
+#[derive(Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    /// The count in `round`; `None` if a later one has begun.
+    pub fn get(&self, round: u32) -> Option<u32> {
+        Count::read(self.0.load(Ordering::Acquire), round)
+    }
+
+    /// Adds one, which gives the count from there.
+    ///
+    /// Of a round that is over nothing may be left to count.
+    pub fn add(&self, round: u32) -> u32 {
+        self.next(round, u32::MAX)
+            .expect("a round that is not over")
+            + 1
+    }
+
+    /// The count, and adds one, if it is below `end`.
+    fn next(&self, round: u32, end: u32) -> Option<u32> {
+        let mut word = self.0.load(Ordering::Acquire);
+        loop {
+            let count = Count::read(word, round).filter(|&count| count < end)?;
+            let more = u64::from(round) << 32 | u64::from(count + 1);
+            match (self.0).compare_exchange_weak(word, more, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(count),
+                Err(now) => word = now,
+            }
+        }
+    }
+
+    fn read(word: u64, round: u32) -> Option<u32> {
+        let ahead = ((word >> 32) as u32).wrapping_sub(round) as i32;
+        match ahead {
+            0 => Some(word as u32),
+            1.. => None,
+            _ => Some(0),
         }
     }
 }
@@ -168,10 +202,9 @@ impl Pool {
         if self.threads() == 1 || items <= 1 {
             return catch(|| (0..items).for_each(job));
         }
-        self.shared.shares.reset();
-        self.open(items, job);
+        let number = self.open(items, job);
         // When this returns, every item has been claimed.
-        self.shared.work(0, job, items);
+        self.shared.work(number, 0, job, items);
         self.close()
     }
 
@@ -184,17 +217,19 @@ impl Pool {
         if self.threads() == 1 {
             return catch(own);
         }
-        self.shared.shares.reset();
         // Worker 0 is this thread.
-        self.shared.shares.taken[0].0.store(1, Ordering::Relaxed);
-        self.open(self.threads(), job);
+        let others = |worker| match worker {
+            0 => {}
+            _ => job(worker),
+        };
+        self.open(self.threads(), &others);
         let result = catch(own);
         self.close()?;
         result
     }
 
     /// Lets workers in. Whoever calls this must also call [`close`](Pool::close), whatever happens.
-    fn open(&self, items: usize, job: &Job) {
+    fn open(&self, items: usize, job: &Job) -> u64 {
         let shared = &*self.shared;
         // SAFETY: only the lifetime changes. Workers use the pointer between here and the moment
         // the gate is closed and empty again, which the caller awaits, and nothing in between
@@ -210,6 +245,7 @@ impl Pool {
                 worker.thread().unpark();
             }
         }
+        number
     }
 
     /// Lets nobody in any more, and waits for those inside.
@@ -269,7 +305,7 @@ impl Shared {
             // SAFETY: this worker is inside the gate, so the job stays as it is, and alive.
             let (job, items) = unsafe { (*self.job.get()).expect("an open gate has a job") };
             // SAFETY: as above.
-            self.work(id, unsafe { &*job }, items);
+            self.work(number, id, unsafe { &*job }, items);
             self.gate.0.fetch_sub(1, Ordering::Release);
         }
     }
@@ -313,9 +349,9 @@ impl Shared {
         self.sleeping[id].0.store(false, Ordering::SeqCst);
     }
 
-    /// Claims and runs items.
-    fn work(&self, id: usize, job: &Job, items: usize) {
-        if let Err(error) = catch(|| self.shares.take(id, items, job)) {
+    /// Claims and runs items of job `number`.
+    fn work(&self, number: u64, id: usize, job: &Job, items: usize) {
+        if let Err(error) = catch(|| self.shares.take(number as u32, id, items, job)) {
             self.panicked
                 .lock()
                 .unwrap()
@@ -431,6 +467,8 @@ impl<'a, T> Parts<'a, T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     /// Four workers even where there are fewer cores, so that they get in each other's way.
@@ -449,6 +487,27 @@ mod tests {
             })
             .unwrap();
             assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn counts_begin_anew_in_every_round_and_late_ones_find_nothing() {
+        let count = Count::default();
+        for round in [1, 2, 7, u32::MAX / 2, u32::MAX, 0, 5] {
+            assert_eq!(count.get(round), Some(0));
+            assert_eq!([count.add(round), count.add(round)], [1, 2]);
+            assert_eq!(count.get(round), Some(2));
+            assert_eq!(count.get(round.wrapping_sub(1)), None);
+        }
+        let shares = Shares::new(3);
+        for round in 1..4 {
+            let mut taken = Vec::new();
+            shares.take(round, 1, 7, |item| taken.push(item));
+            assert_eq!(taken, [2, 3, 4, 5, 6, 0, 1]);
+            shares.take(round, 0, 7, |item| panic!("item {item} once more"));
+            shares.take(round - 1, 0, 7, |item| {
+                panic!("item {item} of a round that is over")
+            });
         }
     }
 

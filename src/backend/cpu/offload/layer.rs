@@ -1,6 +1,6 @@
-//! The stages of one layer, which each worker goes through on its own.
+//! The layers of one token, which each worker goes through on its own, stage by stage.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytemuck::cast_slice;
 
@@ -9,21 +9,23 @@ use super::super::experts::{Expert, add_weighted, swiglu};
 use super::super::isa::Isa;
 use super::super::layout::{TILE_COLS, TILE_ROWS};
 use super::super::linear::{Panel, View, Weights};
-use super::super::threads::{Backoff, Parts, Shares};
-use super::{Asked, Request, prepare};
+use super::super::threads::{Backoff, Count, Parts, Shares};
+use super::{Asked, Requests, prepare};
 use crate::backend::{BackendError, Result};
 
-/// How far a layer is.
+/// How far each stage is, by rounds: each layer of each token is one.
 pub struct Progress {
     up: Shares,
     down: Shares,
     /// Of each block of intermediate values: quarters that are done, 32 rows of gate or of up
-    quarters: Vec<AtomicU32>,
+    quarters: Vec<Count>,
     /// Of each chosen expert: blocks that are done
-    blocks: Vec<AtomicUsize>,
+    blocks: Vec<Count>,
     /// Tile rows of the sum that are done
-    rows: AtomicUsize,
-    /// The layer will not be finished
+    rows: Count,
+    /// Rounds that have begun
+    pub rounds: u32,
+    /// The token will not be finished
     pub failed: AtomicBool,
 }
 
@@ -34,26 +36,20 @@ impl Progress {
             down: Shares::new(workers),
             quarters: Vec::new(),
             blocks: Vec::new(),
-            rows: AtomicUsize::new(0),
+            rows: Count::default(),
+            rounds: 0,
             failed: AtomicBool::new(false),
         }
     }
 
-    /// For a layer of up to `experts` of so many blocks each.
+    /// For layers of up to `experts` of so many blocks each.
     pub fn begin(&mut self, experts: usize, blocks: usize) {
-        self.up.reset();
-        self.down.reset();
-        // After a failure some would be left half done.
-        self.quarters.clear();
-        self.quarters
-            .resize_with(experts * blocks, AtomicU32::default);
-        self.blocks.clear();
-        self.blocks.resize_with(experts, AtomicUsize::default);
-        *self.rows.get_mut() = 0;
+        self.quarters.resize_with(experts * blocks, Count::default);
+        self.blocks.resize_with(experts, Count::default);
         *self.failed.get_mut() = false;
     }
 
-    /// Waits until `there`; `false` if the layer failed before.
+    /// Waits until `there`; `false` if the token failed before.
     fn wait(&self, there: impl Fn() -> bool) -> bool {
         let mut waiting = Backoff::default();
         while !there() {
@@ -77,15 +73,16 @@ impl Drop for OnPanic<'_> {
     }
 }
 
-/// A layer while it is worked on.
-pub struct Layer<'a> {
+/// A token while it is worked on.
+///
+/// Nobody waits for a worker that lost its core with nothing begun: it finds later what is left.
+pub struct Token<'a> {
     pub isa: Isa,
     pub workers: usize,
-    pub experts: &'a [Expert],
+    pub requests: &'a dyn Requests,
     pub at_most: usize,
     /// Of intermediate values of each expert
     pub blocks: usize,
-    pub request: &'a dyn Request,
     pub progress: &'a Progress,
     pub x: Parts<'a, Activations>,
     /// Intermediate values, before that what gate gave
@@ -93,24 +90,30 @@ pub struct Layer<'a> {
     /// What up gave
     pub up: Parts<'a, f32>,
     pub hidden_integers: Option<(Integers, IntegerParts<'a>)>,
+    /// `[layers, D]`
     pub out: Parts<'a, f32>,
 }
 
-impl Layer<'_> {
+impl Token<'_> {
     pub fn work(&self, worker: usize) {
         let _failed = OnPanic(&self.progress.failed);
-        let asked = || self.request.asked().is_some();
-        (self.progress).wait(|| self.request.foreseen().is_some() || asked());
-        self.fetch(worker, self.request.foreseen().unwrap_or(&[]));
-        let known = self.progress.wait(asked);
-        if known && self.check().is_ok() {
-            self.compute(worker);
+        for layer in 0..self.requests.layers() {
+            let asked = || self.requests.asked(layer).is_some();
+            let foreseen = || self.requests.foreseen(layer).is_some();
+            if !self.progress.wait(|| foreseen() || asked()) {
+                return;
+            }
+            self.fetch(layer, worker);
+            if !self.progress.wait(asked) || self.check(layer).is_err() {
+                return;
+            }
+            self.compute(layer, worker);
         }
     }
 
     /// Whether there are the experts that are asked for.
-    pub fn check(&self) -> Result<()> {
-        let (asked, count) = (self.asked(), self.experts.len());
+    pub fn check(&self, layer: usize) -> Result<()> {
+        let (asked, count) = (self.asked(layer), self.requests.experts(layer).len());
         if let Some(id) = asked.ids.iter().find(|&&id| id as usize >= count) {
             return Err(BackendError::Other(format!(
                 "expert {id} of {count} was asked for"
@@ -126,15 +129,35 @@ impl Layer<'_> {
         }
     }
 
-    fn asked(&self) -> Asked<'_> {
-        self.request.asked().expect("a request that is known")
+    fn asked(&self, layer: usize) -> Asked<'_> {
+        self.requests.asked(layer).expect("a request that is known")
     }
 
-    /// Brings this worker's share of experts into its caches until the request is there.
-    pub fn fetch(&self, worker: usize, ids: &[i32]) {
-        let enough = || self.request.asked().is_some();
-        for &id in ids {
-            let Some(expert) = self.experts.get(id as usize) else {
+    fn round(&self, layer: usize) -> u32 {
+        self.progress.rounds.wrapping_add(1 + layer as u32)
+    }
+
+    fn tile_rows(&self, layer: usize) -> usize {
+        self.requests.experts(layer)[0].down.tile_rows()
+    }
+
+    /// Whether nothing is left to do in `layer`.
+    fn is_over(&self, layer: usize) -> bool {
+        let done = self.progress.rows.get(self.round(layer));
+        done.is_none_or(|rows| rows as usize == self.tile_rows(layer))
+    }
+
+    /// Waits until the layer is answered; `false` if that will not happen.
+    pub fn finish_layer(&self, layer: usize) -> bool {
+        self.progress.wait(|| self.is_over(layer))
+    }
+
+    /// Brings this worker's share of what is foreseen into its caches until the request is there.
+    pub fn fetch(&self, layer: usize, worker: usize) {
+        let enough = || self.requests.asked(layer).is_some();
+        let experts = self.requests.experts(layer);
+        for &id in self.requests.foreseen(layer).unwrap_or(&[]) {
+            let Some(expert) = experts.get(id as usize) else {
                 return;
             };
             for linear in [&expert.gate, &expert.up, &expert.down] {
@@ -155,30 +178,30 @@ impl Layer<'_> {
         }
     }
 
-    /// Takes part in all stages until nothing is left to begin.
-    pub fn compute(&self, worker: usize) {
-        let (isa, progress) = (self.isa, self.progress);
-        let asked = self.asked();
-        let count = asked.ids.len();
-        let expert = |i: usize| &self.experts[asked.ids[i] as usize];
-        let rows = self.experts[0].down.tile_rows();
-        if progress.rows.load(Ordering::Relaxed) == rows {
+    /// Takes part in all stages of a layer until nothing is left to begin.
+    pub fn compute(&self, layer: usize, worker: usize) {
+        if self.is_over(layer) {
             return;
         }
+        let (isa, progress, round) = (self.isa, self.progress, self.round(layer));
+        let (asked, experts) = (self.asked(layer), self.requests.experts(layer));
+        let count = asked.ids.len();
+        let expert = |i: usize| &experts[asked.ids[i] as usize];
         // SAFETY: each worker has its own.
         let x = unsafe { self.x.item(worker) };
-        prepare(isa, x, asked.x, &self.experts[0].gate);
+        prepare(isa, x, asked.x, &experts[0].gate);
         let x = x.view();
         // All experts' first rows come first: so a worker has the same rows of every expert,
         // whichever experts they are, and finds them where it fetched them.
-        progress.up.take(worker, 4 * self.blocks * count, |item| {
+        (progress.up).take(round, worker, 4 * self.blocks * count, |item| {
             let (tile_row, item) = (item / (2 * count), item % (2 * count));
-            self.gate_or_up(expert(item / 2), item, tile_row, x);
+            self.gate_or_up(round, expert(item / 2), item, tile_row, x);
         });
-        progress.down.take(worker, rows, |tile_row| {
+        let (rows, dim) = (self.tile_rows(layer), experts[0].down.rows);
+        progress.down.take(round, worker, rows, |tile_row| {
             let mut sum = [[0.0; TILE_ROWS]];
             for i in 0..count {
-                let done = || progress.blocks[i].load(Ordering::Acquire) == self.blocks;
+                let done = || progress.blocks[i].get(round) == Some(self.blocks as u32);
                 if !progress.wait(done) {
                     return;
                 }
@@ -189,18 +212,18 @@ impl Layer<'_> {
                 add_weighted(isa, &c, &[0], &asked.weights[i..=i], &mut sum);
             }
             let first = tile_row * TILE_ROWS;
-            let last = self.experts[0].down.rows.min(first + TILE_ROWS);
+            let last = dim.min(first + TILE_ROWS);
             // SAFETY: each item has output rows of its own.
-            let out = unsafe { self.out.slice(first..last) };
+            let out = unsafe { self.out.slice(layer * dim + first..layer * dim + last) };
             out.copy_from_slice(&sum[0][..last - first]);
-            if progress.rows.fetch_add(1, Ordering::AcqRel) + 1 == rows {
-                self.request.answered();
+            if progress.rows.add(round) as usize == rows {
+                self.requests.answered(layer);
             }
         });
     }
 
     /// 32 rows of gate, or for odd `item` of up, of the chosen expert number `item / 2`.
-    fn gate_or_up(&self, expert: &Expert, item: usize, tile_row: usize, x: View) {
+    fn gate_or_up(&self, round: u32, expert: &Expert, item: usize, tile_row: usize, x: View) {
         let (i, is_up) = (item / 2, item % 2 == 1);
         let block = i * self.blocks + tile_row / 2;
         let (linear, out) = match is_up {
@@ -213,10 +236,10 @@ impl Layer<'_> {
         // SAFETY: every item has its own quarter of a block.
         unsafe { out.slice(start..start + TILE_ROWS) }.copy_from_slice(&panel[0]);
         // The last of four quarters sees the others' values.
-        if self.progress.quarters[block].fetch_add(1, Ordering::AcqRel) == 3 {
+        if self.progress.quarters[block].add(round) == 4 {
             // SAFETY: all are written, and a block is finished once.
             unsafe { self.finish(block) };
-            self.progress.blocks[i].fetch_add(1, Ordering::Release);
+            self.progress.blocks[i].add(round);
         }
     }
 

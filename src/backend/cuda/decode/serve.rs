@@ -5,55 +5,77 @@ use std::time::Instant;
 
 use super::super::abi::Handoff;
 use super::{Decode, Model, WATCHDOG, part_of};
-use crate::backend::cpu::offload::{Asked, Offload, Request};
+use crate::backend::cpu::experts::Expert;
+use crate::backend::cpu::offload::{Asked, Offload, Requests};
 use crate::backend::{BackendError, Result, StepTimes};
 
-/// What a layer asks in one step, in host memory that the GPU writes.
+/// What the layers ask in one step, in host memory that the GPU writes.
 struct HandedOver<'a> {
     /// Of the step
     number: u32,
-    handoff: *mut Handoff,
-    /// What it will probably ask; absent where no router looks ahead
+    /// `[layer]`
+    experts: Vec<&'a [Expert]>,
+    /// `[layers]`
+    handoffs: *mut Handoff,
+    /// What they will probably ask; absent where no router looks ahead
     foreseen: Option<*mut Handoff>,
-    x: &'a [f32],
-    done: &'a AtomicU32,
+    /// `[layers, D]`
+    x: *const f32,
+    dim: usize,
+    /// `[layers]`
+    done: *mut u32,
 }
 
-// SAFETY: the pointers are to memory that outlives the step, which the GPU writes before it stores
-// the step's number there, and not after.
+// SAFETY: the pointers are to memory that outlives the step. Of a layer the GPU writes it before it stores
+// the step's number there, and not after; `done` is for atomics only.
 unsafe impl Sync for HandedOver<'_> {}
 
 impl HandedOver<'_> {
-    /// What a router wrote to `from`, once it has.
-    fn read(&self, from: *mut Handoff) -> Option<&Handoff> {
-        // SAFETY: `ready` is the first field, a u32 that only the GPU stores.
-        let ready = unsafe { AtomicU32::from_ptr(from.cast()) };
+    /// What a router wrote for `layer` to the list `from`, once it has.
+    fn read(&self, from: *mut Handoff, layer: usize) -> Option<&Handoff> {
+        assert!(layer < self.experts.len());
+        // SAFETY: in the list. `ready` is the first field, a u32 that only the GPU stores.
+        let ready = unsafe { AtomicU32::from_ptr(from.add(layer).cast()) };
+        let is_there = ready.load(Ordering::Acquire) == self.number;
         // SAFETY: the GPU released it with `ready`, and writes it again in the next step.
-        (ready.load(Ordering::Acquire) == self.number).then(|| unsafe { &*from })
+        is_there.then(|| unsafe { &*from.add(layer) })
     }
 }
 
-impl Request for HandedOver<'_> {
-    fn foreseen(&self) -> Option<&[i32]> {
+impl Requests for HandedOver<'_> {
+    fn layers(&self) -> usize {
+        self.experts.len()
+    }
+
+    fn experts(&self, layer: usize) -> &[Expert] {
+        self.experts[layer]
+    }
+
+    fn foreseen(&self, layer: usize) -> Option<&[i32]> {
         match self.foreseen {
-            Some(foreseen) => self.read(foreseen).map(Handoff::experts),
-            None => Some(&[]),
+            // The first layer has none before it whose router could look ahead.
+            Some(foreseen) if layer > 0 => self.read(foreseen, layer).map(Handoff::experts),
+            _ => Some(&[]),
         }
     }
 
-    fn asked(&self) -> Option<Asked<'_>> {
-        self.read(self.handoff).map(|handoff| {
+    fn asked(&self, layer: usize) -> Option<Asked<'_>> {
+        self.read(self.handoffs, layer).map(|handoff| {
             let ids = handoff.experts();
+            // SAFETY: in the list, and written by the GPU before it asked.
+            let x = unsafe { std::slice::from_raw_parts(self.x.add(layer * self.dim), self.dim) };
             Asked {
                 ids,
                 weights: &handoff.cpu_weights[..ids.len()],
-                x: self.x,
+                x,
             }
         })
     }
 
-    fn answered(&self) {
-        self.done.store(1, Ordering::Release);
+    fn answered(&self, layer: usize) {
+        assert!(layer < self.experts.len());
+        // SAFETY: in the list, for atomics only.
+        unsafe { AtomicU32::from_ptr(self.done.add(layer)) }.store(1, Ordering::Release);
     }
 }
 
@@ -69,46 +91,45 @@ impl Decode {
     ) -> Result<()> {
         let dim = model.shape.hidden_size;
         let layers = model.shape.num_layers();
-        let k = model.shape.moe.num_experts_per_tok;
+        let requests = HandedOver {
+            number: self.number,
+            experts: (model.store.layers.iter())
+                .map(|layer| &layer.experts[..])
+                .collect(),
+            handoffs: self.handoffs.pointer(0),
+            foreseen: self.side.is_some().then(|| self.foreseen.pointer(0)),
+            x: self.handoff_x.pointer(0),
+            dim,
+            done: self.done.pointer(0),
+        };
+        // SAFETY: `[layers, dim]` floats; of a layer the GPU reads them only after `done`.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.cpu_out.pointer(0), layers * dim) };
         let (mut part, mut next_part) = (0, 0);
-        let mut now = Instant::now();
-        for layer in 0..layers {
-            // The first layer has none before it whose router could look ahead.
-            let ahead = self.side.is_some() && layer > 0;
-            let request = HandedOver {
-                number: self.number,
-                handoff: self.handoffs.pointer(layer),
-                foreseen: ahead.then(|| self.foreseen.pointer(layer)),
-                // SAFETY: `[layers, dim]` floats, which the GPU writes before it asks.
-                x: unsafe { std::slice::from_raw_parts(self.handoff_x.pointer(layer * dim), dim) },
-                done: self.done_flag(layer),
-            };
-            // SAFETY: `[layers, dim]` floats; the GPU reads them only after `done`.
-            let out =
-                unsafe { std::slice::from_raw_parts_mut(self.cpu_out.pointer(layer * dim), dim) };
-            let mut ready = now;
-            let mut wait = |fetch: &dyn Fn()| {
-                // The other workers do without this one meanwhile.
-                if layer == next_part {
-                    part += 1;
-                    let parts = &self.graphs[graphs].1;
-                    if let Some(graph) = parts.get(part) {
-                        // SAFETY: as in `step`.
-                        unsafe { model.stream.launch_graph(graph)? };
-                        next_part = part_of(layers, parts.len(), part).start;
-                    }
+        let mut asked = Instant::now();
+        let mut wait = |layer: usize, fetch: &dyn Fn()| {
+            let answered = Instant::now();
+            if layer > 0 {
+                times.cpu_experts_s += (answered - asked).as_secs_f64();
+            }
+            // The other workers do without this one meanwhile.
+            if layer == next_part {
+                part += 1;
+                let parts = &self.graphs[graphs].1;
+                if let Some(graph) = parts.get(part) {
+                    // SAFETY: as in `step`.
+                    unsafe { model.stream.launch_graph(graph)? };
+                    next_part = part_of(layers, parts.len(), part).start;
                 }
-                fetch();
-                self.wait_ready(layer, model)?;
-                ready = Instant::now();
-                Ok(())
-            };
-            let experts = &model.store.layers[layer].experts;
-            offload.answer(experts, k, &request, &mut wait, out)?;
-            times.wait_gpu_s += (ready - now).as_secs_f64();
-            now = Instant::now();
-            times.cpu_experts_s += (now - ready).as_secs_f64();
-        }
+            }
+            fetch();
+            self.wait_ready(layer, model)?;
+            asked = Instant::now();
+            times.wait_gpu_s += (asked - answered).as_secs_f64();
+            Ok(())
+        };
+        let k = model.shape.moe.num_experts_per_tok;
+        offload.answer(&requests, k, &mut wait, out)?;
+        times.cpu_experts_s += asked.elapsed().as_secs_f64();
         Ok(())
     }
 
