@@ -1,6 +1,6 @@
 //! The layers of one token, which each worker goes through on its own, stage by stage.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use bytemuck::cast_slice;
 
@@ -17,13 +17,16 @@ use crate::backend::{BackendError, Result};
 pub struct Progress {
     up: Shares,
     down: Shares,
-    /// Of each block of intermediate values: quarters that are done, 32 rows of gate or of up
-    quarters: Vec<Count>,
+    /// Of each block of intermediate values: quarters that are done, 32 rows of gate or of up; four in a
+    /// round
+    quarters: Vec<AtomicU32>,
     /// Of each chosen expert: blocks that are done
     blocks: Vec<Count>,
-    /// Tile rows of the sum that are done
-    rows: Count,
-    /// Rounds that have begun
+    /// Tile rows of the sum that are done, the same number in every round
+    rows: AtomicUsize,
+    /// The last round that is over
+    over: AtomicU32,
+    /// Rounds of earlier tokens
     pub rounds: u32,
     /// The token will not be finished
     pub failed: AtomicBool,
@@ -36,7 +39,8 @@ impl Progress {
             down: Shares::new(workers),
             quarters: Vec::new(),
             blocks: Vec::new(),
-            rows: Count::default(),
+            rows: AtomicUsize::new(0),
+            over: AtomicU32::new(0),
             rounds: 0,
             failed: AtomicBool::new(false),
         }
@@ -44,9 +48,14 @@ impl Progress {
 
     /// For layers of up to `experts` of so many blocks each.
     pub fn begin(&mut self, experts: usize, blocks: usize) {
-        self.quarters.resize_with(experts * blocks, Count::default);
+        if std::mem::take(self.failed.get_mut()) {
+            // Some are half done.
+            self.quarters.clear();
+        }
+        *self.rows.get_mut() = 0;
+        self.quarters
+            .resize_with(experts * blocks, AtomicU32::default);
         self.blocks.resize_with(experts, Count::default);
-        *self.failed.get_mut() = false;
     }
 
     /// Waits until `there`; `false` if the token failed before.
@@ -137,14 +146,10 @@ impl Token<'_> {
         self.progress.rounds.wrapping_add(1 + layer as u32)
     }
 
-    fn tile_rows(&self, layer: usize) -> usize {
-        self.requests.experts(layer)[0].down.tile_rows()
-    }
-
-    /// Whether nothing is left to do in `layer`.
+    /// Whether `layer` is answered.
     fn is_over(&self, layer: usize) -> bool {
-        let done = self.progress.rows.get(self.round(layer));
-        done.is_none_or(|rows| rows as usize == self.tile_rows(layer))
+        let over = self.progress.over.load(Ordering::Acquire);
+        over.wrapping_sub(self.round(layer)) as i32 >= 0
     }
 
     /// Waits until the layer is answered; `false` if that will not happen.
@@ -197,7 +202,7 @@ impl Token<'_> {
             let (tile_row, item) = (item / (2 * count), item % (2 * count));
             self.gate_or_up(round, expert(item / 2), item, tile_row, x);
         });
-        let (rows, dim) = (self.tile_rows(layer), experts[0].down.rows);
+        let (rows, dim) = (experts[0].down.tile_rows(), experts[0].down.rows);
         progress.down.take(round, worker, rows, |tile_row| {
             let mut sum = [[0.0; TILE_ROWS]];
             for i in 0..count {
@@ -216,7 +221,8 @@ impl Token<'_> {
             // SAFETY: each item has output rows of its own.
             let out = unsafe { self.out.slice(layer * dim + first..layer * dim + last) };
             out.copy_from_slice(&sum[0][..last - first]);
-            if progress.rows.add(round) as usize == rows {
+            if (progress.rows.fetch_add(1, Ordering::AcqRel) + 1).is_multiple_of(rows) {
+                progress.over.store(round, Ordering::Release);
                 self.requests.answered(layer);
             }
         });
@@ -236,7 +242,7 @@ impl Token<'_> {
         // SAFETY: every item has its own quarter of a block.
         unsafe { out.slice(start..start + TILE_ROWS) }.copy_from_slice(&panel[0]);
         // The last of four quarters sees the others' values.
-        if self.progress.quarters[block].add(round) == 4 {
+        if self.progress.quarters[block].fetch_add(1, Ordering::AcqRel) % 4 == 3 {
             // SAFETY: all are written, and a block is finished once.
             unsafe { self.finish(block) };
             self.progress.blocks[i].add(round);
