@@ -25,7 +25,9 @@ const TIME_PER_FIGURE: Duration = Duration::from_millis(700);
 const REPETITIONS: std::ops::RangeInclusive<usize> = 3..=15;
 /// Steps are timed together for about this long.
 const SAMPLE_SECONDS: f64 = 0.04;
-/// Shares of the experts that are not in VRAM, one after the other.
+/// How often each of what is compared has its turn.
+const TURNS: usize = 3;
+/// Shares of the experts that are not in VRAM.
 const MISSING: [f64; 4] = [0.25, 0.5, 0.75, 1.0];
 /// Kernels of a layer, as the cost model counts them.
 const KERNELS_PER_LAYER: usize = 7;
@@ -244,8 +246,16 @@ impl Cuda {
         let of_vram = |&s: &f64| gb_s(routed_bytes + shared_bytes, s);
         probe.expert_kernel = Rate::of(in_vram.iter().map(of_vram).collect());
 
-        // Steps with and without a hand-off that hands over nothing.
-        let alone = self.step_seconds()?;
+        // Steps with and without a hand-off that hands over nothing, by turns: a neighbour may be busy for
+        // a second.
+        let (mut alone, mut handed) = (Vec::new(), Vec::new());
+        for _ in 0..TURNS {
+            self.decode.hand_over_always = false;
+            alone.extend(self.step_seconds()?);
+            self.decode.hand_over_always = true;
+            handed.extend(self.step_seconds()?);
+        }
+        self.decode.hand_over_always = false;
         let dense_us = 1e6 * (self.dense_bytes() as f64 / 1e9) / probe.expert_kernel.median_gb_s;
         let experts_us = 1e6 * middle(&in_vram);
         let kernels = (layers * KERNELS_PER_LAYER) as f64;
@@ -255,9 +265,6 @@ impl Cuda {
             let beyond = (all - dense_us - experts_us) / kernels;
             Ok(beyond.max(probe.kernel_node.median_us))
         })?);
-        self.decode.hand_over_always = true;
-        let handed = self.step_seconds()?;
-        self.decode.hand_over_always = false;
         let per_layer = |&s: &f64| ((s - middle(&alone)) * 1e6 / layers as f64).max(0.0);
         probe.handoff = Micros::of(handed.iter().map(per_layer).collect());
 
@@ -283,15 +290,24 @@ impl Cuda {
             }
         }
         self.set_pcie_share(probe.pcie_share_percent)?;
-        for missing in MISSING {
-            probe.expert_wait.push(self.expert_wait(missing, base)?);
+        let mut waits = MISSING.map(|_| (0.0, Vec::new()));
+        for _ in 0..TURNS {
+            for (missing, (bytes, us)) in MISSING.into_iter().zip(&mut waits) {
+                *bytes += self.expert_wait(missing, base, us)? / TURNS as f64;
+            }
         }
+        probe.expert_wait = (waits.into_iter())
+            .map(|(missing_bytes, us)| ExpertWait {
+                missing_bytes,
+                time: Micros::of(us),
+            })
+            .collect();
         Ok(())
     }
 
-    /// What the experts of a layer take with this share of them missing, in whole steps that take
-    /// `base` seconds without them.
-    fn expert_wait(&mut self, missing: f64, base: f64) -> Result<ExpertWait> {
+    /// Microseconds that the experts of a layer take with this share of them missing, in whole steps that
+    /// take `base` seconds without them; and how many bytes of a layer and token were missing.
+    fn expert_wait(&mut self, missing: f64, base: f64, us: &mut Vec<f64>) -> Result<f64> {
         let layers = self.model.shape.num_layers();
         let experts = self.model.shape.moe.num_experts;
         let here = ((1.0 - missing) * experts as f64).round() as usize;
@@ -300,13 +316,14 @@ impl Cuda {
         self.take_times();
         let steps = self.step_seconds()?;
         let times = self.take_times();
-        let per_layer = |count: u64| count as f64 / (times.steps.max(1) * layers as u64) as f64;
-        let blob_bytes = self.model.store.layout.blob_bytes as f64;
-        let us = |s: &f64| ((s - base) * 1e6 / layers as f64).max(0.0);
-        Ok(ExpertWait {
-            missing_bytes: per_layer(times.experts_cpu + times.experts_pcie) * blob_bytes,
-            time: Micros::of(steps.iter().map(us).collect()),
-        })
+        us.extend(
+            steps
+                .iter()
+                .map(|s| ((s - base) * 1e6 / layers as f64).max(0.0)),
+        );
+        let missed = (times.experts_cpu + times.experts_pcie) as f64;
+        let per_layer = missed / (times.steps.max(1) * layers as u64) as f64;
+        Ok(per_layer * self.model.store.layout.blob_bytes as f64)
     }
 
     fn give_slots(&mut self, residency: Residency) -> Result<()> {

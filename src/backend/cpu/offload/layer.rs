@@ -192,6 +192,15 @@ impl Token<'_> {
         let (asked, experts) = (self.asked(layer), self.requests.experts(layer));
         let count = asked.ids.len();
         let expert = |i: usize| &experts[asked.ids[i] as usize];
+        let (rows, dim) = (experts[0].down.tile_rows(), experts[0].down.rows);
+        if count == 0 {
+            // Nothing to share out.
+            return progress.down.take(round, worker, 1, |_| {
+                // SAFETY: nobody else writes the layer's output.
+                unsafe { self.out.slice(layer * dim..(layer + 1) * dim) }.fill(0.0);
+                self.answer(round, layer);
+            });
+        }
         // SAFETY: each worker has its own.
         let x = unsafe { self.x.item(worker) };
         prepare(isa, x, asked.x, &experts[0].gate);
@@ -202,7 +211,6 @@ impl Token<'_> {
             let (tile_row, item) = (item / (2 * count), item % (2 * count));
             self.gate_or_up(round, expert(item / 2), item, tile_row, x);
         });
-        let (rows, dim) = (experts[0].down.tile_rows(), experts[0].down.rows);
         progress.down.take(round, worker, rows, |tile_row| {
             let mut sum = [[0.0; TILE_ROWS]];
             for i in 0..count {
@@ -222,10 +230,14 @@ impl Token<'_> {
             let out = unsafe { self.out.slice(layer * dim + first..layer * dim + last) };
             out.copy_from_slice(&sum[0][..last - first]);
             if (progress.rows.fetch_add(1, Ordering::AcqRel) + 1).is_multiple_of(rows) {
-                progress.over.store(round, Ordering::Release);
-                self.requests.answered(layer);
+                self.answer(round, layer);
             }
         });
+    }
+
+    fn answer(&self, round: u32, layer: usize) {
+        self.progress.over.store(round, Ordering::Release);
+        self.requests.answered(layer);
     }
 
     /// 32 rows of gate, or for odd `item` of up, of the chosen expert number `item / 2`.
