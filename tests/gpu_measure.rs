@@ -26,8 +26,7 @@ fn every_figure_is_measured_and_planned_with() {
     }
     for (name, duration) in probe.durations() {
         let (median, mad) = (duration.median_us, duration.mad_us);
-        // A hand-off is the difference of two noisy steps, which here may come out as nothing.
-        // Differences of steps, which an emulated clock may swallow.
+        // Differences of noisy steps, which here may come out as nothing.
         let least = if name.starts_with("hand-off") || name.starts_with("experts of a layer") {
             0.0
         } else {

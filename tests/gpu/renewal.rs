@@ -50,7 +50,7 @@ fn prompts_renew(model: &str, slots: usize, borrows: bool) {
     let first: Vec<u16> = (0..slots as u16).collect();
     place(&mut engine, LFU, &vec![first.clone(); num_layers]);
     assert_eq!(other_bytes(&engine) < with_workspace, borrows);
-    let slots = layers_of(&engine, slots);
+    let slots = vec![LFU.fill(slots, &first); num_layers];
     let mut simulated = ExpertCache::build(LFU, experts, &slots, Throttle::NONE);
     let mut answers = Vec::new();
     // Two prompts in two chunks, the second after tokens of the first.
@@ -113,11 +113,6 @@ fn prompts_renew(model: &str, slots: usize, borrows: bool) {
         engine.place_nothing(&[]).unwrap();
         assert!(answer(&mut engine, prompt)[0] == expected[0], "none");
     }
-}
-
-fn layers_of(engine: &Engine, slots: usize) -> Vec<moectl::planning::LayerSlots> {
-    let hottest: Vec<u16> = (0..slots as u16).collect();
-    vec![LFU.fill(slots, &hottest); engine.shape().num_layers()]
 }
 
 #[test]

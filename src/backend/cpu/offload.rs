@@ -199,15 +199,12 @@ impl Offload {
         out: &mut [f32],
     ) -> Result<()> {
         let layers = requests.layers();
-        let experts = (0..layers).map(|layer| requests.experts(layer).first());
-        let Some(first) = experts
-            .collect::<Option<Vec<_>>>()
-            .and_then(|all| all.first().copied())
-        else {
+        if layers == 0 || (0..layers).any(|layer| requests.experts(layer).is_empty()) {
             return Err(BackendError::Other(
                 "a layer without experts was asked".into(),
             ));
-        };
+        }
+        let first = &requests.experts(0)[0];
         let (isa, blocks) = (self.isa, first.blocks());
         assert_eq!(out.len(), layers * first.down.rows);
         let integers = first.down.reads_integers();

@@ -92,13 +92,18 @@ impl Shares {
         let workers = self.taken.len();
         for turn in 0..workers {
             let victim = (worker + turn) % workers;
-            let (first, end) = (victim * items / workers, (victim + 1) * items / workers);
+            let part = part_of(items, workers, victim);
             let Padded(taken) = &self.taken[victim];
-            while let Some(item) = taken.next(round, (end - first) as u32) {
-                job(first + item as usize);
+            while let Some(item) = taken.next(round, part.len() as u32) {
+                job(part.start + item as usize);
             }
         }
     }
+}
+
+/// One of `parts` parts of so many items, as equal as can be, in order.
+pub fn part_of(items: usize, parts: usize, part: usize) -> Range<usize> {
+    part * items / parts..(part + 1) * items / parts
 }
 
 /// Counts from 0 in every round; rounds are numbered upwards, around the end of the numbers.

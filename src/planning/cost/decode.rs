@@ -82,19 +82,19 @@ pub fn decode(f: &Footprint, hardware: &Hardware, at: &DecodeSituation) -> Decod
             let layer_bytes = picked_bytes(f);
             let hits_gb_s = gpu.weight_read_gb_s();
             terms.read("experts in VRAM", hit_share * layer_bytes, hits_gb_s);
-            let wait = |l| {
-                expert_layer_ms(f, hardware, hit_rate(l)) - ms(hit_rate(l) * layer_bytes, hits_gb_s)
-            };
+            let (mut all_ms, mut wait_ms) = (0.0, 0.0);
+            for l in layers() {
+                let layer_ms = expert_layer_ms(f, hardware, hit_rate(l));
+                all_ms += layer_ms;
+                wait_ms += layer_ms - ms(hit_rate(l) * layer_bytes, hits_gb_s);
+            }
             let miss_bytes = (f.num_layers as f64 - hit_share) * layer_bytes;
-            let all_ms: f64 = layers()
-                .map(|l| expert_layer_ms(f, hardware, hit_rate(l)))
-                .sum();
             terms.add(
                 "waiting for experts in RAM",
-                layers().map(wait).sum(),
+                wait_ms,
                 format!(
                     "{}, beside the hits",
-                    at_rate(miss_bytes, miss_bytes / (all_ms * 1e6).max(1e-9))
+                    at_rate(miss_bytes, miss_bytes / f64::max(all_ms * 1e6, 1e-9))
                 ),
             );
             if at.promotions_per_token > 0.0 {

@@ -9,7 +9,7 @@ use super::super::experts::{Expert, add_weighted, swiglu};
 use super::super::isa::Isa;
 use super::super::layout::{TILE_COLS, TILE_ROWS};
 use super::super::linear::{Panel, View, Weights};
-use super::super::threads::{Backoff, Count, Parts, Shares};
+use super::super::threads::{Backoff, Count, Parts, Shares, part_of};
 use super::{Asked, Requests, prepare};
 use crate::backend::{BackendError, Result};
 
@@ -172,7 +172,8 @@ impl Token<'_> {
                 let rows = linear.tile_rows();
                 let kblocks = tiles.range.len() / rows.max(1);
                 let tiles = &tiles.arena[tiles.range.clone()];
-                let share = worker * rows / self.workers..(worker + 1) * rows / self.workers;
+                // As `Shares` will hand them out.
+                let share = part_of(rows, self.workers, worker);
                 for tiles in tiles[share.start * kblocks..share.end * kblocks].chunks(4) {
                     if enough() {
                         return;

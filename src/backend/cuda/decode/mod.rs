@@ -12,7 +12,6 @@ mod serve;
 
 pub use best::finds;
 
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::abi::{DECISION_BYTES, ExpertLayout, Handoff, Step};
@@ -23,6 +22,7 @@ use super::state::SequenceState;
 use super::store::ExpertStore;
 use super::weights::{DenseWeights, Head};
 use crate::backend::cpu::offload::Offload;
+use crate::backend::cpu::threads::part_of;
 use crate::backend::{DecodeTimes, LayerPicks, ModelShape, Result, Routing, StepTimes};
 
 /// The GPU must reach the next layer within this time.
@@ -50,11 +50,6 @@ struct Kind {
     wanted: Wanted,
     /// Whether the CPU may have experts to compute
     hybrid: bool,
-}
-
-/// The layers of one part of a step of so many `layers`.
-fn part_of(layers: usize, parts: usize, part: usize) -> Range<usize> {
-    part * layers / parts..(part + 1) * layers / parts
 }
 
 /// What a router writes on the device.

@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use super::super::abi::Handoff;
-use super::{Decode, Model, WATCHDOG, part_of};
+use super::{Decode, Model, WATCHDOG};
 use crate::backend::cpu::experts::Expert;
 use crate::backend::cpu::offload::{Asked, Offload, Requests};
+use crate::backend::cpu::threads::part_of;
 use crate::backend::{BackendError, Result, StepTimes};
 
 /// What the layers ask in one step, in host memory that the GPU writes.
@@ -122,7 +123,7 @@ impl Decode {
                 }
             }
             fetch();
-            self.wait_ready(layer, model)?;
+            wait_ready(&requests, layer, model)?;
             asked = Instant::now();
             times.wait_gpu_s += (asked - answered).as_secs_f64();
             Ok(())
@@ -133,39 +134,32 @@ impl Decode {
         Ok(())
     }
 
-    fn done_flag(&self, layer: usize) -> &AtomicU32 {
-        // SAFETY: a u32 that only atomics and the GPU touch.
-        unsafe { AtomicU32::from_ptr(self.done.pointer(layer)) }
-    }
-
     pub(super) fn set_done(&self, layer: usize, done: u32) {
-        self.done_flag(layer).store(done, Ordering::Release);
+        // SAFETY: a u32 that only atomics and the GPU touch.
+        unsafe { AtomicU32::from_ptr(self.done.pointer(layer)) }.store(done, Ordering::Release);
     }
+}
 
-    /// Spins until the router of `layer` has chosen.
-    fn wait_ready(&self, layer: usize, model: &Model) -> Result<()> {
-        let ready = self.handoffs.pointer(layer).cast::<u32>();
-        // SAFETY: `ready` is the first field, a u32 that only the GPU stores.
-        let ready = unsafe { AtomicU32::from_ptr(ready) };
-        let mut spins = 0u32;
-        let mut since = None;
-        while ready.load(Ordering::Acquire) != self.number {
-            std::hint::spin_loop();
-            spins = spins.wrapping_add(1);
-            if spins.is_multiple_of(1 << 14) {
-                // A kernel that failed never gets here: the stream tells.
-                let idle = model.stream.is_idle()?;
-                let since = *since.get_or_insert_with(Instant::now);
-                if idle || since.elapsed() > WATCHDOG {
-                    return Err(BackendError::Other(format!(
-                        "the GPU did not reach layer {layer} of step {} within {} s{}",
-                        self.number,
-                        since.elapsed().as_secs(),
-                        if idle { ", though it has finished" } else { "" },
-                    )));
-                }
+/// Spins until the router of `layer` has chosen.
+fn wait_ready(requests: &HandedOver, layer: usize, model: &Model) -> Result<()> {
+    let mut spins = 0u32;
+    let mut since = None;
+    while requests.asked(layer).is_none() {
+        std::hint::spin_loop();
+        spins = spins.wrapping_add(1);
+        if spins.is_multiple_of(1 << 14) {
+            // A kernel that failed never gets here: the stream tells.
+            let idle = model.stream.is_idle()?;
+            let since = *since.get_or_insert_with(Instant::now);
+            if idle || since.elapsed() > WATCHDOG {
+                return Err(BackendError::Other(format!(
+                    "the GPU did not reach layer {layer} of step {} within {} s{}",
+                    requests.number,
+                    since.elapsed().as_secs(),
+                    if idle { ", though it has finished" } else { "" },
+                )));
             }
         }
-        Ok(())
     }
+    Ok(())
 }
