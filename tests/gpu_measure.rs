@@ -11,7 +11,7 @@ use serde_json::Value;
 #[test]
 fn every_figure_is_measured_and_planned_with() {
     let sandbox = Sandbox::new();
-    let line = "doctor --measure --measure-model synth:tiny?layers=4&experts=8 --json -o hw.json";
+    let line = "doctor --measure --measure-model synth:tiny?layers=4&experts=8&max-position-embeddings=512 --json -o hw.json";
     let mut command = sandbox.command(&line.split_whitespace().collect::<Vec<_>>());
     command.env("MOECTL_EMULATE", "1");
     finish(&mut command).ok();
@@ -43,6 +43,9 @@ fn every_figure_is_measured_and_planned_with() {
     for field in [
         "vram_gb_s",
         "weight_kernel_share",
+        "dense_gb_s",
+        "lm_head_gb_s",
+        "kv_cache_gb_s",
         "cpu_and_pcie_gb_s",
         "kernel_boundary_us",
         "flag_round_trip_us",

@@ -71,21 +71,18 @@ run() {
       "$binary" plan --model "$uniform" --vram 48G --ctx 4k "${machine[@]}" -o "$out/vram.json" -q >/dev/null
       bench uniform-vram --model "$uniform" --placement "$out/vram.json" --policy static --ctx 4k \
         -n 128 --quality-tokens 0 "${machine[@]}" ;;
-    # Routing as skewed as a sibling's; profile and plan of other text, and the planned policy.
+    # Routing as skewed as a sibling's; profile and plan of other text, and the planned policy; beside it
+    # static slots and no expert in VRAM, by turns in one process.
     planned-14g)
-      prepare && plan 14G 4k || echo "$1: no plan; see the logs in $out"
-      planned planned-14g 14G 4k 4k -n 256 --repetitions 5 --against static,none ;;
+      prepare && plan 14G 32k || echo "$1: no plan; see the logs in $out"
+      planned planned-14g 14G 32k 4k,32k -n 256 --repetitions 4 --against static,none ;;
     # The loop closed: this machine measured, other text profiled, a plan for each budget, and what it
-    # says against what comes out; at 14G beside static slots and no expert in VRAM, by turns in one
-    # process. About eight minutes: a call of its own.
-    budgets)
-      prepare || echo "$1: nothing to plan from; see the logs in $out"
-      for budget in 14G 24G 8G; do
-        plan $budget 32k || echo "$1: no plan for $budget; see $out/plan-$budget-32k.log"
-        local against=()
-        [[ $budget == 14G ]] && against=(-n 256 --repetitions 4 --against static,none)
-        planned "planned-$budget" $budget 32k 4k,32k "${against[@]}"
-      done ;;
+    # says against what comes out. With planned-14g about eight minutes: a call of its own.
+    planned-8g | planned-24g)
+      local budget=${1#planned-}
+      budget=${budget^^}
+      prepare && plan $budget 32k || echo "$1: no plan; see the logs in $out"
+      planned "$1" $budget 32k 4k,32k ;;
     *) echo "$1: no such configuration" >&2 && return 2 ;;
   esac
 }

@@ -45,9 +45,9 @@ pub struct DoctorArgs {
 }
 
 /// Layers of the 80B model, with experts enough (3.4 GB) that even 300 MB of cache hold few of them.
-const SLICE: &str = "synth:qwen3-next-80b-a3b?layers=8&experts=256&vocab-size=16384";
-/// Room for steps; they start over when it is full.
-const TOKENS: usize = 128;
+const SLICE: &str = "synth:qwen3-next-80b-a3b?layers=8&experts=256&vocab-size=65536";
+/// Room for steps, and a context whose keys and values no cache holds: 134 MB.
+const MAX_TOKENS: usize = 32_768;
 
 pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
     if let Some(path) = &args.output {
@@ -114,7 +114,7 @@ fn measure_gpu(model: &str, console: &Console) -> anyhow::Result<Option<GpuProbe
             bar.set_length(total as u64);
             bar.set_position(done as u64);
         },
-        max_tokens: TOKENS,
+        max_tokens: source.config()?.max_position_embeddings.min(MAX_TOKENS),
     };
     let mut engine = Engine::load(&source, &options)?;
     let probe = engine.measure_gpu();

@@ -126,10 +126,11 @@ fn figure(rate: &Rate) -> Figure {
 }
 
 fn measured_gpu(probe: &GpuProbe) -> Gpu {
-    let duration = |at_least: &Micros, d: &Micros| Figure {
+    let duration = |d: &Micros| Figure {
         mad: Some(d.mad_us),
-        ..Figure::measured(d.median_us.max(at_least.median_us))
+        ..Figure::measured(d.median_us)
     };
+    let rate = |rate: &Rate| (rate.repetitions > 0).then(|| figure(rate));
     let share = probe.expert_kernel.median_gb_s / probe.vram.median_gb_s;
     let like = like_this().gpu.expect("known machines have one");
     Gpu {
@@ -137,6 +138,9 @@ fn measured_gpu(probe: &GpuProbe) -> Gpu {
         vram_bytes: probe.vram_bytes,
         vram_gb_s: figure(&probe.vram),
         weight_kernel_share: Figure::measured(share.min(1.0)),
+        dense_gb_s: rate(&probe.dense_kernel),
+        lm_head_gb_s: rate(&probe.head_kernel),
+        kv_cache_gb_s: rate(&probe.kv_kernel),
         h2d: (probe.h2d.iter())
             .map(|copy| CopyRate {
                 bytes: copy.bytes,
@@ -148,9 +152,12 @@ fn measured_gpu(probe: &GpuProbe) -> Gpu {
         // Prefill's arithmetic is not measured.
         gemm_tflops: Figure::modelled(like.gemm_tflops.value),
         attention_tflops: Figure::modelled(like.attention_tflops.value),
-        kernel_boundary_us: duration(&probe.kernel_node, &probe.step_kernel),
+        kernel_boundary_us: duration(&probe.step_kernel),
         // The difference of two steps; a flag alone takes that much at least.
-        flag_round_trip_us: duration(&probe.flag_round_trip, &probe.handoff),
+        flag_round_trip_us: Figure {
+            value: probe.handoff.median_us.max(probe.flag_round_trip.median_us),
+            ..duration(&probe.handoff)
+        },
     }
 }
 

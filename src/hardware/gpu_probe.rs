@@ -18,8 +18,18 @@ pub struct GpuProbe {
     pub both_ways: Rate,
     /// Copies within the device, bytes read and bytes written
     pub vram: Rate,
-    /// Chosen experts read from VRAM by the kernels of a decode step
+    /// Chosen experts read from VRAM by the kernels of a decode step; of these and the next three rates, what
+    /// a kernel takes at least is left out: `step_kernel`
     pub expert_kernel: Rate,
+    /// Weights of mixers and routers, and delta-net states read and written
+    #[serde(default)]
+    pub dense_kernel: Rate,
+    /// The output head
+    #[serde(default)]
+    pub head_kernel: Rate,
+    /// Keys and values of a long context
+    #[serde(default)]
+    pub kv_kernel: Rate,
     /// The same kernels reading the experts where they lie in RAM
     pub expert_kernel_over_pcie: Rate,
     /// Experts computed by the CPU
@@ -29,8 +39,6 @@ pub struct GpuProbe {
     pub h2d_beside_cpu_experts: Rate,
     /// Missing experts shared out between both, in whole decode steps, best share
     pub cpu_and_pcie: Rate,
-    /// Of the missing experts, percent that the GPU read then
-    pub pcie_share_percent: usize,
     /// What the experts of a layer take in whole decode steps, by how much of them is missing
     #[serde(default)]
     pub expert_wait: Vec<ExpertWait>,
@@ -38,7 +46,7 @@ pub struct GpuProbe {
     pub flag_round_trip: Micros,
     /// A kernel of a captured graph that has next to nothing to do
     pub kernel_node: Micros,
-    /// A kernel of a decode step, beyond its bytes at the rate of `expert_kernel`
+    /// The same where it may start while the one before it ends, as in a decode step
     pub step_kernel: Micros,
     /// What a layer takes longer if the CPU is asked, though it has nothing to compute
     pub handoff: Micros,
@@ -56,6 +64,9 @@ pub struct CopyRate {
 pub struct ExpertWait {
     /// Of a layer and token in RAM, mean
     pub missing_bytes: f64,
+    /// Of those, percent that the GPU read over PCIe
+    #[serde(default)]
+    pub pcie_percent: usize,
     /// All experts of the layer
     pub time: Micros,
 }
@@ -94,6 +105,9 @@ impl GpuProbe {
             ("both ways", &self.both_ways),
             ("vram", &self.vram),
             ("expert kernel", &self.expert_kernel),
+            ("dense kernels", &self.dense_kernel),
+            ("head", &self.head_kernel),
+            ("keys and values", &self.kv_kernel),
             ("expert kernel over PCIe", &self.expert_kernel_over_pcie),
             ("CPU experts", &self.cpu_experts),
             ("CPU experts beside copies", &self.cpu_experts_beside_h2d),
@@ -113,13 +127,13 @@ impl GpuProbe {
             ("kernel of a step".into(), &self.step_kernel),
             ("hand-off of a layer".into(), &self.handoff),
         ];
-        for ExpertWait {
-            missing_bytes,
-            time,
-        } in &self.expert_wait
-        {
-            let missing = missing_bytes / 1e6;
-            durations.push((format!("experts of a layer, {missing:.1} MB missing"), time));
+        for wait in &self.expert_wait {
+            let name = format!(
+                "experts of a layer, {:.1} MB missing, {}% over PCIe",
+                wait.missing_bytes / 1e6,
+                wait.pcie_percent
+            );
+            durations.push((name, &wait.time));
         }
         durations
     }

@@ -54,6 +54,14 @@ pub struct Gpu {
     pub vram_gb_s: Figure,
     /// Share of that bandwidth at which the kernels read weights in a decode step.
     pub weight_kernel_share: Figure,
+    /// The same kernels' rates by what they read, without the boundaries between them; where absent, as that
+    /// share has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dense_gb_s: Option<Figure>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lm_head_gb_s: Option<Figure>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_cache_gb_s: Option<Figure>,
     /// Host to device, pinned memory, by the size of one copy, ascending.
     pub h2d: Vec<CopyRate>,
     /// Missing experts read by CPU kernels and by the GPU over PCIe at once, both together.
@@ -119,9 +127,14 @@ impl Figure {
 }
 
 impl Gpu {
-    /// At which the kernels of a decode step read weights and KV cache.
+    /// At which the kernels of a decode step read experts, and whatever has no rate of its own.
     pub fn weight_read_gb_s(&self) -> f64 {
         self.vram_gb_s.value * self.weight_kernel_share.value
+    }
+
+    /// `rate`, or that of experts.
+    pub fn rate_or_weight_read(&self, rate: Option<Figure>) -> f64 {
+        rate.map_or(self.weight_read_gb_s(), |figure| figure.value)
     }
 
     /// Microseconds that the experts of a layer and token take with so many bytes missing: on straight
@@ -248,6 +261,9 @@ impl Hardware {
                 ("flag_round_trip_us", gpu.flag_round_trip_us),
             ]);
             figures.extend(gpu.h2d.iter().map(|rate| ("h2d gb_s", rate.gb_s)));
+            figures.extend(gpu.dense_gb_s.map(|f| ("dense_gb_s", f)));
+            figures.extend(gpu.lm_head_gb_s.map(|f| ("lm_head_gb_s", f)));
+            figures.extend(gpu.kv_cache_gb_s.map(|f| ("kv_cache_gb_s", f)));
             figures.extend(gpu.cpu_and_pcie_gb_s.map(|f| ("cpu_and_pcie_gb_s", f)));
             figures.extend(
                 gpu.expert_wait

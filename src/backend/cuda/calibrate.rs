@@ -11,8 +11,9 @@ use super::Cuda;
 use crate::backend::{Result, Tuning};
 use crate::hardware::probe::median;
 
-/// Shares of a layer's missing experts that are tried, in percent.
-pub(super) const SHARES: [usize; 6] = [0, 10, 20, 30, 40, 50];
+/// Shares of a layer's missing experts that are tried, in percent. They come to whole experts: between two
+/// that are near, those of layers with some numbers of misses change.
+const SHARES: [usize; 9] = [0, 10, 15, 20, 25, 30, 35, 40, 50];
 
 /// Graphs that a step may be cut into: the first is handed to the driver sooner than the whole, but
 /// between two of them the GPU stands still for a moment.
@@ -37,21 +38,14 @@ impl Cuda {
     ///
     /// `None` where all was given, or there is nothing to choose.
     pub(super) fn calibrate(&mut self) -> Result<Option<Tuning>> {
-        let layers = self.model.shape.num_layers() as u64;
-        let experts = self.model.shape.moe.num_experts as u64;
-        let bytes = layers * experts * self.model.store.slot_bytes();
         let given = self.options.split.is_some()
             || self.options.look_ahead.is_some()
             || self.options.parts.is_some();
-        if given || bytes < MIN_EXPERT_BYTES || self.model.store.all_resident() {
+        if given || self.is_too_small_to_time() || self.model.store.all_resident() {
             return Ok(None);
         }
         let mut tried = Vec::new();
-        self.decode.look_ahead(true, &self.device)?;
-        let names = SHARES.map(|percent| format!("{percent}% over PCIe, fetching ahead"));
-        let best = self.race(&mut tried, &names, |cuda, i| cuda.set_pcie_share(SHARES[i]))?;
-        let share = SHARES[best];
-        self.set_pcie_share(share)?;
+        let share = self.calibrate_share(&mut tried)?;
         let names = [true, false].map(|on| {
             let what = if on { "fetching" } else { "nothing" };
             format!("{share}% over PCIe, {what} ahead")
@@ -94,6 +88,27 @@ impl Cuda {
             Some(tuning) => self.apply(tuning).map(|()| Some(tuning)),
             None => self.calibrate(),
         }
+    }
+
+    fn is_too_small_to_time(&self) -> bool {
+        let layers = self.model.shape.num_layers() as u64;
+        let experts = self.model.shape.moe.num_experts as u64;
+        layers * experts * self.model.store.slot_bytes() < MIN_EXPERT_BYTES
+    }
+
+    /// The share over PCIe with which steps take the least time, routers looking ahead; it is set then.
+    /// None of a model too small to tell.
+    pub(super) fn calibrate_share(&mut self, tried: &mut Vec<String>) -> Result<usize> {
+        self.decode.look_ahead(true, &self.device)?;
+        let best = match self.is_too_small_to_time() {
+            true => 0,
+            false => {
+                let names = SHARES.map(|percent| format!("{percent}% over PCIe, fetching ahead"));
+                self.race(tried, &names, |cuda, i| cuda.set_pcie_share(SHARES[i]))?
+            }
+        };
+        self.set_pcie_share(SHARES[best])?;
+        Ok(SHARES[best])
     }
 
     fn apply(&mut self, tuning: Tuning) -> Result<()> {

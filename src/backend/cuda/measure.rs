@@ -6,13 +6,13 @@
 use std::time::{Duration, Instant};
 
 use super::abi::{Format, Linear};
-use super::calibrate::SHARES;
 use super::device::{Buffer, Event, Pinned, Stream};
-use super::weights::Mixer;
+use super::state::kv_token_bytes;
+use super::weights::{Head, Mixer};
 use super::{Cuda, Residency};
 use crate::backend::cpu::layout::{TILE_COLS, TILE_ROWS, Tile};
 use crate::backend::cpu::offload::Asked;
-use crate::backend::{BackendError, Result};
+use crate::backend::{BackendError, MixerKind, Result};
 use crate::hardware::gpu_probe::{CopyRate, ExpertWait, GpuProbe, Micros};
 use crate::hardware::probe::{Rate, median};
 
@@ -29,8 +29,10 @@ const SAMPLE_SECONDS: f64 = 0.04;
 const TURNS: usize = 3;
 /// Shares of the experts that are not in VRAM.
 const MISSING: [f64; 4] = [0.25, 0.5, 0.75, 1.0];
-/// Kernels of a layer, as the cost model counts them.
-const KERNELS_PER_LAYER: usize = 7;
+/// Kernels of a layer and step: norm and projections, mixer, output projection, router; gate and up, down.
+/// Where the CPU takes part, one more adds up.
+const DENSE_KERNELS_PER_LAYER: usize = 4;
+const EXPERT_KERNELS_PER_LAYER: usize = 2;
 const EXPERT_KERNELS: [&str; 3] = ["decode_router", "decode_experts_up", "decode_experts_down"];
 
 /// Samples of one figure.
@@ -239,12 +241,33 @@ impl Cuda {
                 "the model to measure with does not fit the GPU with all its experts".into(),
             ));
         }
-        probe.kernel_node = Micros::of(repeat(|| self.decode.kernel_node_us(&self.model))?);
+        // Kernels are timed with what a step leaves: of a hidden state of zeros all experts tie, and the
+        // router has to rank them all.
+        self.timed_step(0)?;
+        probe.kernel_node = Micros::of(repeat(|| self.decode.kernel_node_us(&self.model, false))?);
+        probe.step_kernel = Micros::of(repeat(|| self.decode.kernel_node_us(&self.model, true))?);
         probe.flag_round_trip = Micros::of(repeat(|| self.decode.flag_round_trip_us(&self.model))?);
+        // What kernels take beyond the least that so many take in any case.
+        let least_s = probe.step_kernel.median_us / 1e6;
+        let beyond = |s: f64, kernels: usize| (s - kernels as f64 * least_s).max(0.02 * s);
         let in_vram = self.expert_kernel_seconds()?;
         let shared_bytes = layers * self.model.shared_layout.blob_bytes as usize;
-        let of_vram = |&s: &f64| gb_s(routed_bytes + shared_bytes, s);
+        let of_vram = |&s: &f64| {
+            let s = beyond(s, layers * EXPERT_KERNELS_PER_LAYER);
+            gb_s(routed_bytes + shared_bytes, s)
+        };
         probe.expert_kernel = Rate::of(in_vram.iter().map(of_vram).collect());
+        let in_vram = middle(&in_vram);
+        let dense_bytes = self.dense_bytes();
+        probe.dense_kernel = Rate::of(repeat(|| {
+            let all = (self.decode).time_kernels(&self.model, &self.state, &[])? / 1e6;
+            let dense = (all - in_vram).max(0.02 * all);
+            Ok(gb_s(
+                dense_bytes,
+                beyond(dense, layers * DENSE_KERNELS_PER_LAYER),
+            ))
+        })?);
+        self.measure_head_and_context(probe, &beyond)?;
 
         // Steps with and without a hand-off that hands over nothing, by turns: a neighbour may be busy for
         // a second.
@@ -256,16 +279,8 @@ impl Cuda {
             handed.extend(self.step_seconds()?);
         }
         self.decode.hand_over_always = false;
-        let dense_us = 1e6 * (self.dense_bytes() as f64 / 1e9) / probe.expert_kernel.median_gb_s;
-        let experts_us = 1e6 * middle(&in_vram);
-        let kernels = (layers * KERNELS_PER_LAYER) as f64;
-        probe.step_kernel = Micros::of(repeat(|| {
-            let all = (self.decode).time_kernels(&self.model, &self.state, &[], 3)?;
-            // Where the weights' rate explains everything, nothing is left but the launches.
-            let beyond = (all - dense_us - experts_us) / kernels;
-            Ok(beyond.max(probe.kernel_node.median_us))
-        })?);
-        let per_layer = |&s: &f64| ((s - middle(&alone)) * 1e6 / layers as f64).max(0.0);
+        // The kernel that adds up is one of a step's own.
+        let per_layer = |&s: &f64| 1e6 * ((s - middle(&alone)) / layers as f64 - least_s).max(0.0);
         probe.handoff = Micros::of(handed.iter().map(per_layer).collect());
 
         // Nothing resident: the same kernels read over PCIe, then CPU and GPU share the misses, and the
@@ -276,43 +291,86 @@ impl Cuda {
         let over_pcie = self.expert_kernel_seconds()?;
         let rates = over_pcie.iter().map(|&s| gb_s(routed_bytes, s));
         probe.expert_kernel_over_pcie = Rate::of(rates.collect());
-        let base = (middle(&handed) - middle(&in_vram)).max(0.0);
-        self.decode.look_ahead(true, &self.device)?;
-        for percent in SHARES {
-            self.set_pcie_share(percent)?;
-            let steps = self.step_seconds()?;
-            let rates = steps
-                .iter()
-                .map(|s| gb_s(routed_bytes, (s - base).max(0.02 * s)));
-            let rate = Rate::of(rates.collect());
-            if rate.median_gb_s > probe.cpu_and_pcie.median_gb_s {
-                (probe.cpu_and_pcie, probe.pcie_share_percent) = (rate, percent);
+        // What a step with a hand-off takes without its experts, but with their kernels' least.
+        let base = (middle(&handed) - in_vram).max(0.0)
+            + layers as f64 * EXPERT_KERNELS_PER_LAYER as f64 * least_s;
+        let mut waits = Vec::new();
+        for missing in MISSING {
+            self.give_missing(missing)?;
+            let share = self.calibrate_share(&mut Vec::new())?;
+            waits.push((missing, share, 0.0, Vec::new()));
+        }
+        for _ in 0..TURNS {
+            for (missing, share, bytes, us) in &mut waits {
+                self.give_missing(*missing)?;
+                self.set_pcie_share(*share)?;
+                *bytes += self.expert_wait(base, us)? / TURNS as f64;
             }
         }
-        self.set_pcie_share(probe.pcie_share_percent)?;
-        let mut waits = MISSING.map(|_| (0.0, Vec::new()));
-        for _ in 0..TURNS {
-            for (missing, (bytes, us)) in MISSING.into_iter().zip(&mut waits) {
-                *bytes += self.expert_wait(missing, base, us)? / TURNS as f64;
-            }
+        if let Some((_, _, bytes, us)) = waits.last() {
+            let rates = us.iter().map(|us| *bytes / us.max(1e-3) / 1e3);
+            probe.cpu_and_pcie = Rate::of(rates.collect());
         }
         probe.expert_wait = (waits.into_iter())
-            .map(|(missing_bytes, us)| ExpertWait {
+            .map(|(_, pcie_percent, missing_bytes, us)| ExpertWait {
                 missing_bytes,
+                pcie_percent,
                 time: Micros::of(us),
             })
             .collect();
         Ok(())
     }
 
-    /// Microseconds that the experts of a layer take with this share of them missing, in whole steps that
-    /// take `base` seconds without them; and how many bytes of a layer and token were missing.
-    fn expert_wait(&mut self, missing: f64, base: f64, us: &mut Vec<f64>) -> Result<f64> {
+    /// The output head, and the keys and values of a long context.
+    fn measure_head_and_context(
+        &mut self,
+        probe: &mut GpuProbe,
+        beyond: &dyn Fn(f64, usize) -> f64,
+    ) -> Result<()> {
+        if let Head::Vram(linear) = &self.model.dense.lm_head {
+            let bytes = bytes_of(linear);
+            probe.head_kernel = Rate::of(repeat(|| {
+                let s = self.decode.head_us(&self.model)? / 1e6;
+                Ok(gb_s(bytes, beyond(s, 1)))
+            })?);
+        }
+        let shape = &self.model.shape;
+        let attention = shape
+            .mixers
+            .iter()
+            .filter(|m| **m == MixerKind::GatedAttention);
+        let token_bytes = attention.count() * kv_token_bytes(self.kv_dtype, shape);
+        if token_bytes == 0 {
+            return Ok(());
+        }
+        let at = |cuda: &mut Self, position: usize| {
+            cuda.state.position = position;
+            // Kernels are told by a step where they are.
+            cuda.timed_step(0)?;
+            let (decode, model, state) = (&cuda.decode, &cuda.model, &cuda.state);
+            repeat(|| decode.time_kernels(model, state, &["decode_attention"]))
+        };
+        let tokens = self.state.max_tokens - 2;
+        let short = middle(&at(self, 0)?);
+        let long = at(self, tokens)?;
+        let of = |us: &f64| gb_s(tokens * token_bytes, (us - short).max(0.02 * us) / 1e6);
+        probe.kv_kernel = Rate::of(long.iter().map(of).collect());
+        self.state.clear(&self.model.stream)
+    }
+
+    /// Leaves this share of each layer's experts in RAM.
+    fn give_missing(&mut self, missing: f64) -> Result<()> {
         let layers = self.model.shape.num_layers();
         let experts = self.model.shape.moe.num_experts;
         let here = ((1.0 - missing) * experts as f64).round() as usize;
         let all = (0..layers).flat_map(|layer| (0..here).map(move |expert| (layer, expert)));
-        self.give_slots(Residency::Exactly(all.collect()))?;
+        self.give_slots(Residency::Exactly(all.collect()))
+    }
+
+    /// Microseconds that the experts of a layer take as they are placed, in whole steps that take `base`
+    /// seconds without them; and how many bytes of a layer and token were missing.
+    fn expert_wait(&mut self, base: f64, us: &mut Vec<f64>) -> Result<f64> {
+        let layers = self.model.shape.num_layers();
         self.take_times();
         let steps = self.step_seconds()?;
         let times = self.take_times();
@@ -336,10 +394,10 @@ impl Cuda {
     fn expert_kernel_seconds(&self) -> Result<Vec<f64>> {
         let (decode, model, state) = (&self.decode, &self.model, &self.state);
         let routers = middle(&repeat(|| {
-            decode.time_kernels(model, state, &EXPERT_KERNELS[..1], 5)
+            decode.time_kernels(model, state, &EXPERT_KERNELS[..1])
         })?);
         repeat(|| {
-            let all = decode.time_kernels(model, state, &EXPERT_KERNELS, 5)?;
+            let all = decode.time_kernels(model, state, &EXPERT_KERNELS)?;
             Ok((all - routers).max(0.02 * all) / 1e6)
         })
     }

@@ -37,6 +37,12 @@ fn kv_bytes(dtype: KvDtype, shape: &ModelShape) -> (usize, usize) {
     }
 }
 
+/// Bytes of the keys and values of one token in one layer.
+pub fn kv_token_bytes(dtype: KvDtype, shape: &ModelShape) -> usize {
+    let (values, scales) = kv_bytes(dtype, shape);
+    2 * (values + scales)
+}
+
 /// Bytes that a sequence takes on the device.
 pub fn state_bytes(shape: &ModelShape, format: KvDtype, max_tokens: usize) -> usize {
     let capacity = max_tokens.next_multiple_of(CAPACITY_UNIT);

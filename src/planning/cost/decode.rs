@@ -4,12 +4,12 @@ use serde::{Deserialize, Serialize};
 
 use super::{Term, Terms, at_rate, ms};
 use crate::planning::footprint::{Footprint, KvDtype};
-use crate::planning::hardware::{Gpu, Hardware};
+use crate::planning::hardware::{Figure, Gpu, Hardware};
 use crate::planning::placement::Tier;
 
 /// Kernels of one layer in a decode step: norm and projection, mixer, output projection, router,
-/// gate and up, down, sum.
-const KERNELS_PER_LAYER: f64 = 7.0;
+/// gate and up, down; one more adds up where the CPU is asked.
+const KERNELS_PER_LAYER: usize = 6;
 /// Share of a token's time that promotions may keep the bus busy: the rest is for misses that the
 /// GPU reads itself, and for being wrong.
 const PROMOTION_SHARE: f64 = 0.5;
@@ -54,12 +54,13 @@ pub fn decode(f: &Footprint, hardware: &Hardware, at: &DecodeSituation) -> Decod
     // The delta rule reads and writes its state.
     let state_bytes = 2.0 * f.delta_state_bytes as f64;
     let dram_gb_s = hardware.cpu.dram_read_gb_s.value;
-    let read_gb_s = hardware
-        .gpu
-        .as_ref()
-        .map_or(dram_gb_s, Gpu::weight_read_gb_s);
+    let read_gb_s = |of: fn(&Gpu) -> Option<Figure>| {
+        let gpu = hardware.gpu.as_ref();
+        gpu.map_or(dram_gb_s, |gpu| gpu.rate_or_weight_read(of(gpu)))
+    };
+    let dense_gb_s = read_gb_s(|gpu| gpu.dense_gb_s);
     let head_gb_s = match at.head {
-        Tier::Vram => read_gb_s,
+        Tier::Vram => read_gb_s(|gpu| gpu.lm_head_gb_s),
         Tier::Ram | Tier::Disk => dram_gb_s,
     };
     let hit_rate = |layer: usize| match hardware.gpu {
@@ -70,14 +71,15 @@ pub fn decode(f: &Footprint, hardware: &Hardware, at: &DecodeSituation) -> Decod
 
     let mut terms = Terms::default();
     let dense = (f.dense_bytes + f.router_bytes) as f64;
-    terms.read("dense weights", dense, read_gb_s);
+    terms.read("dense weights", dense, dense_gb_s);
     terms.read("lm_head", f.lm_head_bytes as f64, head_gb_s);
-    terms.read("delta-net state", state_bytes, read_gb_s);
-    terms.read("kv cache", kv_bytes, read_gb_s);
+    terms.read("delta-net state", state_bytes, dense_gb_s);
+    terms.read("kv cache", kv_bytes, read_gb_s(|gpu| gpu.kv_cache_gb_s));
     let mut promoted_bytes = 0.0;
     match &hardware.gpu {
         Some(gpu) => {
-            fixed(&mut terms, f, gpu);
+            let handed_over = layers().any(|layer| hit_rate(layer) < 1.0);
+            fixed(&mut terms, f, gpu, handed_over);
             let hit_share: f64 = layers().map(hit_rate).sum();
             let layer_bytes = picked_bytes(f);
             let hits_gb_s = gpu.weight_read_gb_s();
@@ -131,18 +133,20 @@ pub fn decode(f: &Footprint, hardware: &Hardware, at: &DecodeSituation) -> Decod
     }
 }
 
-fn fixed(terms: &mut Terms, f: &Footprint, gpu: &Gpu) {
+fn fixed(terms: &mut Terms, f: &Footprint, gpu: &Gpu, handed_over: bool) {
     let (boundary, flag) = (gpu.kernel_boundary_us.value, gpu.flag_round_trip_us.value);
-    let kernels = f.num_layers as f64 * KERNELS_PER_LAYER;
+    let kernels = f.num_layers * (KERNELS_PER_LAYER + usize::from(handed_over));
     terms.add(
         "kernel boundaries",
-        kernels * boundary / 1e3,
-        format!("{kernels:.0} at {boundary:.2} us"),
+        kernels as f64 * boundary / 1e3,
+        format!("{kernels} at {boundary:.2} us"),
     );
+    // Where all experts are in VRAM, the CPU is never asked.
+    let handoffs = if handed_over { f.num_layers } else { 0 };
     terms.add(
         "handoffs",
-        f.num_layers as f64 * flag / 1e3,
-        format!("{} at {flag:.2} us", f.num_layers),
+        handoffs as f64 * flag / 1e3,
+        format!("{handoffs} at {flag:.2} us"),
     );
 }
 

@@ -11,6 +11,8 @@ use crate::backend::{BackendError, Result};
 
 /// Kernels, or flags, of one measurement.
 const IN_A_ROW: usize = 64;
+/// What launches of a graph that are timed together take about, microseconds.
+const LAUNCHES_US: f64 = 1e4;
 
 impl Decode {
     /// Microseconds that each kernel of a step takes on the GPU, all its launches in a row.
@@ -33,20 +35,13 @@ impl Decode {
             "decode_experts_down",
             "decode_combine",
         ];
-        const ROUNDS: usize = 5;
-        let time = |name| Ok((name, self.time_kernels(model, state, &[name], ROUNDS)?));
+        let time = |name| Ok((name, self.time_kernels(model, state, &[name])?));
         KERNELS.into_iter().map(time).collect()
     }
 
-    /// Microseconds on the GPU of a step's kernels of these names, all of them if none is given;
-    /// mean of `rounds` after one. They run in a step's order, and wait for no CPU.
-    pub fn time_kernels(
-        &self,
-        model: &Model,
-        state: &SequenceState,
-        only: &[&str],
-        rounds: usize,
-    ) -> Result<f64> {
+    /// Microseconds on the GPU of a step's kernels of these names, all of them if none is given. They run
+    /// in a step's order, and wait for no CPU.
+    pub fn time_kernels(&self, model: &Model, state: &SequenceState, only: &[&str]) -> Result<f64> {
         let kind = Kind {
             wanted: Wanted::Nothing,
             // Flags are for whole steps: without the CPU those must not wait.
@@ -54,14 +49,21 @@ impl Decode {
         };
         let graph = (model.stream)
             .capture(|| self.record(model, state, kind, 0..model.shape.num_layers(), only))?;
-        self.time_graph(model, &graph, rounds)
+        self.time_graph(model, &graph)
     }
 
-    /// Microseconds of one kernel that has little to do, in a row of them in a graph.
-    pub fn kernel_node_us(&self, model: &Model) -> Result<f64> {
-        let row = || (0..IN_A_ROW).try_for_each(|_| self.record_signal(model, 0));
+    /// Microseconds of one kernel that has little to do, in a row of them in a graph; by itself, or as in
+    /// a step, where it starts while the one before it ends.
+    pub fn kernel_node_us(&self, model: &Model, overlap: bool) -> Result<f64> {
+        let row = || (0..IN_A_ROW).try_for_each(|_| self.record_signal(model, 0, overlap));
         let graph = model.stream.capture(row)?;
-        Ok(self.time_graph(model, &graph, 3)? / IN_A_ROW as f64)
+        Ok(self.time_graph(model, &graph)? / IN_A_ROW as f64)
+    }
+
+    /// Microseconds of the output head on the device.
+    pub fn head_us(&self, model: &Model) -> Result<f64> {
+        let graph = (model.stream).capture(|| self.record_head(model, self.hidden))?;
+        self.time_graph(model, &graph)
     }
 
     /// Microseconds from a kernel that writes to the CPU's memory to the next one, which waits for
@@ -77,7 +79,7 @@ impl Decode {
         );
         let row = || {
             (0..IN_A_ROW).try_for_each(|i| {
-                self.record_signal(model, asked.at(i))?;
+                self.record_signal(model, asked.at(i), false)?;
                 // SAFETY: both live until the graph is done, which is awaited below.
                 unsafe { model.stream.wait_flag(answered.at(i), 1) }
             })
@@ -116,19 +118,30 @@ impl Decode {
     }
 
     /// `decode_combine` on this struct's buffers, which clears `word` if that is not 0.
-    fn record_signal(&self, model: &Model, word: u64) -> Result<()> {
+    fn record_signal(&self, model: &Model, word: u64, overlap: bool) -> Result<()> {
         let dim = model.shape.hidden_size;
         let args = args![self.moe, self.cpu_out.at(0), word, self.hidden, dim as i32];
         // SAFETY: arguments are those of the kernel; the buffers are this struct's.
-        unsafe { (model.stream).launch("decode_combine", geometry::combine(dim), args, false) }
+        unsafe { (model.stream).launch("decode_combine", geometry::combine(dim), args, overlap) }
     }
 
-    /// Mean of `rounds` launches after one, microseconds.
-    fn time_graph(&self, model: &Model, graph: &Graph, rounds: usize) -> Result<f64> {
+    /// Microseconds of a launch: mean of so many that the driver, slow with a graph that is new to it, is
+    /// ahead of the GPU.
+    fn time_graph(&self, model: &Model, graph: &Graph) -> Result<f64> {
+        let one = self.time_launches(model, graph, 1)?;
+        self.time_launches(
+            model,
+            graph,
+            (LAUNCHES_US / one.max(1.0)).clamp(3.0, 64.0) as usize,
+        )
+    }
+
+    /// Mean of `count` launches after one, microseconds.
+    fn time_launches(&self, model: &Model, graph: &Graph, count: usize) -> Result<f64> {
         let device = model.stream.device();
         let (start, end) = (device.new_event()?, device.new_event()?);
-        for round in 0..=rounds {
-            if round == 1 {
+        for launch in 0..=count {
+            if launch == 1 {
                 model.stream.record(&start)?;
             }
             // SAFETY: recorded for buffers that outlive the wait below.
@@ -136,6 +149,6 @@ impl Decode {
         }
         model.stream.record(&end)?;
         model.stream.synchronize()?;
-        Ok(f64::from(end.ms_since(&start)?) * 1e3 / rounds as f64)
+        Ok(f64::from(end.ms_since(&start)?) * 1e3 / count as f64)
     }
 }
