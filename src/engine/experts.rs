@@ -144,6 +144,11 @@ impl ExpertManager {
         }
     }
 
+    /// The next tokens belong to another sequence.
+    pub fn begin_sequence(&mut self) {
+        self.cache.begin_sequence();
+    }
+
     /// Whether a prompt can change slots.
     pub fn renews(&self) -> bool {
         self.stopped.is_none() && self.config.renews()

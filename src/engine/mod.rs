@@ -387,6 +387,9 @@ impl Engine {
             });
         }
         self.tokens.clear();
+        if let Some(experts) = &mut self.experts {
+            experts.begin_sequence();
+        }
         Ok(self.runner.reset(max_tokens)?)
     }
 

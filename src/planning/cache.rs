@@ -154,6 +154,11 @@ impl ExpertCache {
         &self.admits
     }
 
+    /// The next picks belong to another sequence.
+    pub fn begin_sequence(&mut self) {
+        self.policy.begin_sequence();
+    }
+
     /// Picks that did not go through the slots, such as those of a streamed prefill: the policy
     /// learns from them, the slots stay, nothing is counted.
     pub fn learn(&mut self, layer: usize, topk_ids: &[u16]) {

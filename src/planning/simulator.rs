@@ -35,21 +35,71 @@ impl Outcome {
 /// Drives `cache` with the picks in `records`, token by token in each layer, as the run time does.
 ///
 /// A token's picks are looked up before the policy learns of them: what it admits serves the next
-/// token. Documents follow one another without a fresh start, as in a program that keeps running.
+/// token. Documents follow one another without a fresh start, as sequences in a program that keeps
+/// running.
 pub fn simulate<'a>(
     cache: &mut ExpertCache,
     num_experts_per_tok: usize,
     records: impl IntoIterator<Item = &'a Record>,
 ) -> Outcome {
     for record in records {
-        if let Record::Picks(picks) = record {
-            for topk_ids in picks.topk_ids.chunks_exact(num_experts_per_tok) {
-                cache.on_step(usize::from(picks.layer), topk_ids);
+        match record {
+            Record::Document { .. } => cache.begin_sequence(),
+            Record::Picks(picks) => {
+                for topk_ids in picks.topk_ids.chunks_exact(num_experts_per_tok) {
+                    cache.on_step(usize::from(picks.layer), topk_ids);
+                }
             }
         }
     }
     Outcome {
         layers: cache.counts().to_vec(),
+    }
+}
+
+/// Of a document, what is taken for its prompt, where nothing says.
+const PROMPT_SHARE: f64 = 0.75;
+
+/// As [`simulate`], each document's first part a prompt: the policy learns from it, and renews the slots at its
+/// end without cost, since a prefill has every expert at hand. Only the rest is decoded, and counted.
+pub fn simulate_prompted(
+    cache: &mut ExpertCache,
+    num_experts_per_tok: usize,
+    documents: &[&[Record]],
+) -> Outcome {
+    let mut renewed = vec![0; cache.counts().len()];
+    for document in documents {
+        cache.begin_sequence();
+        let last_position = |record: &Record| match record {
+            Record::Picks(p) => p.first_position as usize + p.topk_ids.len() / num_experts_per_tok,
+            Record::Document { .. } => 0,
+        };
+        let tokens = document.iter().map(last_position).max().unwrap_or(0);
+        let prompt = (PROMPT_SHARE * tokens as f64) as usize;
+        for record in *document {
+            let Record::Picks(picks) = record else {
+                continue;
+            };
+            let layer = usize::from(picks.layer);
+            let tokens = picks.topk_ids.chunks_exact(num_experts_per_tok);
+            for (position, topk_ids) in (picks.first_position as usize..).zip(tokens) {
+                if position == prompt {
+                    renewed[layer] += cache.renew(layer, usize::MAX).len() as u64;
+                }
+                if position < prompt {
+                    cache.learn(layer, topk_ids);
+                } else {
+                    cache.on_step(layer, topk_ids);
+                }
+            }
+        }
+    }
+    let paid = |(counts, renewed): (&LayerCounts, u64)| LayerCounts {
+        admits: counts.admits - renewed,
+        ..*counts
+    };
+    Outcome {
+        layers: cache.counts().iter().zip(renewed).map(paid).collect(),
     }
 }
 
@@ -114,6 +164,73 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn of_prompted_documents_only_what_follows_the_prompt_counts() {
+        let (experts, k, layers) = (16, 4, 2);
+        let trace = synthetic(layers as u16, experts as u16, k as u16, 5, 40);
+        let documents = trace.documents();
+        let slots = vec![LFU.fill(5, &(0..16).collect::<Vec<u16>>()); layers];
+        let mut cache = ExpertCache::build(LFU, experts, &slots, Throttle::NONE);
+        let outcome = simulate_prompted(&mut cache, k, &documents);
+
+        // The same by hand: whole prompts first, as a prefill has them.
+        let mut by_hand = ExpertCache::build(LFU, experts, &slots, Throttle::NONE);
+        let (mut picks, mut renewed) = (0, 0);
+        for document in documents {
+            by_hand.begin_sequence();
+            for layer in 0..layers {
+                let ids: Vec<u16> = (document.iter())
+                    .filter_map(|record| match record {
+                        Record::Picks(p) if usize::from(p.layer) == layer => Some(&p.topk_ids),
+                        _ => None,
+                    })
+                    .flatten()
+                    .copied()
+                    .collect();
+                let prompt = (ids.len() / k) * 3 / 4;
+                for (position, ids) in ids.chunks_exact(k).enumerate() {
+                    if position < prompt {
+                        by_hand.learn(layer, ids);
+                        continue;
+                    }
+                    if position == prompt {
+                        renewed += by_hand.renew(layer, usize::MAX).len() as u64;
+                    }
+                    by_hand.on_step(layer, ids);
+                    picks += k as u64;
+                }
+            }
+        }
+        assert_eq!(outcome.hits() + outcome.misses(), picks);
+        for (a, b) in outcome.layers.iter().zip(by_hand.counts()) {
+            assert_eq!((a.hits, a.misses), (b.hits, b.misses));
+        }
+        let admits: u64 = by_hand.counts().iter().map(|l| l.admits).sum();
+        assert!(renewed > 0);
+        assert_eq!(outcome.admits() + renewed, admits);
+    }
+
+    #[test]
+    fn a_new_sequence_soon_outweighs_those_before() {
+        let slow = PolicyConfig::LfuDecay {
+            half_life_tokens: 1e6,
+            margin_picks: 0.5,
+        };
+        let learnt = |of_another: bool| {
+            let mut cache = ExpertCache::build(slow, 4, &empty(1, 1), Throttle::NONE);
+            (0..8).for_each(|_| cache.learn(0, &[1]));
+            cache.renew(0, 1);
+            if of_another {
+                cache.begin_sequence();
+            }
+            (0..2).for_each(|_| cache.learn(0, &[2]));
+            cache.renew(0, 1);
+            cache.contents(0).to_vec()
+        };
+        assert_eq!(learnt(false), [Some(1)]);
+        assert_eq!(learnt(true), [Some(2)]);
     }
 
     #[test]
@@ -194,19 +311,23 @@ mod tests {
         }
     }
 
-    /// LFU with decay by its definition: all picks kept, weights from their ages.
-    fn naive_lfu(tokens: &[&[u16]], slots: usize, half_life: f64) -> u64 {
-        let mut history: Vec<Vec<usize>> = vec![Vec::new(); 12];
+    /// LFU with decay by its definition: all picks kept, weights from their ages and sequences.
+    fn naive_lfu(tokens: &[(usize, &[u16])], slots: usize, half_life: f64) -> u64 {
+        let mut history: Vec<Vec<(usize, usize)>> = vec![Vec::new(); 12];
         let mut cache: Vec<u16> = Vec::new();
         let mut hits = 0;
-        for (now, picks) in tokens.iter().enumerate() {
+        for (now, (sequence, picks)) in tokens.iter().enumerate() {
             hits += picks.iter().filter(|e| cache.contains(e)).count() as u64;
             picks
                 .iter()
-                .for_each(|&e| history[usize::from(e)].push(now));
+                .for_each(|&e| history[usize::from(e)].push((now, *sequence)));
             let score = |e: u16| -> f64 {
-                let ages = history[usize::from(e)].iter().map(|t| now - t);
-                ages.map(|age| 0.5f64.powf(age as f64 / half_life)).sum()
+                let picks = history[usize::from(e)].iter();
+                let faded = |(then, of): &(usize, usize)| {
+                    let age = (now - then) as f64;
+                    0.5f64.powf(age / half_life) * 0.125f64.powi((sequence - of) as i32)
+                };
+                picks.map(faded).sum()
             };
             let mut missed: Vec<u16> = picks.to_vec();
             missed.retain(|e| !cache.contains(e));
@@ -252,18 +373,23 @@ mod tests {
     #[test]
     fn policies_hit_as_often_as_their_definitions_say() {
         let trace = synthetic(1, 12, 3, 5, 90);
-        let tokens: Vec<&[u16]> = trace
-            .records()
-            .iter()
-            .filter_map(|r| match r {
-                Record::Picks(p) => Some(p.topk_ids.chunks_exact(3)),
-                _ => None,
-            })
-            .flatten()
-            .collect();
+        let mut sequences = Vec::new();
+        for (sequence, document) in trace.documents().into_iter().enumerate() {
+            for record in document {
+                if let Record::Picks(p) = record {
+                    let tokens = p.topk_ids.chunks_exact(3);
+                    sequences.extend(tokens.map(|picks| (sequence, picks)));
+                }
+            }
+        }
+        let tokens: Vec<&[u16]> = sequences.iter().map(|(_, picks)| *picks).collect();
         for slots in 1..=12 {
             let hits = |config| run(config, 12, 3, &empty(slots, 1), trace.records()).hits();
-            assert_eq!(hits(LFU), naive_lfu(&tokens, slots, 20.0), "{slots} slots");
+            assert_eq!(
+                hits(LFU),
+                naive_lfu(&sequences, slots, 20.0),
+                "{slots} slots"
+            );
             assert_eq!(
                 hits(PolicyConfig::LeastStale),
                 naive_least_stale(&tokens, slots),

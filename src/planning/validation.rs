@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 use super::cache::{ExpertCache, Throttle};
 use super::footprint::Footprint;
 use super::policy::{Clairvoyant, LayerSlots, PolicyConfig};
-use super::simulator::{Outcome, simulate};
+use super::simulator::{Outcome, simulate, simulate_prompted};
 use super::trace::{Record, RoutingTrace};
 
 /// Shares of the experts in slots at which policies are compared.
 pub const SHARES: [f64; 3] = [0.125, 0.25, 0.5];
-/// Picks that one simulation goes through at most: 3,000 tokens of 48 layers of 10, a fraction of
-/// a second each.
+/// Picks that one simulation goes through, about: 3,000 tokens of 48 layers of 10, a fraction of a second
+/// each.
 const MOST_PICKS: usize = 1_500_000;
 
 /// Hit rates on documents that neither the slots nor the choice of policy were made from.
@@ -71,7 +71,20 @@ impl<'a> Split<'a> {
         self.tokens(&self.selection)
     }
 
-    /// A policy on the documents of the choice.
+    /// A policy on the documents of the choice, the first part of each a prompt.
+    pub(super) fn run_prompted(
+        &self,
+        config: PolicyConfig,
+        throttle: Option<Throttle>,
+        f: &Footprint,
+        slots: &[usize],
+        hottest: &[Vec<u16>],
+    ) -> Outcome {
+        let mut cache = cache(config, throttle, f, slots, hottest);
+        simulate_prompted(&mut cache, f.num_experts_per_tok, &self.selection)
+    }
+
+    /// A policy on the documents of the choice, all decoded.
     pub(super) fn run(
         &self,
         config: PolicyConfig,
@@ -153,20 +166,16 @@ impl<'a> Split<'a> {
     }
 }
 
-/// Whole documents, one at least, until there are picks enough.
+/// Whole documents, one at least, from all over the trace: as many as have picks enough.
 fn enough<'a>(documents: impl Iterator<Item = &'a [Record]>) -> Vec<&'a [Record]> {
-    let mut picks = 0;
-    documents
-        .take_while(|document| {
-            let more = picks < MOST_PICKS;
-            let picked = |record: &Record| match record {
-                Record::Picks(p) => p.topk_ids.len(),
-                Record::Document { .. } => 0,
-            };
-            picks += document.iter().map(picked).sum::<usize>();
-            more
-        })
-        .collect()
+    let documents: Vec<&[Record]> = documents.collect();
+    let picks_of = |record: &Record| match record {
+        Record::Picks(p) => p.topk_ids.len(),
+        Record::Document { .. } => 0,
+    };
+    let picks: usize = documents.iter().copied().flatten().map(picks_of).sum();
+    let step = picks.div_ceil(MOST_PICKS).max(1);
+    documents.into_iter().step_by(step).collect()
 }
 
 fn filled(config: PolicyConfig, slots: &[usize], hottest: &[Vec<u16>]) -> Vec<LayerSlots> {
@@ -184,9 +193,19 @@ fn on(
     slots: &[usize],
     hottest: &[Vec<u16>],
 ) -> Outcome {
-    let layers = filled(config, slots, hottest);
-    let throttle = throttle.unwrap_or(Throttle::NONE);
-    let mut cache = ExpertCache::build(config, f.num_experts, &layers, throttle);
+    let mut cache = cache(config, throttle, f, slots, hottest);
     let records = documents.iter().copied().flatten();
     simulate(&mut cache, f.num_experts_per_tok, records)
+}
+
+fn cache(
+    config: PolicyConfig,
+    throttle: Option<Throttle>,
+    f: &Footprint,
+    slots: &[usize],
+    hottest: &[Vec<u16>],
+) -> ExpertCache {
+    let layers = filled(config, slots, hottest);
+    let throttle = throttle.unwrap_or(Throttle::NONE);
+    ExpertCache::build(config, f.num_experts, &layers, throttle)
 }

@@ -57,6 +57,7 @@ fn prompts_renew(model: &str, slots: usize, borrows: bool) {
     for seed in [1, 6] {
         let prompt = some_ids(116, seed);
         engine.reset(prompt.len() + 8).unwrap();
+        simulated.begin_sequence();
         engine.take_times();
         let mut told = Vec::new();
         let mut on_routing = |layer: usize, position: usize, routing: &Routing| {

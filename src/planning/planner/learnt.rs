@@ -66,10 +66,10 @@ pub(super) fn learn<'a>(request: &PlanRequest<'a>) -> Result<Learnt<'a>, PlanErr
 }
 
 /// Without a trace the policy cannot be chosen by trial. Of many experts each is picked seldom, and
-/// it takes longer to know the good ones: 64 tokens did best on the built-in model of 64 experts,
-/// 256 on a synthetic one of 512.
+/// it takes longer to know the good ones: 128 and 512 tokens did best on the built-in model of 64
+/// experts, 2048 on a synthetic one of 512.
 fn default_half_life(num_experts: usize) -> f64 {
-    (num_experts as f64 / 2.0).clamp(64.0, 256.0)
+    (4.0 * num_experts as f64).clamp(128.0, 2048.0)
 }
 
 /// JSON has no infinity; no cache ever sees so many picks.
@@ -90,7 +90,7 @@ fn candidates(request: &PlanRequest) -> Vec<PolicyConfig> {
         },
         PolicyConfig::LeastStale,
     ];
-    for half_life_tokens in [32.0, 64.0, 128.0, 256.0, 512.0] {
+    for half_life_tokens in [32.0, 128.0, 512.0, 2048.0] {
         for margin_picks in [0.0, pay_back] {
             all.push(PolicyConfig::LfuDecay {
                 half_life_tokens,
@@ -102,17 +102,16 @@ fn candidates(request: &PlanRequest) -> Vec<PolicyConfig> {
 }
 
 /// The candidate with the least predicted time, over an eighth, a quarter and half of the experts.
-/// Each is held to the byte budget, and pays for its copies: where RAM is the limit, a policy that
+/// Each decodes what follows prompts, is held to the byte budget, and pays for its copies: where RAM is the limit, a policy that
 /// hits a little less with a tenth of LRU's copies is the faster one.
 fn choose(request: &PlanRequest, learnt: &Learnt, split: &Split) -> PolicyConfig {
     let f = request.footprint;
     let candidates = candidates(request);
-    let tokens = split.selection_tokens();
     let time = |config: &PolicyConfig| -> f64 {
         let at = |share: &f64| {
             let slots = vec![slots_of(*share, f.num_experts); f.num_layers];
-            let outcome = split.run(*config, learnt.throttle, f, &slots, &learnt.hottest);
-            time_of(request, &outcome, tokens)
+            let outcome = split.run_prompted(*config, learnt.throttle, f, &slots, &learnt.hottest);
+            time_of(request, &outcome)
         };
         SHARES.iter().map(at).sum()
     };
@@ -122,7 +121,7 @@ fn choose(request: &PlanRequest, learnt: &Learnt, split: &Split) -> PolicyConfig
 }
 
 /// Milliseconds of a token that depend on the policy; misses alone where no GPU uses hits.
-fn time_of(request: &PlanRequest, outcome: &Outcome, tokens: u64) -> f64 {
+fn time_of(request: &PlanRequest, outcome: &Outcome) -> f64 {
     let (f, hardware) = (request.footprint, request.hardware);
     if hardware.gpu.is_none() {
         return 1.0 - outcome.hit_rate();
@@ -131,7 +130,9 @@ fn time_of(request: &PlanRequest, outcome: &Outcome, tokens: u64) -> f64 {
     let experts: f64 = layers
         .map(|l| cost::expert_layer_ms(f, hardware, l.hit_rate()))
         .sum();
-    let moved = outcome.moved_bytes(f.expert_bytes) as f64 / tokens.max(1) as f64;
+    let picks_per_token = (f.num_layers * f.num_experts_per_tok) as f64;
+    let tokens = (outcome.hits() + outcome.misses()) as f64 / picks_per_token;
+    let moved = outcome.moved_bytes(f.expert_bytes) as f64 / tokens.max(1.0);
     experts + moved / (hardware.cpu.dram_read_gb_s.value * 1e6)
 }
 

@@ -334,6 +334,7 @@ fn the_run_time_cache_hits_exactly_as_often_as_the_plan_simulated() {
     // What an engine does with a placement, on the held-out documents.
     let mut cache = plan.cache();
     for document in trace.documents().into_iter().skip(2).step_by(3) {
+        cache.begin_sequence();
         for record in document {
             if let crate::planning::Record::Picks(p) = record {
                 for ids in p.topk_ids.chunks_exact(4) {

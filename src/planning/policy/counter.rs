@@ -31,6 +31,11 @@ impl DecayedPicks {
         }
     }
 
+    /// Lets all picks so far count for this much of what they did.
+    pub fn fade(&mut self, to: f64) {
+        self.unit /= to;
+    }
+
     /// Decayed picks of an expert as of now.
     ///
     /// Also its picks to come, weighted by the same half-life, if routing goes on as it did: at a

@@ -1,8 +1,16 @@
 //! Frequency with a fading past, and a pay-back test before every copy.
+//!
+//! The past fades slowly within a sequence, which keeps to its subject, and at once where another begins: one
+//! half-life for both would forget a long text's habits, or take a chat's for the next one's.
 
 use super::counter::DecayedPicks;
 use super::slot_map::SlotMap;
 use super::{Admit, LayerPolicy, LayerSlots};
+
+/// What picks of the sequences before count for in a new one. On routing of the 80B shape an eighth with a
+/// half-life of 2048 tokens needs fewer experts from RAM, copies counted in, than any half-life alone: 5% on
+/// novels of 4k tokens, 0.4% on chats of 130.
+const EARLIER_SEQUENCES: f64 = 0.125;
 
 #[derive(Debug)]
 pub(super) struct LfuLayer {
@@ -81,6 +89,11 @@ impl LayerPolicy for LfuLayer {
             }
         }
         self.missed = missed;
+    }
+
+    fn begin_sequence(&mut self) {
+        // The slot to give up stays the least: all fade alike.
+        self.picks.fade(EARLIER_SEQUENCES);
     }
 
     fn renew(&mut self, room: usize, admits: &mut Vec<Admit>) {

@@ -46,6 +46,9 @@ pub trait Policy: Send {
     /// `room` experts. With room for none the policy learns and the slots stay as they are.
     fn access(&mut self, layer: usize, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>);
 
+    /// What is told from here on belongs to another sequence.
+    fn begin_sequence(&mut self) {}
+
     /// After picks that it only learnt from, such as a prompt's: appends what to copy so that the slots
     /// hold what those taught, at most `room` experts. Nothing for policies that go by the next pick
     /// alone.
@@ -86,7 +89,8 @@ pub enum PolicyConfig {
         half_life_tokens: f64,
     },
     /// A miss is admitted if it was picked more often than some resident, by more than
-    /// `margin_picks`, the past counting half every `half_life_tokens`. The margin is the pay-back
+    /// `margin_picks`, the past counting half every `half_life_tokens`, and an eighth in each new
+    /// sequence. The margin is the pay-back
     /// test: decayed picks are the picks to expect, so the copy must be worth fewer hits than it
     /// brings.
     LfuDecay {
@@ -220,7 +224,7 @@ impl FromStr for PolicyConfig {
                 half_life_tokens: 64.0,
             },
             PolicyConfig::LfuDecay {
-                half_life_tokens: 64.0,
+                half_life_tokens: 256.0,
                 margin_picks: 0.0,
             },
             PolicyConfig::LeastStale,
@@ -238,6 +242,8 @@ trait LayerPolicy: Send {
     fn map(&self) -> &SlotMap;
     /// As [`Policy::access`].
     fn access(&mut self, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>);
+    /// As [`Policy::begin_sequence`].
+    fn begin_sequence(&mut self) {}
     /// As [`Policy::renew`].
     fn renew(&mut self, _room: usize, _admits: &mut Vec<Admit>) {}
     /// `[E]` as [`LayerState::worth`].
@@ -261,6 +267,10 @@ impl<L: LayerPolicy> Policy for Layers<L> {
 
     fn contents(&self, layer: usize) -> &[Option<u16>] {
         self.layers[layer].map().contents()
+    }
+
+    fn begin_sequence(&mut self) {
+        self.layers.iter_mut().for_each(L::begin_sequence);
     }
 
     fn renew(&mut self, layer: usize, room: usize, admits: &mut Vec<Admit>) {
