@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The benchmarks of reports/, on a machine with a GPU and no cargo: the binary comes from elsewhere.
 #
-#   scripts/gpu/bench.sh BINARY OUT [NAME...]
+#   [REPETITIONS=N] scripts/gpu/bench.sh BINARY OUT [NAME...]
 #
 # Writes OUT/NAME/ (run.json, tables, charts) and OUT/NAME.log for each configuration, all of the full
 # 80B shape with synthetic weights but `tiny`. MOECTL_TINY_MOE names the built-in model's folder if the
@@ -49,7 +49,7 @@ plan() {
 planned() {
   local name=$1 budget=$2 placement=$out/$2-$3.json contexts=$4
   shift 4
-  (($#)) || set -- -n 128 --repetitions 3
+  (($#)) || set -- -n 128 --repetitions "${REPETITIONS:-3}"
   bench "$name" --model "$skewed" --placement "$placement" --hardware "$out/hardware.json" \
     --vram "$budget" --ctx "$contexts" --quality-tokens 0 "$@"
 }
@@ -75,7 +75,7 @@ run() {
     # static slots and no expert in VRAM, by turns in one process.
     planned-14g)
       prepare && plan 14G 32k || echo "$1: no plan; see the logs in $out"
-      planned planned-14g 14G 32k 4k,32k -n 256 --repetitions 4 --against static,none ;;
+      planned planned-14g 14G 32k 4k,32k -n 256 --repetitions "${REPETITIONS:-4}" --against static,none ;;
     # The loop closed: this machine measured, other text profiled, a plan for each budget, and what it
     # says against what comes out. With planned-14g about eight minutes: a call of its own.
     planned-8g | planned-24g)

@@ -138,16 +138,17 @@ impl Gpu {
     }
 
     /// Microseconds that the experts of a layer and token take with so many bytes missing: on straight
-    /// lines from none through the measured points, and on beyond them. `None` if none was measured.
-    pub fn expert_wait_us(&self, missing_bytes: f64) -> Option<f64> {
+    /// lines from `all_there_us` through the measured points, and on beyond them. `None` if none was
+    /// measured.
+    pub fn expert_wait_us(&self, missing_bytes: f64, all_there_us: f64) -> Option<f64> {
+        let last = self.expert_wait.len().checked_sub(1)?;
         let point = |i: usize| match i.checked_sub(1) {
             Some(i) => (
                 self.expert_wait[i].missing_bytes,
                 self.expert_wait[i].us.value,
             ),
-            None => (0.0, 0.0),
+            None => (0.0, all_there_us.min(self.expert_wait[0].us.value)),
         };
-        let last = self.expert_wait.len().checked_sub(1)?;
         let before = (self.expert_wait).partition_point(|w| w.missing_bytes < missing_bytes);
         let ((low, from), (high, to)) = (point(before.min(last)), point(before.min(last) + 1));
         Some(from + (to - from) * (missing_bytes - low) / (high - low))
@@ -320,20 +321,20 @@ mod tests {
     #[test]
     fn waits_lie_on_lines_through_what_was_measured() {
         let mut gpu = Hardware::laptop_4090().gpu.unwrap();
-        assert_eq!(gpu.expert_wait_us(1e6), None);
+        assert_eq!(gpu.expert_wait_us(1e6, 0.0), None);
         let wait = |missing_bytes, us| ExpertWait {
             missing_bytes,
             us: Figure::measured(us),
         };
         gpu.expert_wait = vec![wait(2e6, 30.0), wait(4e6, 40.0)];
         for (bytes, us) in [
-            (0.0, 0.0),
-            (1e6, 15.0),
+            (0.0, 10.0),
+            (1e6, 20.0),
             (2e6, 30.0),
             (3e6, 35.0),
             (6e6, 50.0),
         ] {
-            assert_eq!(gpu.expert_wait_us(bytes), Some(us));
+            assert_eq!(gpu.expert_wait_us(bytes, 10.0), Some(us));
         }
         gpu.expert_wait.swap(0, 1);
         let mut machine = Hardware::laptop_4090();

@@ -156,9 +156,11 @@ pub fn expert_layer_ms(f: &Footprint, hardware: &Hardware, hit_rate: f64) -> f64
     let missing = bytes * (1.0 - hit_rate);
     match &hardware.gpu {
         Some(gpu) => {
-            let measured = gpu.expert_wait_us(missing).map(|us| us / 1e3);
-            let misses = measured.unwrap_or_else(|| ms(missing, miss_gb_s(hardware)));
-            ms(bytes * hit_rate, gpu.weight_read_gb_s()).max(misses)
+            let hits_gb_s = gpu.weight_read_gb_s();
+            // What was measured covers hits and misses.
+            let measured = gpu.expert_wait_us(missing, 1e3 * ms(bytes, hits_gb_s));
+            let by_rates = || ms(bytes * hit_rate, hits_gb_s).max(ms(missing, miss_gb_s(hardware)));
+            measured.map_or_else(by_rates, |us| us / 1e3)
         }
         None => ms(bytes, miss_gb_s(hardware)),
     }
