@@ -54,6 +54,20 @@ fn gb_s(bytes: usize, seconds: f64) -> f64 {
     bytes as f64 / seconds.max(1e-9) / 1e9
 }
 
+/// Steps with a share of each layer's experts in RAM.
+#[derive(Default)]
+struct Waits {
+    missing: f64,
+    pcie_percent: usize,
+    /// What the experts of a layer took, samples in microseconds
+    us: Vec<f64>,
+    steps: u64,
+    /// Experts that the CPU computed, those of them that it had foreseen, and that the GPU read
+    cpu: u64,
+    foreseen: u64,
+    pcie: u64,
+}
+
 /// Pinned memory, a device buffer beside it, and two streams with events.
 struct Bench<'a> {
     host: Pinned<u8>,
@@ -297,25 +311,34 @@ impl Cuda {
         let mut waits = Vec::new();
         for missing in MISSING {
             self.give_missing(missing)?;
-            let share = self.calibrate_share(&mut Vec::new())?;
-            waits.push((missing, share, 0.0, Vec::new()));
+            let pcie_percent = self.calibrate_share(&mut Vec::new())?;
+            waits.push(Waits {
+                missing,
+                pcie_percent,
+                ..Waits::default()
+            });
         }
         for _ in 0..TURNS {
-            for (missing, share, bytes, us) in &mut waits {
-                self.give_missing(*missing)?;
-                self.set_pcie_share(*share)?;
-                *bytes += self.expert_wait(base, us)? / TURNS as f64;
+            for waits in &mut waits {
+                self.give_missing(waits.missing)?;
+                self.set_pcie_share(waits.pcie_percent)?;
+                self.expert_wait(base, waits)?;
             }
         }
-        if let Some((_, _, bytes, us)) = waits.last() {
-            let rates = us.iter().map(|us| *bytes / us.max(1e-3) / 1e3);
-            probe.cpu_and_pcie = Rate::of(rates.collect());
+        let missing_bytes = |w: &Waits| {
+            let of_layers = (w.steps.max(1) * layers as u64) as f64;
+            (w.cpu + w.pcie) as f64 / of_layers * blob_bytes as f64
+        };
+        if let Some(all) = waits.last() {
+            let rate = |us: &f64| missing_bytes(all) / us.max(1e-3) / 1e3;
+            probe.cpu_and_pcie = Rate::of(all.us.iter().map(rate).collect());
         }
         probe.expert_wait = (waits.into_iter())
-            .map(|(_, pcie_percent, missing_bytes, us)| ExpertWait {
-                missing_bytes,
-                pcie_percent,
-                time: Micros::of(us),
+            .map(|w| ExpertWait {
+                missing_bytes: missing_bytes(&w),
+                pcie_percent: w.pcie_percent,
+                foreseen_percent: 100 * w.foreseen / w.cpu.max(1),
+                time: Micros::of(w.us),
             })
             .collect();
         Ok(())
@@ -367,21 +390,20 @@ impl Cuda {
         self.give_slots(Residency::Exactly(all.collect()))
     }
 
-    /// Microseconds that the experts of a layer take as they are placed, in whole steps that take `base`
-    /// seconds without them; and how many bytes of a layer and token were missing.
-    fn expert_wait(&mut self, base: f64, us: &mut Vec<f64>) -> Result<f64> {
-        let layers = self.model.shape.num_layers();
+    /// Adds what the experts of a layer take as they are placed, in whole steps that take `base` seconds
+    /// without them.
+    fn expert_wait(&mut self, base: f64, waits: &mut Waits) -> Result<()> {
+        let layers = self.model.shape.num_layers() as f64;
         self.take_times();
         let steps = self.step_seconds()?;
         let times = self.take_times();
-        us.extend(
-            steps
-                .iter()
-                .map(|s| ((s - base) * 1e6 / layers as f64).max(0.0)),
-        );
-        let missed = (times.experts_cpu + times.experts_pcie) as f64;
-        let per_layer = missed / (times.steps.max(1) * layers as u64) as f64;
-        Ok(per_layer * self.model.store.layout.blob_bytes as f64)
+        let of_layer = |s: &f64| ((s - base) * 1e6 / layers).max(0.0);
+        waits.us.extend(steps.iter().map(of_layer));
+        waits.steps += times.steps;
+        waits.cpu += times.experts_cpu;
+        waits.pcie += times.experts_pcie;
+        waits.foreseen += times.foreseen;
+        Ok(())
     }
 
     fn give_slots(&mut self, residency: Residency) -> Result<()> {

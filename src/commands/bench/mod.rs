@@ -90,7 +90,7 @@ pub struct BenchArgs {
         long,
         value_name = "POLICY,...",
         value_delimiter = ',',
-        conflicts_with = "cache_state"
+        conflicts_with_all = ["cache_state", "cpu_moe"]
     )]
     against: Vec<Rival>,
     /// Folder for run.json, tables and charts
