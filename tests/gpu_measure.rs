@@ -11,7 +11,8 @@ use serde_json::Value;
 #[test]
 fn every_figure_is_measured_and_planned_with() {
     let sandbox = Sandbox::new();
-    let line = "doctor --measure --measure-model synth:tiny?layers=4&experts=8&max-position-embeddings=512 --json -o hw.json";
+    let line = "doctor --measure --json -o hw.json \
+                --measure-model synth:tiny?layers=4&experts=8&max-position-embeddings=512";
     let mut command = sandbox.command(&line.split_whitespace().collect::<Vec<_>>());
     command.env("MOECTL_EMULATE", "1");
     finish(&mut command).ok();

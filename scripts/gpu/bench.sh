@@ -39,19 +39,16 @@ prepare() {
     -o "$out/profile.json" -q >"$out/profile.log" 2>&1
 }
 
-# plan BUDGET CTX: the placement from there, as OUT/BUDGET-CTX.json.
-plan() {
-  "$binary" plan --model "$skewed" --trace "$out/routing.trace" --vram "$1" --ctx "$2" \
-    --hardware "$out/hardware.json" -o "$out/$1-$2.json" >"$out/plan-$1-$2.log" 2>&1
-}
-
-# planned NAME BUDGET PLAN_CTX CTX,... FLAGS...: these contexts by the placement that `plan` made.
+# planned NAME BUDGET FLAGS...: the placement from there, as OUT/BUDGET.json, and what it says against what
+# comes out.
 planned() {
-  local name=$1 budget=$2 placement=$out/$2-$3.json contexts=$4
-  shift 4
-  (($#)) || set -- -n 128 --repetitions "${REPETITIONS:-3}"
-  bench "$name" --model "$skewed" --placement "$placement" --hardware "$out/hardware.json" \
-    --vram "$budget" --ctx "$contexts" --quality-tokens 0 "$@"
+  local name=$1 budget=$2 placement=$out/$2.json
+  shift 2
+  prepare && "$binary" plan --model "$skewed" --trace "$out/routing.trace" --vram "$budget" --ctx 32k \
+    "${machine[@]}" -o "$placement" >"$out/plan-$budget.log" 2>&1 ||
+    echo "$name: no plan; see the logs in $out"
+  bench "$name" --model "$skewed" --placement "$placement" "${machine[@]}" --vram "$budget" --ctx 4k,32k \
+    --quality-tokens 0 "$@"
 }
 
 run() {
@@ -71,18 +68,13 @@ run() {
       "$binary" plan --model "$uniform" --vram 48G --ctx 4k "${machine[@]}" -o "$out/vram.json" -q >/dev/null
       bench uniform-vram --model "$uniform" --placement "$out/vram.json" --policy static --ctx 4k \
         -n 128 --quality-tokens 0 "${machine[@]}" ;;
-    # Routing as skewed as a sibling's; profile and plan of other text, and the planned policy; beside it
-    # static slots and no expert in VRAM, by turns in one process.
+    # Routing as skewed as a sibling's, and the loop closed: this machine measured, other text profiled, a plan
+    # for each budget and its policy; at 14G beside static slots and no expert in VRAM, by turns in one
+    # process. Together about eight minutes: a call of their own.
     planned-14g)
-      prepare && plan 14G 32k || echo "$1: no plan; see the logs in $out"
-      planned planned-14g 14G 32k 4k,32k -n 256 --repetitions "${REPETITIONS:-4}" --against static,none ;;
-    # The loop closed: this machine measured, other text profiled, a plan for each budget, and what it
-    # says against what comes out. With planned-14g about eight minutes: a call of its own.
-    planned-8g | planned-24g)
-      local budget=${1#planned-}
-      budget=${budget^^}
-      prepare && plan $budget 32k || echo "$1: no plan; see the logs in $out"
-      planned "$1" $budget 32k 4k,32k ;;
+      planned "$1" 14G -n 256 --repetitions "${REPETITIONS:-4}" --against static,none ;;
+    planned-8g) planned "$1" 8G -n 128 --repetitions "${REPETITIONS:-3}" ;;
+    planned-24g) planned "$1" 24G -n 128 --repetitions "${REPETITIONS:-3}" ;;
     *) echo "$1: no such configuration" >&2 && return 2 ;;
   esac
 }

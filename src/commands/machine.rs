@@ -126,10 +126,6 @@ fn figure(rate: &Rate) -> Figure {
 }
 
 fn measured_gpu(probe: &GpuProbe) -> Gpu {
-    let duration = |d: &Micros| Figure {
-        mad: Some(d.mad_us),
-        ..Figure::measured(d.median_us)
-    };
     let rate = |rate: &Rate| (rate.repetitions > 0).then(|| figure(rate));
     let share = probe.expert_kernel.median_gb_s / probe.vram.median_gb_s;
     let like = like_this().gpu.expect("known machines have one");
@@ -152,12 +148,16 @@ fn measured_gpu(probe: &GpuProbe) -> Gpu {
         // Prefill's arithmetic is not measured.
         gemm_tflops: Figure::modelled(like.gemm_tflops.value),
         attention_tflops: Figure::modelled(like.attention_tflops.value),
-        kernel_boundary_us: duration(&probe.step_kernel),
+        kernel_boundary_us: duration(&probe.step_kernel, 0.0),
         // The difference of two steps; a flag alone takes that much at least.
-        flag_round_trip_us: Figure {
-            value: probe.handoff.median_us.max(probe.flag_round_trip.median_us),
-            ..duration(&probe.handoff)
-        },
+        flag_round_trip_us: duration(&probe.handoff, probe.flag_round_trip.median_us),
+    }
+}
+
+fn duration(time: &Micros, at_least_us: f64) -> Figure {
+    Figure {
+        mad: Some(time.mad_us),
+        ..Figure::measured(time.median_us.max(at_least_us))
     }
 }
 
@@ -172,10 +172,7 @@ fn waits(probe: &GpuProbe) -> Vec<ExpertWait> {
         if wait.missing_bytes > before.0 {
             waits.push(ExpertWait {
                 missing_bytes: wait.missing_bytes,
-                us: Figure {
-                    mad: Some(wait.time.mad_us),
-                    ..Figure::measured(wait.time.median_us.max(before.1 + 0.1))
-                },
+                us: duration(&wait.time, before.1 + 0.1),
             });
         }
     }

@@ -1,7 +1,7 @@
 //! What a policy would have done on a recorded trace: hits, misses, copies.
 
 use super::cache::{ExpertCache, LayerCounts};
-use super::trace::Record;
+use super::trace::{Record, count_tokens};
 
 /// Counts per layer of one or several stretches of a trace.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -60,8 +60,8 @@ pub fn simulate<'a>(
 /// Of a document, what is taken for its prompt, where nothing says.
 const PROMPT_SHARE: f64 = 0.75;
 
-/// As [`simulate`], each document's first part a prompt: the policy learns from it, and renews the slots at its
-/// end without cost, since a prefill has every expert at hand. Only the rest is decoded, and counted.
+/// As [`simulate`], each document's first part a prompt: the policy learns from it, and renews the slots at
+/// its end without cost, since a prefill has every expert at hand. Only the rest is decoded, and counted.
 pub fn simulate_prompted(
     cache: &mut ExpertCache,
     num_experts_per_tok: usize,
@@ -70,11 +70,7 @@ pub fn simulate_prompted(
     let mut renewed = vec![0; cache.counts().len()];
     for document in documents {
         cache.begin_sequence();
-        let last_position = |record: &Record| match record {
-            Record::Picks(p) => p.first_position as usize + p.topk_ids.len() / num_experts_per_tok,
-            Record::Document { .. } => 0,
-        };
-        let tokens = document.iter().map(last_position).max().unwrap_or(0);
+        let tokens = count_tokens(*document, num_experts_per_tok);
         let prompt = (PROMPT_SHARE * tokens as f64) as usize;
         for record in *document {
             let Record::Picks(picks) = record else {

@@ -109,17 +109,22 @@ impl RoutingTrace {
     }
 }
 
+/// Tokens of `num_experts_per_tok` picks each in `records`, counted in the first layer.
+pub(super) fn count_tokens<'a>(
+    records: impl IntoIterator<Item = &'a Record>,
+    num_experts_per_tok: usize,
+) -> usize {
+    let picks = records.into_iter().map(|record| match record {
+        Record::Picks(p) if p.layer == 0 => p.topk_ids.len(),
+        _ => 0,
+    });
+    picks.sum::<usize>() / num_experts_per_tok.max(1)
+}
+
 impl TraceHeader {
     /// Tokens routed in `records`, counted in the first layer.
     pub fn tokens<'a>(&self, records: impl IntoIterator<Item = &'a Record>) -> u64 {
-        let picks: usize = records
-            .into_iter()
-            .map(|record| match record {
-                Record::Picks(p) if p.layer == 0 => p.topk_ids.len(),
-                _ => 0,
-            })
-            .sum();
-        picks as u64 / u64::from(self.num_experts_per_tok.max(1))
+        count_tokens(records, self.num_experts_per_tok.into()) as u64
     }
 
     /// Whether `picks` can be of this model: k distinct experts that exist, for whole tokens.

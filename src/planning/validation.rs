@@ -9,7 +9,7 @@ use super::cache::{ExpertCache, Throttle};
 use super::footprint::Footprint;
 use super::policy::{Clairvoyant, LayerSlots, PolicyConfig};
 use super::simulator::{Outcome, simulate, simulate_prompted};
-use super::trace::{Record, RoutingTrace};
+use super::trace::{Record, RoutingTrace, TraceHeader};
 
 /// Shares of the experts in slots at which policies are compared.
 pub const SHARES: [f64; 3] = [0.125, 0.25, 0.5];
@@ -47,6 +47,15 @@ pub struct PolicyScore {
     pub h2d_bytes_per_token: f64,
 }
 
+/// How documents are gone through.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Reading {
+    /// Token by token
+    Decoded,
+    /// The first part of each as a prompt
+    Prompted,
+}
+
 /// A trace's documents dealt in turn to three uses.
 pub(super) struct Split<'a> {
     trace: &'a RoutingTrace,
@@ -62,8 +71,8 @@ impl<'a> Split<'a> {
         (documents.len() >= 3).then(|| Split {
             trace,
             training: part(0).collect(),
-            selection: enough(part(1)),
-            held_out: enough(part(2)),
+            selection: enough(trace.header(), part(1)),
+            held_out: enough(trace.header(), part(2)),
         })
     }
 
@@ -71,29 +80,25 @@ impl<'a> Split<'a> {
         self.tokens(&self.selection)
     }
 
-    /// A policy on the documents of the choice, the first part of each a prompt.
-    pub(super) fn run_prompted(
-        &self,
-        config: PolicyConfig,
-        throttle: Option<Throttle>,
-        f: &Footprint,
-        slots: &[usize],
-        hottest: &[Vec<u16>],
-    ) -> Outcome {
-        let mut cache = cache(config, throttle, f, slots, hottest);
-        simulate_prompted(&mut cache, f.num_experts_per_tok, &self.selection)
-    }
-
-    /// A policy on the documents of the choice, all decoded.
+    /// A policy on the documents of the choice.
     pub(super) fn run(
         &self,
+        reading: Reading,
         config: PolicyConfig,
         throttle: Option<Throttle>,
         f: &Footprint,
         slots: &[usize],
         hottest: &[Vec<u16>],
     ) -> Outcome {
-        on(&self.selection, config, throttle, f, slots, hottest)
+        on(
+            &self.selection,
+            reading,
+            config,
+            throttle,
+            f,
+            slots,
+            hottest,
+        )
     }
 
     pub(super) fn validate(
@@ -142,11 +147,27 @@ impl<'a> Split<'a> {
         let mut scores = Vec::new();
         for config in [PolicyConfig::Static, PolicyConfig::Lru] {
             if config != chosen {
-                let outcome = on(&self.held_out, config, None, f, slots, hottest);
+                let outcome = on(
+                    &self.held_out,
+                    Reading::Decoded,
+                    config,
+                    None,
+                    f,
+                    slots,
+                    hottest,
+                );
                 scores.push(score(config.label(), false, &outcome));
             }
         }
-        let outcome = on(&self.held_out, chosen, throttle, f, slots, hottest);
+        let outcome = on(
+            &self.held_out,
+            Reading::Decoded,
+            chosen,
+            throttle,
+            f,
+            slots,
+            hottest,
+        );
         scores.push(score(chosen.label(), true, &outcome));
 
         let records = || self.held_out.iter().copied().flatten();
@@ -167,15 +188,15 @@ impl<'a> Split<'a> {
 }
 
 /// Whole documents, one at least, from all over the trace: as many as have picks enough.
-fn enough<'a>(documents: impl Iterator<Item = &'a [Record]>) -> Vec<&'a [Record]> {
-    let documents: Vec<&[Record]> = documents.collect();
-    let picks_of = |record: &Record| match record {
-        Record::Picks(p) => p.topk_ids.len(),
-        Record::Document { .. } => 0,
-    };
-    let picks: usize = documents.iter().copied().flatten().map(picks_of).sum();
-    let step = picks.div_ceil(MOST_PICKS).max(1);
-    documents.into_iter().step_by(step).collect()
+fn enough<'a>(
+    header: &TraceHeader,
+    documents: impl Iterator<Item = &'a [Record]> + Clone,
+) -> Vec<&'a [Record]> {
+    let picks_per_token = usize::from(header.num_layers) * usize::from(header.num_experts_per_tok);
+    let picks = header.tokens(documents.clone().flatten()) as usize * picks_per_token;
+    documents
+        .step_by(picks.div_ceil(MOST_PICKS).max(1))
+        .collect()
 }
 
 fn filled(config: PolicyConfig, slots: &[usize], hottest: &[Vec<u16>]) -> Vec<LayerSlots> {
@@ -187,25 +208,19 @@ fn filled(config: PolicyConfig, slots: &[usize], hottest: &[Vec<u16>]) -> Vec<La
 
 fn on(
     documents: &[&[Record]],
+    reading: Reading,
     config: PolicyConfig,
     throttle: Option<Throttle>,
     f: &Footprint,
     slots: &[usize],
     hottest: &[Vec<u16>],
 ) -> Outcome {
-    let mut cache = cache(config, throttle, f, slots, hottest);
-    let records = documents.iter().copied().flatten();
-    simulate(&mut cache, f.num_experts_per_tok, records)
-}
-
-fn cache(
-    config: PolicyConfig,
-    throttle: Option<Throttle>,
-    f: &Footprint,
-    slots: &[usize],
-    hottest: &[Vec<u16>],
-) -> ExpertCache {
     let layers = filled(config, slots, hottest);
     let throttle = throttle.unwrap_or(Throttle::NONE);
-    ExpertCache::build(config, f.num_experts, &layers, throttle)
+    let mut cache = ExpertCache::build(config, f.num_experts, &layers, throttle);
+    let k = f.num_experts_per_tok;
+    match reading {
+        Reading::Decoded => simulate(&mut cache, k, documents.iter().copied().flatten()),
+        Reading::Prompted => simulate_prompted(&mut cache, k, documents),
+    }
 }

@@ -33,6 +33,7 @@ const MISSING: [f64; 4] = [0.25, 0.5, 0.75, 1.0];
 /// Where the CPU takes part, one more adds up.
 const DENSE_KERNELS_PER_LAYER: usize = 4;
 const EXPERT_KERNELS_PER_LAYER: usize = 2;
+/// The experts' two, and the router, without which they would not know which experts.
 const EXPERT_KERNELS: [&str; 3] = ["decode_router", "decode_experts_up", "decode_experts_down"];
 
 /// Samples of one figure.
@@ -52,6 +53,11 @@ fn repeat(mut sample: impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
 /// GB/s; an emulated clock may stand still.
 fn gb_s(bytes: usize, seconds: f64) -> f64 {
     bytes as f64 / seconds.max(1e-9) / 1e9
+}
+
+/// What is left of a time without a part of it; both were measured, and noise must not make it nothing.
+fn rest(all: f64, part: f64) -> f64 {
+    (all - part).max(0.02 * all)
 }
 
 /// Steps with a share of each layer's experts in RAM.
@@ -261,27 +267,21 @@ impl Cuda {
         probe.kernel_node = Micros::of(repeat(|| self.decode.kernel_node_us(&self.model, false))?);
         probe.step_kernel = Micros::of(repeat(|| self.decode.kernel_node_us(&self.model, true))?);
         probe.flag_round_trip = Micros::of(repeat(|| self.decode.flag_round_trip_us(&self.model))?);
-        // What kernels take beyond the least that so many take in any case.
+        // What a kernel takes in any case.
         let least_s = probe.step_kernel.median_us / 1e6;
-        let beyond = |s: f64, kernels: usize| (s - kernels as f64 * least_s).max(0.02 * s);
+        let experts_least_s = (layers * EXPERT_KERNELS_PER_LAYER) as f64 * least_s;
+        let dense_least_s = (layers * DENSE_KERNELS_PER_LAYER) as f64 * least_s;
         let in_vram = self.expert_kernel_seconds()?;
         let shared_bytes = layers * self.model.shared_layout.blob_bytes as usize;
-        let of_vram = |&s: &f64| {
-            let s = beyond(s, layers * EXPERT_KERNELS_PER_LAYER);
-            gb_s(routed_bytes + shared_bytes, s)
-        };
+        let of_vram = |&s: &f64| gb_s(routed_bytes + shared_bytes, rest(s, experts_least_s));
         probe.expert_kernel = Rate::of(in_vram.iter().map(of_vram).collect());
         let in_vram = middle(&in_vram);
         let dense_bytes = self.dense_bytes();
         probe.dense_kernel = Rate::of(repeat(|| {
             let all = (self.decode).time_kernels(&self.model, &self.state, &[])? / 1e6;
-            let dense = (all - in_vram).max(0.02 * all);
-            Ok(gb_s(
-                dense_bytes,
-                beyond(dense, layers * DENSE_KERNELS_PER_LAYER),
-            ))
+            Ok(gb_s(dense_bytes, rest(rest(all, in_vram), dense_least_s)))
         })?);
-        self.measure_head_and_context(probe, &beyond)?;
+        self.measure_head_and_context(probe, least_s)?;
 
         // Steps with and without a hand-off that hands over nothing, by turns: a neighbour may be busy for
         // a second.
@@ -306,8 +306,7 @@ impl Cuda {
         let rates = over_pcie.iter().map(|&s| gb_s(routed_bytes, s));
         probe.expert_kernel_over_pcie = Rate::of(rates.collect());
         // What a step with a hand-off takes without its experts, but with their kernels' least.
-        let base = (middle(&handed) - in_vram).max(0.0)
-            + layers as f64 * EXPERT_KERNELS_PER_LAYER as f64 * least_s;
+        let base = (middle(&handed) - in_vram).max(0.0) + experts_least_s;
         let mut waits = Vec::new();
         for missing in MISSING {
             self.give_missing(missing)?;
@@ -345,16 +344,12 @@ impl Cuda {
     }
 
     /// The output head, and the keys and values of a long context.
-    fn measure_head_and_context(
-        &mut self,
-        probe: &mut GpuProbe,
-        beyond: &dyn Fn(f64, usize) -> f64,
-    ) -> Result<()> {
+    fn measure_head_and_context(&mut self, probe: &mut GpuProbe, least_s: f64) -> Result<()> {
         if let Head::Vram(linear) = &self.model.dense.lm_head {
             let bytes = bytes_of(linear);
             probe.head_kernel = Rate::of(repeat(|| {
                 let s = self.decode.head_us(&self.model)? / 1e6;
-                Ok(gb_s(bytes, beyond(s, 1)))
+                Ok(gb_s(bytes, rest(s, least_s)))
             })?);
         }
         let shape = &self.model.shape;
@@ -376,7 +371,7 @@ impl Cuda {
         let tokens = self.state.max_tokens - 2;
         let short = middle(&at(self, 0)?);
         let long = at(self, tokens)?;
-        let of = |us: &f64| gb_s(tokens * token_bytes, (us - short).max(0.02 * us) / 1e6);
+        let of = |us: &f64| gb_s(tokens * token_bytes, rest(*us, short) / 1e6);
         probe.kv_kernel = Rate::of(long.iter().map(of).collect());
         self.state.clear(&self.model.stream)
     }
@@ -420,7 +415,7 @@ impl Cuda {
         })?);
         repeat(|| {
             let all = decode.time_kernels(model, state, &EXPERT_KERNELS)?;
-            Ok((all - routers).max(0.02 * all) / 1e6)
+            Ok(rest(all, routers) / 1e6)
         })
     }
 

@@ -12,7 +12,7 @@ use crate::planning::profile::ProfileBody;
 use crate::planning::simulator::Outcome;
 use crate::planning::stack_distance::HitCurve;
 use crate::planning::stats::RoutingStats;
-use crate::planning::validation::{SHARES, Split};
+use crate::planning::validation::{Reading, SHARES, Split};
 
 /// Misses that the default policy admits, where there is no trace to count them on: 2% on the
 /// built-in model, 10% on a synthetic one of 512 experts.
@@ -102,15 +102,22 @@ fn candidates(request: &PlanRequest) -> Vec<PolicyConfig> {
 }
 
 /// The candidate with the least predicted time, over an eighth, a quarter and half of the experts.
-/// Each decodes what follows prompts, is held to the byte budget, and pays for its copies: where RAM is the limit, a policy that
-/// hits a little less with a tenth of LRU's copies is the faster one.
+/// Each decodes what follows prompts, is held to the byte budget, and pays for its copies: where RAM is the
+/// limit, a policy that hits a little less with a tenth of LRU's copies is the faster one.
 fn choose(request: &PlanRequest, learnt: &Learnt, split: &Split) -> PolicyConfig {
     let f = request.footprint;
     let candidates = candidates(request);
     let time = |config: &PolicyConfig| -> f64 {
         let at = |share: &f64| {
             let slots = vec![slots_of(*share, f.num_experts); f.num_layers];
-            let outcome = split.run_prompted(*config, learnt.throttle, f, &slots, &learnt.hottest);
+            let outcome = split.run(
+                Reading::Prompted,
+                *config,
+                learnt.throttle,
+                f,
+                &slots,
+                &learnt.hottest,
+            );
             time_of(request, &outcome)
         };
         SHARES.iter().map(at).sum()
@@ -151,7 +158,14 @@ fn attained(
     let throttle = learnt.throttle;
     let run = |&slots: &usize| {
         let slots = vec![slots; f.num_layers];
-        split.run(learnt.policy, throttle, f, &slots, &learnt.hottest)
+        split.run(
+            Reading::Decoded,
+            learnt.policy,
+            throttle,
+            f,
+            &slots,
+            &learnt.hottest,
+        )
     };
     let outcomes: Vec<Outcome> = grid.iter().map(run).collect();
     let tokens = split.selection_tokens().max(1) as f64;

@@ -90,9 +90,8 @@ pub enum PolicyConfig {
     },
     /// A miss is admitted if it was picked more often than some resident, by more than
     /// `margin_picks`, the past counting half every `half_life_tokens`, and an eighth in each new
-    /// sequence. The margin is the pay-back
-    /// test: decayed picks are the picks to expect, so the copy must be worth fewer hits than it
-    /// brings.
+    /// sequence. The margin is the pay-back test: decayed picks are the picks to expect, so the copy
+    /// must be worth fewer hits than it brings.
     LfuDecay {
         half_life_tokens: f64,
         #[serde(default)]

@@ -128,12 +128,9 @@ impl Decode {
     /// Microseconds of a launch: mean of so many that the driver, slow with a graph that is new to it, is
     /// ahead of the GPU.
     fn time_graph(&self, model: &Model, graph: &Graph) -> Result<f64> {
-        let one = self.time_launches(model, graph, 1)?;
-        self.time_launches(
-            model,
-            graph,
-            (LAUNCHES_US / one.max(1.0)).clamp(3.0, 64.0) as usize,
-        )
+        let one_us = self.time_launches(model, graph, 1)?;
+        let count = (LAUNCHES_US / one_us.max(1.0)).clamp(3.0, 64.0);
+        self.time_launches(model, graph, count as usize)
     }
 
     /// Mean of `count` launches after one, microseconds.
