@@ -31,6 +31,7 @@ mod prefill;
 mod slots;
 pub mod state;
 mod store;
+pub mod variants;
 mod weights;
 
 use std::ops::Range;
