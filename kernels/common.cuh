@@ -234,6 +234,13 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+/* What the launch asked for. */
+__device__ __forceinline__ uint32_t dynamic_smem_bytes() {
+  uint32_t bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+
 /* A barrier among THREADS threads of the block, whole warps; ids 1 .. 15. */
 template <int THREADS>
 __device__ __forceinline__ void group_sync(int id) {

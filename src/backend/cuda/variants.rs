@@ -1,11 +1,11 @@
 //! Which variant of a kernel runs on a device: its name and geometry.
 //!
-//! Variants of a kernel take the same arguments and differ in speed alone. Those that end in `_sm90` run
+//! Variants of a kernel take the same arguments, and those of one precision differ in speed alone. Those that end in `_sm90` run
 //! on compute capability 9.0 only, and a portable one does the same everywhere.
 
 use super::device::{DeviceFacts, Geometry, HOPPER};
 use super::geometry;
-use crate::backend::AttentionShape;
+use crate::backend::{AttentionShape, DeltaNetShape};
 
 /// A kernel to launch.
 #[derive(Clone, Copy, Debug)]
@@ -34,5 +34,35 @@ pub fn prefill_attention_f16(
     Kernel {
         name: "prefill_attention_fast",
         geometry: geometry::prefill_attention_fast(s, tokens),
+    }
+}
+
+/// From this many tokens on, a chunk of 64 costs less than one token after the other.
+const FEWEST_CHUNK_TOKENS: usize = 32;
+
+/// The recurrence of a gated delta net over `tokens`; `exact`: as exact as f32, else with one f16 per
+/// factor. The arguments are those of `prefill_delta_rule`.
+pub fn prefill_delta_rule(
+    s: &DeltaNetShape,
+    tokens: usize,
+    exact: bool,
+    facts: &DeviceFacts,
+) -> Kernel {
+    let fits = |stages: usize| {
+        let geometry = geometry::prefill_delta_chunks(s, exact, stages);
+        (geometry.shared_bytes as usize <= geometry::most_shared_bytes(facts)).then_some(geometry)
+    };
+    match fits(2).or_else(|| fits(1)) {
+        Some(geometry) if tokens >= FEWEST_CHUNK_TOKENS => Kernel {
+            name: match exact {
+                true => "prefill_delta_chunks",
+                false => "prefill_delta_chunks_fast",
+            },
+            geometry,
+        },
+        _ => Kernel {
+            name: "prefill_delta_rule",
+            geometry: geometry::prefill_delta_rule(s),
+        },
     }
 }
