@@ -373,6 +373,7 @@ fn plan_here(
         heads: &[placement::Tier::Vram],
         policy: None,
         routing: RoutingSource::Trace(&trace),
+        prefill: args.compute.prefill.settings(),
     })?;
     placement.vram_budget_bytes = vram_budget_bytes;
     let placement = Document::new(PLACEMENT, Some(engine.model_id().clone()), placement);
