@@ -120,6 +120,9 @@ extern int lane_id;
 /* __syncthreads and its kin; the sum of `value` over all threads. */
 int barrier(int value, const char *name, const char *file, int line);
 
+/* bar.sync among `threads` threads of the block, whole warps; ids 1 .. 15. */
+void group_barrier(int id, int threads, const char *file, int line);
+
 void cp_async(void *to, const void *from, bool valid);
 void cp_async_commit();
 void cp_async_wait(int groups_under_way);

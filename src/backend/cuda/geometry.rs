@@ -263,3 +263,17 @@ pub fn prefill_attention(s: &AttentionShape, tokens: usize, precision: Precision
         ..tiles(rows, s.num_key_value_heads, shared * s.head_dim)
     }
 }
+
+/// One f16 term, for compute capability 9.0 and head_dim 256.
+pub fn prefill_attention_sm90(s: &AttentionShape, tokens: usize, int8: bool) -> Geometry {
+    let group = s.num_attention_heads / s.num_key_value_heads.max(1);
+    let shared = if int8 { 232_448 } else { 197_632 };
+    Geometry {
+        block: [384, 1],
+        ..tiles(
+            (tokens * group).div_ceil(128),
+            s.num_key_value_heads,
+            shared,
+        )
+    }
+}
