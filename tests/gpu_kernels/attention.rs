@@ -6,6 +6,7 @@ use moectl::backend::cuda::abi::{KvCache, Step};
 use moectl::backend::cuda::device::{Buffer, Geometry};
 use moectl::backend::cuda::geometry::{self, AttentionParts};
 use moectl::backend::cuda::variants;
+use moectl::planning::Precision;
 
 use crate::{EPS, Gpu, Rng, args, check, rms_norm, sigmoid};
 
@@ -270,13 +271,14 @@ fn chunk(
         );
         (kernel, gpu.down::<f32>(&out))
     };
-    let exact = geometry::prefill_attention(s, tokens);
-    let fast = geometry::prefill_attention_fast(s, tokens);
+    let geometry = |precision| geometry::prefill_attention(s, tokens, precision);
+    let (exact, f16) = (geometry(Precision::Exact), geometry(Precision::F16));
     let mut results = vec![
         attention("prefill_attention", exact, q_low.address()),
-        attention("prefill_attention_fast", fast, 0),
+        attention("prefill_attention_fast", f16, 0),
     ];
-    let best = variants::prefill_attention_f16(s, tokens, cache.int8, &gpu.device.facts());
+    let facts = gpu.device.facts();
+    let best = variants::prefill_attention(s, tokens, cache.int8, Precision::F16, &facts);
     if best.name != "prefill_attention_fast" {
         results.push(attention(best.name, best.geometry, 0));
     }

@@ -5,6 +5,7 @@ use moectl::backend::cuda::abi::Step;
 use moectl::backend::cuda::device::Buffer;
 use moectl::backend::cuda::geometry;
 use moectl::backend::cuda::variants::Kernel;
+use moectl::planning::Precision;
 
 use crate::{EPS, Gpu, Rng, args, check, check_by, rms_norm, sigmoid, silu};
 
@@ -152,16 +153,16 @@ impl<'a> Reference<'a> {
 
 /// The variants that work in chunks, with one and two of them in shared memory, and how exact they are.
 fn chunk_kernels(s: &DeltaNetShape) -> Vec<(Kernel, f64)> {
-    let variant = |exact: bool, stages: usize| {
-        let (name, tolerance) = match exact {
-            true => ("prefill_delta_chunks", TOLERANCE),
-            false => ("prefill_delta_chunks_fast", TOLERANCE_FAST),
+    let variant = |precision: Precision, stages: usize| {
+        let (name, tolerance) = match precision {
+            Precision::Exact => ("prefill_delta_chunks", TOLERANCE),
+            Precision::F16 => ("prefill_delta_chunks_fast", TOLERANCE_FAST),
         };
-        let geometry = geometry::prefill_delta_chunks(s, exact, stages);
+        let geometry = geometry::prefill_delta_chunks(s, precision, stages);
         (Kernel { name, geometry }, tolerance)
     };
-    let both = [true, false].into_iter();
-    both.flat_map(|exact| [variant(exact, 1), variant(exact, 2)])
+    let both = [Precision::Exact, Precision::F16].into_iter();
+    both.flat_map(|precision| [variant(precision, 1), variant(precision, 2)])
         .collect()
 }
 

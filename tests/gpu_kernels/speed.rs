@@ -9,6 +9,7 @@ use moectl::backend::cuda::device::{Args, Buffer};
 use moectl::backend::cuda::geometry;
 use moectl::backend::cuda::variants::{self, Kernel};
 use moectl::backend::{AttentionShape, DeltaNetShape};
+use moectl::planning::Precision;
 
 use crate::{Gpu, Rng, args};
 
@@ -97,13 +98,14 @@ fn speed_of_attention() {
             let out = gpu.nans(rows * s.head_dim);
             let exact = Kernel {
                 name: "prefill_attention",
-                geometry: geometry::prefill_attention(s, tokens),
+                geometry: geometry::prefill_attention(s, tokens, Precision::Exact),
             };
             let portable = Kernel {
                 name: "prefill_attention_fast",
-                geometry: geometry::prefill_attention_fast(s, tokens),
+                geometry: geometry::prefill_attention(s, tokens, Precision::F16),
             };
-            let chosen = variants::prefill_attention_f16(s, tokens, int8, &gpu.device.facts());
+            let chosen =
+                variants::prefill_attention(s, tokens, int8, Precision::F16, &gpu.device.facts());
             let context = start as f64 + tokens as f64 / 2.0;
             let flop = 4.0 * (rows * s.head_dim) as f64 * context;
             let mut expected: Vec<f32> = Vec::new();
@@ -169,8 +171,8 @@ fn speed_of_the_delta_rule() {
             name: "prefill_delta_rule",
             geometry: geometry::prefill_delta_rule(s),
         };
-        let exact = variants::prefill_delta_rule(s, tokens, true, &facts);
-        let fast = variants::prefill_delta_rule(s, tokens, false, &facts);
+        let exact = variants::prefill_delta_rule(s, tokens, Precision::Exact, &facts);
+        let fast = variants::prefill_delta_rule(s, tokens, Precision::F16, &facts);
         let mut expected: Vec<f32> = Vec::new();
         for (kernel, tolerance) in [(recurrent, 0.0), (exact, 1e-5), (fast, 3e-3)] {
             let launch = |state: &Buffer, o: &Buffer| {

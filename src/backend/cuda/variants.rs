@@ -6,6 +6,7 @@
 use super::device::{DeviceFacts, Geometry, HOPPER};
 use super::geometry;
 use crate::backend::{AttentionShape, DeltaNetShape};
+use crate::planning::Precision;
 
 /// A kernel to launch.
 #[derive(Clone, Copy, Debug)]
@@ -14,49 +15,57 @@ pub struct Kernel {
     pub geometry: Geometry,
 }
 
-/// Attention of a chunk of `tokens` with one f16 per query and probability: the arguments are those of
-/// `prefill_attention`, whose `q_low` is not read.
-pub fn prefill_attention_f16(
+/// Attention of a chunk of `tokens`, over keys and values of f16 or int8. All take the arguments of
+/// `prefill_attention`; with one term `q_low` is not read.
+pub fn prefill_attention(
     s: &AttentionShape,
     tokens: usize,
     int8: bool,
+    precision: Precision,
     facts: &DeviceFacts,
 ) -> Kernel {
-    if s.head_dim == 256 && facts.compute_capability == HOPPER {
-        return Kernel {
-            name: match int8 {
-                false => "prefill_attention_sm90",
-                true => "prefill_attention_sm90_int8",
-            },
-            geometry: geometry::prefill_attention_sm90(s, tokens, int8),
-        };
-    }
-    Kernel {
-        name: "prefill_attention_fast",
-        geometry: geometry::prefill_attention_fast(s, tokens),
-    }
+    let hopper = s.head_dim == 256 && facts.compute_capability == HOPPER;
+    let (name, geometry) = match (precision, hopper, int8) {
+        (Precision::F16, true, false) => (
+            "prefill_attention_sm90",
+            geometry::prefill_attention_sm90(s, tokens, int8),
+        ),
+        (Precision::F16, true, true) => (
+            "prefill_attention_sm90_int8",
+            geometry::prefill_attention_sm90(s, tokens, int8),
+        ),
+        (Precision::F16, false, _) => (
+            "prefill_attention_fast",
+            geometry::prefill_attention(s, tokens, precision),
+        ),
+        (Precision::Exact, ..) => (
+            "prefill_attention",
+            geometry::prefill_attention(s, tokens, precision),
+        ),
+    };
+    Kernel { name, geometry }
 }
 
 /// From this many tokens on, a chunk of 64 costs less than one token after the other.
 const FEWEST_CHUNK_TOKENS: usize = 32;
 
-/// The recurrence of a gated delta net over `tokens`; `exact`: as exact as f32, else with one f16 per
-/// factor. The arguments are those of `prefill_delta_rule`.
+/// The recurrence of a gated delta net over `tokens`, whose state is f32 in either precision. The
+/// arguments are those of `prefill_delta_rule`.
 pub fn prefill_delta_rule(
     s: &DeltaNetShape,
     tokens: usize,
-    exact: bool,
+    precision: Precision,
     facts: &DeviceFacts,
 ) -> Kernel {
     let fits = |stages: usize| {
-        let geometry = geometry::prefill_delta_chunks(s, exact, stages);
+        let geometry = geometry::prefill_delta_chunks(s, precision, stages);
         (geometry.shared_bytes as usize <= geometry::most_shared_bytes(facts)).then_some(geometry)
     };
     match fits(2).or_else(|| fits(1)) {
         Some(geometry) if tokens >= FEWEST_CHUNK_TOKENS => Kernel {
-            name: match exact {
-                true => "prefill_delta_chunks",
-                false => "prefill_delta_chunks_fast",
+            name: match precision {
+                Precision::Exact => "prefill_delta_chunks",
+                Precision::F16 => "prefill_delta_chunks_fast",
             },
             geometry,
         },
