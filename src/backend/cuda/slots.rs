@@ -128,7 +128,7 @@ impl Cuda {
     }
 
     /// Puts `[layer][slot]` experts into VRAM, as far as they fit: the number of slots that do.
-    pub fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<usize> {
+    pub(super) fn place_in_slots(&mut self, contents: &[Vec<Option<u16>>]) -> Result<usize> {
         self.copies.synchronize()?;
         self.options.residency = Residency::Slots(contents.to_vec());
         self.fill_slots()?;
@@ -136,7 +136,7 @@ impl Cuda {
     }
 
     /// Starts copies into slots; changes of slots that did not fit are passed over.
-    pub fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
+    pub(super) fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
         let mut copies = Vec::with_capacity(changes.len());
         for change in changes {
             let Some(slot) = self.slots.find(change) else {

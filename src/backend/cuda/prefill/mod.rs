@@ -214,7 +214,7 @@ impl Cuda {
         on_routing: &mut OnRenewing<'_>,
     ) -> Result<Vec<Renewal>> {
         let dim = self.model.shape.hidden_size;
-        let position = self.state.position;
+        let position = self.states.active().position;
         // The last chunk's copies from here are done: every chunk ends with a wait.
         let embeddings = &mut self.prefill.embeddings.as_mut_slice()[..ids.len() * dim];
         for (&id, out) in ids.iter().zip(embeddings.chunks_exact_mut(dim)) {
@@ -238,7 +238,7 @@ impl Cuda {
         }
         self.model.stream.synchronize()?;
         self.copies.synchronize()?;
-        self.state.position += ids.len();
+        self.states.active_mut().position += ids.len();
 
         if let Some(renewals) = renewals {
             return Ok(renewals);
