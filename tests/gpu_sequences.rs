@@ -29,7 +29,7 @@ fn sequences_on_a_device_are_as_if_each_were_alone() {
     let options = |kv_dtype, residency| CudaOptions {
         threads: Some(2),
         kv_dtype: Some(kv_dtype),
-        prefill_tokens: Some(24),
+        prefill: exact(Some(24)),
         residency,
         ..CudaOptions::default()
     };
@@ -50,7 +50,7 @@ fn snapshots_hold_whole_pages_once_and_outlive_the_states_they_are_of() {
     let Some(device) = open_device() else { return };
     let model = open(&golden("tiny-a", "nf4").model_dir);
     let options = CudaOptions {
-        prefill_tokens: Some(128),
+        prefill: exact(Some(128)),
         ..with(Residency::Fill)
     };
     let mut executor = cuda(&device, options, &model, 64).executor;

@@ -127,7 +127,7 @@ impl<B: Backend> Executor for BlockExecutor<B> {
         self.backend.facts()
     }
 
-    fn prefill_chunk(&self) -> usize {
+    fn prefill_chunk(&self, _tokens: usize) -> usize {
         self.backend.prefill_chunk()
     }
 

@@ -10,8 +10,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{
-    BackendError, BackendFacts, DecodeTimes, LoadRates, ModelShape, NextLogits, Result, Routing,
-    SlotChange, Tuning, VramHeld, VramMeter,
+    BackendError, BackendFacts, DecodeTimes, KernelTimes, LoadRates, ModelShape, NextLogits,
+    Result, Routing, SlotChange, Tuning, VramHeld, VramMeter,
 };
 use crate::hardware::GpuProbe;
 
@@ -209,8 +209,8 @@ pub trait Executor: Send {
 
     fn facts(&self) -> BackendFacts;
 
-    /// Tokens that a prompt is best fed in at once.
-    fn prefill_chunk(&self) -> usize;
+    /// Tokens of the pieces that a prompt of `tokens` is best fed in.
+    fn prefill_chunk(&self, tokens: usize) -> usize;
 
     /// How fast loading was, where it is measured.
     fn load_rates(&self) -> Option<LoadRates>;
@@ -361,9 +361,9 @@ pub trait Diagnostics {
     /// If the driver reports one.
     fn measure(&mut self, model: &str) -> Result<GpuProbe>;
 
-    /// Microseconds that each GPU kernel of a decode step takes, all its launches together.
+    /// What each GPU kernel of a decode step and of a chunk of a prompt takes.
     ///
     /// # Errors
     /// If the driver reports one.
-    fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>>;
+    fn kernel_times(&mut self) -> Result<KernelTimes>;
 }

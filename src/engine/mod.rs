@@ -15,9 +15,9 @@ use thiserror::Error;
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
 use crate::backend::{
-    BackendError, BackendFacts, BlockExecutor, DecodeTimes, Executor, KvDtype, LoadRates,
-    LogitRows, ModelShape, ModelWeights, NextLogits, OnRouting, Piece, Routing, RunEvents,
-    SequenceId, SlotChange, VramHeld, VramMeter, Wanted,
+    BackendError, BackendFacts, BlockExecutor, DecodeTimes, Executor, KernelTimes, KvDtype,
+    LoadRates, LogitRows, ModelShape, ModelWeights, NextLogits, OnRouting, Piece, Routing,
+    RunEvents, SequenceId, SlotChange, VramHeld, VramMeter, Wanted,
 };
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::hardware::GpuProbe;
@@ -25,6 +25,7 @@ use crate::model::weights;
 use crate::model::{
     ChatError, GenerationConfigError, ModelConfig, Source, SourceError, Tokenizer, TokenizerError,
 };
+use crate::planning::execution::PrefillSettings;
 use experts::ExpertManager;
 
 pub use crate::backend::Residency;
@@ -93,8 +94,7 @@ pub struct GpuOptions {
     /// All the process may hold there, its context included; all that is free if not given
     pub vram_bytes: Option<u64>,
     pub residency: Residency,
-    /// The most tokens of a prefill chunk
-    pub prefill_tokens: Option<usize>,
+    pub prefill: PrefillSettings,
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
     pub split: Option<Vec<i32>>,
     /// Whether the CPU fetches experts early; measured if not given
@@ -203,7 +203,7 @@ fn cuda(
         cpu_precision: options.cpu_precision,
         kv_dtype: options.kv_dtype,
         residency: gpu.residency,
-        prefill_tokens: gpu.prefill_tokens,
+        prefill: gpu.prefill,
         split: gpu.split,
         look_ahead: gpu.look_ahead,
         parts: None,
@@ -358,10 +358,10 @@ impl Engine {
         Ok(Some(probe))
     }
 
-    /// Microseconds of each GPU kernel of a decode step; the sequence starts over.
-    pub fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+    /// What each GPU kernel takes; the sequence starts over.
+    pub fn kernel_times(&mut self) -> Result<KernelTimes> {
         let Some(diagnostics) = self.executor.diagnostics() else {
-            return Ok(Vec::new());
+            return Ok(KernelTimes::default());
         };
         let times = diagnostics.kernel_times()?;
         self.begin()?;
@@ -479,7 +479,7 @@ impl Engine {
         proceed: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Option<Vec<f32>>> {
         let renews = self.experts.as_ref().is_some_and(ExpertManager::renews);
-        let chunk_len = self.executor.prefill_chunk();
+        let chunk_len = self.executor.prefill_chunk(ids.len());
         let chunks = ids.len().div_ceil(chunk_len);
         for (i, chunk) in ids.chunks(chunk_len).enumerate() {
             if !proceed(i * chunk_len) {

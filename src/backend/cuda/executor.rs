@@ -11,10 +11,11 @@ use crate::backend::executor::{
     Snapshot, Wanted,
 };
 use crate::backend::{
-    BackendError, BackendFacts, DecodeTimes, LoadRates, MixerKind, ModelShape, NextLogits, Result,
-    Routing, SlotChange, Tuning, VramHeld, VramMeter,
+    BackendError, BackendFacts, DecodeTimes, KernelTimes, LoadRates, MixerKind, ModelShape,
+    NextLogits, Result, Routing, SlotChange, Tuning, VramHeld, VramMeter,
 };
 use crate::hardware::GpuProbe;
+use crate::planning::execution::MARGIN_BYTES;
 
 use super::saved::HostState;
 
@@ -27,8 +28,9 @@ impl Executor for Cuda {
         BackendFacts {
             name: format!("cuda:{}", self.index),
             kernels: Some(format!(
-                "{}, {} {} for experts in RAM",
+                "{}, prefill {}, {} {} for experts in RAM",
                 self.device.facts().name,
+                self.options.prefill.precision.name(),
                 self.offload.isa().name(),
                 self.options.cpu_precision.name()
             )),
@@ -36,8 +38,9 @@ impl Executor for Cuda {
         }
     }
 
-    fn prefill_chunk(&self) -> usize {
-        self.prefill.max_tokens()
+    fn prefill_chunk(&self, tokens: usize) -> usize {
+        let slots = self.model.store.num_slots();
+        self.prefill.plan(slots, tokens).chunk_tokens
     }
 
     fn load_rates(&self) -> Option<LoadRates> {
@@ -60,18 +63,17 @@ impl Executor for Cuda {
             return self.forget_sequences();
         }
         self.decode.forget_graphs();
+        self.prefill.forget_borrowed();
         self.model
             .store
             .set_slots(&self.device, 0, &self.model.stream)?;
         let layout = |tokens| StateLayout::new(&self.model.shape, self.kv_dtype, tokens);
         let (layout, least) = (layout(max_tokens), layout(1));
         let more = (sequences.max(1) * layout.bytes).saturating_sub(self.states.bytes());
-        budget::check(&self.usage, self.options.vram_bytes, more)?;
-        let sizes = [sequences, max_tokens];
-        let stream = &self.model.stream;
-        let resized = self
-            .states
-            .resize(&self.device, layout, least, sizes, stream);
+        let resized = budget::check(&self.usage, self.options.vram_bytes, more).and_then(|()| {
+            let (sizes, stream) = ([sequences, max_tokens], &self.model.stream);
+            (self.states).resize(&self.device, layout, least, sizes, stream)
+        });
         self.point_at_active()?;
         let filled = self.fill_slots();
         resized.and(filled)
@@ -177,6 +179,7 @@ impl Cuda {
                     let on_routing = &mut |layer: usize, position: usize, routing: &Routing| {
                         events.routed(index, layer, position, routing);
                     };
+                    self.give_slots_back()?;
                     self.settle_slots()?;
                     self.step(*id, Brings::Best, on_routing)?;
                     return (self.decode).best(&self.model, &mut self.offload, *wanted);
@@ -235,7 +238,7 @@ impl DeviceMemory for Cuda {
             sequence_bytes: self.states.bytes() as u64,
             slots_bytes: self.model.store.slots_bytes() as u64,
             other_bytes: 0,
-            margin_bytes: budget::MARGIN_BYTES,
+            margin_bytes: MARGIN_BYTES,
         };
         let known = held.context_bytes + held.sequence_bytes + held.slots_bytes;
         Ok(VramHeld {
@@ -272,6 +275,7 @@ impl Diagnostics for Cuda {
     /// Records the graph of a step that samples.
     fn warm_up(&mut self) -> Result<()> {
         self.forget_sequences()?;
+        self.give_slots_back()?;
         self.settle_slots()?;
         let brings = match self.finds_best(1) {
             true => Brings::Best,
@@ -287,11 +291,17 @@ impl Diagnostics for Cuda {
         self.measure_device(model)
     }
 
-    fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+    fn kernel_times(&mut self) -> Result<KernelTimes> {
         self.forget_sequences()?;
-        let times = self.decode.kernel_times(&self.model, &self.states.layout)?;
+        let decode_us = self.decode.kernel_times(&self.model, &self.states.layout)?;
         self.decode.forget_graphs();
+        let (prefill_tokens, prefill_us) = self.prefill_kernel_times()?;
+        self.give_slots_back()?;
         self.forget_sequences()?;
-        Ok(times)
+        Ok(KernelTimes {
+            decode_us,
+            prefill_tokens,
+            prefill_us,
+        })
     }
 }

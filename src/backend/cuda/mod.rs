@@ -34,6 +34,7 @@ mod saved;
 mod slots;
 pub mod state;
 mod store;
+pub mod variants;
 mod weights;
 
 use std::ops::Range;
@@ -52,6 +53,7 @@ use super::cpu::offload::Offload;
 use super::cpu::{CpuPrecision, Progress};
 use super::{BackendError, KvDtype, ModelShape, ModelWeights, Result, Routing};
 use crate::formats::Matrix;
+use crate::planning::execution::PrefillSettings;
 
 #[derive(Clone, Debug, Default)]
 pub struct CudaOptions {
@@ -65,8 +67,7 @@ pub struct CudaOptions {
     /// f16, if not given, or int8
     pub kv_dtype: Option<KvDtype>,
     pub residency: Residency,
-    /// The most tokens of a prefill chunk; chosen by memory if not given
-    pub prefill_tokens: Option<usize>,
+    pub prefill: PrefillSettings,
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
     pub split: Option<Vec<i32>>,
     /// Whether routers look ahead, so that the CPU fetches experts early; measured if not given
@@ -190,7 +191,7 @@ impl Cuda {
             &store,
             &shared_layout,
             &dense,
-            &options,
+            options.prefill,
             &stream,
         )?;
         let mut cuda = Cuda {
@@ -254,6 +255,7 @@ impl Cuda {
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<Vec<f32>> {
         let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
+        self.give_slots_back()?;
         self.settle_slots()?;
         for (i, &id) in ids.iter().enumerate() {
             let wanted = rows.contains(&i);
