@@ -211,9 +211,11 @@ impl Chunk<'_> {
                         taps
                     ],
                 )?;
+                let facts = &cuda.prefill.facts;
+                let rule = variants::prefill_delta_rule(s, self.tokens, self.precision(), facts);
                 self.launch(
-                    "prefill_delta_rule",
-                    geometry::prefill_delta_rule(s),
+                    rule.name,
+                    rule.geometry,
                     args![
                         q, k, v, decay, beta, memory, mixed, t, heads.0, heads.1, dims.0, dims.1
                     ],
