@@ -281,7 +281,6 @@ pub(crate) mod tests {
         assert_eq!(f.delta_state_bytes, 36 * 32 * 128 * 128 * 4);
         assert_eq!(f.conv_state_bytes, 36 * 8192 * 3 * 4);
         assert_eq!(f.context_bytes + f.workspace_bytes, 800_000_000);
-        assert_eq!(f.prefill_bytes_per_token, 54 * 2048);
         assert_eq!(f.expert_flops, 2 * 3 * 512 * 2048);
         assert_eq!(f.flops_per_token, 6_653_411_328);
         let without_head = f.fixed_vram_bytes_without_head();

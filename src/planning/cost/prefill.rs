@@ -309,23 +309,31 @@ mod tests {
     fn every_term_of_a_prompt_is_exact() {
         let f = qwen3_next_80b();
         let at = PrefillSituation {
-            prompt_tokens: 6144,
             slots: 2000,
+            settings: PrefillSettings {
+                precision: Precision::F16,
+                ..PrefillSettings::default()
+            },
+            ..without_slots(6144)
         };
-        let p = with_chunk(&f, &laptop(), at, 4096);
-        // Two layers of 512 experts, and 4096 tokens of 110,592 bytes in slots of 1,671,168.
-        assert_eq!(p.borrowed_slots, 2 * 512 + 272);
+        let plan = PrefillPlan {
+            chunk_tokens: 4096,
+            workspace_bytes: 0,
+            borrowed_slots: 1296,
+        };
+        let p = by_plan(&f, &laptop(), at, plan);
         let missing = 1.0 - (2000 - 1296) as f64 / 24_576.0;
         let read_ms = |experts: f64| experts * 1_671_168.0 / 25e6;
         // A chunk of 4096 and one of 2048 tokens, each token against half of its own chunk and all before.
-        let gpu_ms = [(4096.0, 2048.0), (2048.0, 5120.0)].map(|(tokens, context)| {
-            tokens * 6_653_411_328.0 / 40e9 + tokens * context * 196_608.0 / 40e9
-        });
-        let waiting = gpu_ms.map(|ms| f64::max(read_ms(24_576.0 * missing) - ms, 0.0));
+        let chunks = [(4096.0, 2048.0), (2048.0, 5120.0)];
+        let products = chunks.map(|(tokens, _)| tokens * 6_653_411_328.0 / 40e9);
+        let attention = chunks.map(|(tokens, context)| tokens * context * 196_608.0 / 40e9);
+        let waiting = [0, 1].map(|i| read_ms(24_576.0 * missing) - products[i] - attention[i]);
         assert!(waiting[0] > 0.0 && waiting[1] > waiting[0]);
         let expected = [
-            ("compute", gpu_ms[0] + gpu_ms[1]),
-            ("waiting for experts", waiting[0] + waiting[1]),
+            ("matrix products", products.iter().sum()),
+            ("attention", attention.iter().sum()),
+            ("waiting for experts", waiting.iter().sum()),
             ("first layer", read_ms(512.0 * missing)),
             ("slots refilled", read_ms(1296.0)),
         ];
@@ -334,9 +342,9 @@ mod tests {
         near(p.tok_s, 6144e3 / p.total_ms, 1e-12);
         // Slots that are not there cannot be borrowed.
         let few = PrefillSituation { slots: 100, ..at };
-        let p = with_chunk(&f, &laptop(), few, 4096);
+        let p = by_plan(&f, &laptop(), few, plan);
         assert_eq!(p.borrowed_slots, 100);
-        near(p.terms[3].ms, read_ms(100.0), 1e-12);
+        near(p.terms[4].ms, read_ms(100.0), 1e-12);
     }
 
     #[test]
@@ -346,10 +354,19 @@ mod tests {
         hardware.cpu.expert_kernel_gflops.value = 2000.0;
         hardware.gpu = None;
         let waiting = |tokens: u64| {
-            let p = with_chunk(&f, &hardware, without_slots(tokens), tokens);
-            let flops = tokens as f64 * (6_653_411_328.0 + tokens as f64 / 2.0 * 196_608.0);
-            near(p.terms[0].ms, flops / 2000e6, 1e-9);
-            p.terms[1].ms + p.terms[0].ms
+            let p = with_chunk(&f, &hardware, tokens, tokens as usize);
+            let context = tokens as f64 / 2.0;
+            near(
+                p.terms[0].ms,
+                tokens as f64 * 6_653_411_328.0 / 2000e6,
+                1e-9,
+            );
+            near(
+                p.terms[1].ms,
+                tokens as f64 * context * 196_608.0 / 2000e6,
+                1e-9,
+            );
+            p.total_ms
         };
         // One token meets ten experts of each layer; the kernels read 65 GB/s.
         near(waiting(1), 48.0 * 10.0 * 1_671_168.0 / 65e6, 1e-9);
