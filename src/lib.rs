@@ -64,3 +64,4 @@ pub mod hardware;
 pub mod model;
 pub mod planning;
 pub mod report;
+pub mod server;
