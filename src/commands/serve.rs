@@ -127,9 +127,10 @@ pub fn execute(args: ServeArgs, console: &Console) -> anyhow::Result<()> {
     }
     let source = Source::resolve(args.model.model.as_deref())?;
     let text = Arc::new(TextModel::load(&source)?);
-    let options = options(&args, keys, &source);
+    let mut options = options(&args, keys, &source);
     let failure = Arc::new(Mutex::new(None));
-    let service = service(&args, source, &text, failure.clone(), console)?;
+    let (service, plan) = service(&args, source, &text, failure.clone(), console)?;
+    options.plan = plan;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("http")
@@ -291,26 +292,29 @@ fn options(args: &ServeArgs, keys: Keys, source: &Source) -> ServerOptions {
             cors: args.access.cors_origin.clone(),
         },
         limits,
+        plan: None,
     }
 }
 
-/// Starts the model's thread; what can be refused without weights is refused before.
+/// Starts the model's thread; what can be refused without weights is refused before. Also the placement
+/// in force, as its file has it.
 fn service(
     args: &ServeArgs,
     source: Source,
     text: &TextModel,
     failure: Arc<Mutex<Option<anyhow::Error>>>,
     console: &Console,
-) -> anyhow::Result<Service> {
+) -> anyhow::Result<(Service, Option<serde_json::Value>)> {
     if let Some(path) = &args.script {
         let script = std::fs::read(path).with_context(|| path.display().to_string())?;
         let script: Script =
             serde_json::from_slice(&script).with_context(|| path.display().to_string())?;
         let tokenizer = text.tokenizer.clone();
-        return Ok(Service::start(args.limits.max_queue, move |jobs| {
+        let service = Service::start(args.limits.max_queue, move |jobs| {
             serve_script(&script, &tokenizer, &jobs);
             Ok(())
-        }));
+        });
+        return Ok((service, None));
     }
     let config = source.config()?;
     let limit = config.max_position_embeddings;
@@ -320,6 +324,9 @@ fn service(
     check_context(&config, context as u64)?;
     let cache_file = args.cache.cache_state.clone();
     let outline = load::outline(&source, &args.compute, cache_file.as_deref(), console)?;
+    let plan = (outline.placement.as_ref())
+        .map(|placement| serde_json::to_value(&placement.body))
+        .transpose()?;
     let loading = Loading {
         source,
         compute: args.compute.clone(),
@@ -328,7 +335,7 @@ fn service(
         cache_file,
         console: Console { ..*console },
     };
-    Ok(Service::start(args.limits.max_queue, move |jobs| {
+    let service = Service::start(args.limits.max_queue, move |jobs| {
         loading.serve(&jobs).map_err(|error| {
             let message = error.to_string();
             if let Ok(mut failure) = failure.lock() {
@@ -336,7 +343,8 @@ fn service(
             }
             message
         })
-    }))
+    });
+    Ok((service, plan))
 }
 
 /// What the model's thread begins with.

@@ -1,6 +1,7 @@
 //! Counters and histograms for Prometheus, under vLLM's names where it has them: its dashboards work.
 
 use std::sync::atomic::{AtomicI64, AtomicU64};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -12,6 +13,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
 use super::generation::End;
+use super::history::Speed;
 use crate::engine::service::{ExpertsReport, FinishReason, Load};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -55,6 +57,7 @@ pub struct Metrics {
     h2d_bytes: GaugeF64,
     vram_bytes: GaugeF64,
     frozen: Gauge<i64, AtomicI64>,
+    speed: Mutex<Speed>,
 }
 
 /// Seconds, from a fast GPU's token to a long document.
@@ -97,6 +100,7 @@ impl Metrics {
             h2d_bytes: GaugeF64::default(),
             vram_bytes: GaugeF64::default(),
             frozen: Gauge::default(),
+            speed: Mutex::default(),
         };
         metrics.register();
         metrics
@@ -189,6 +193,17 @@ impl Metrics {
         self.prefill.observe(timings.prefill.as_secs_f64());
         self.decode.observe(timings.decode.as_secs_f64());
         self.e2e.observe(e2e.as_secs_f64());
+        let mut speed = self.speed.lock().unwrap_or_else(PoisonError::into_inner);
+        speed.prefill_tokens += (usage.prompt_tokens - usage.cached_tokens) as f64;
+        speed.prefill_s += timings.prefill.as_secs_f64();
+        // The first token comes with the prompt.
+        speed.decode_tokens += usage.completion_tokens.saturating_sub(1) as f64;
+        speed.decode_s += timings.decode.as_secs_f64();
+    }
+
+    /// Sums over finished requests.
+    pub fn speed(&self) -> Speed {
+        *self.speed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn failed(&self) {

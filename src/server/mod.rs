@@ -6,6 +6,7 @@ pub mod error;
 pub mod fields;
 pub mod generation;
 pub mod guard;
+pub mod history;
 pub mod metrics;
 pub mod prompt;
 pub mod reader;
@@ -17,7 +18,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -30,6 +31,7 @@ use tokio::sync::watch;
 use connection::{ConnectionLimits, Listener};
 use error::{ApiError, ApiResult};
 use guard::{Keys, Origins};
+use history::History;
 use metrics::Metrics;
 use prompt::Prompts;
 use schema::Grammars;
@@ -47,6 +49,8 @@ pub struct ServerOptions {
     pub keys: Keys,
     pub origins: Origins,
     pub limits: Limits,
+    /// The placement in force, as its file has it
+    pub plan: Option<serde_json::Value>,
 }
 
 /// What a client may use up.
@@ -96,8 +100,10 @@ pub struct App {
     pub prompts: Prompts,
     pub options: ServerOptions,
     pub metrics: Metrics,
+    pub history: History,
     /// Seconds since 1970 at the start
     pub started: u64,
+    start: Instant,
     grammars: OnceLock<Result<Grammars, String>>,
 }
 
@@ -106,7 +112,9 @@ impl App {
         App {
             prompts: Prompts::new(&text),
             metrics: Metrics::new(&options.model_name),
+            history: History::default(),
             started: unix_time(),
+            start: Instant::now(),
             grammars: OnceLock::new(),
             service,
             text,
@@ -126,6 +134,11 @@ impl App {
             }
             Phase::Failed(reason) => Err(crate::engine::service::Refusal::Failed(reason).into()),
         }
+    }
+
+    /// Since the server started.
+    pub fn uptime(&self) -> Duration {
+        self.start.elapsed()
     }
 
     /// Names this program and model; equal where equal seeds give equal answers.
@@ -223,6 +236,7 @@ impl Server {
     pub async fn run(self, stop: watch::Receiver<bool>) {
         let limits = self.app.options.limits;
         let service = self.app.service.clone();
+        let sampler = tokio::spawn(sample(self.app.clone()));
         let router = router(self.app);
         let mut stopped = stop.clone();
         let draining = service.clone();
@@ -239,9 +253,21 @@ impl Server {
             limits.drain_time,
         )
         .await;
+        sampler.abort();
         service.abort();
         // The thread ends between two tokens or two pieces of a prompt.
         let _ = tokio::time::timeout(limits.drain_time, service.ended()).await;
+    }
+}
+
+/// Keeps what the experts did in the last minute.
+async fn sample(app: Arc<App>) {
+    loop {
+        let report = app.service.ask(|controls| controls.experts()).await;
+        if let Some(report) = report {
+            app.history.add(report, app.metrics.speed());
+        }
+        tokio::time::sleep(history::SAMPLE_EVERY).await;
     }
 }
 

@@ -78,10 +78,12 @@ impl Grammars {
             ApiError::invalid(param, format!("{param}: cannot be enforced: {reason}"))
         };
         let grammar = match form {
-            Form::JsonObject => TopLevelGrammar::from_json_schema(json!({ "type": "object" })),
+            Form::JsonObject => {
+                TopLevelGrammar::from_json_schema(compact(&json!({ "type": "object" })))
+            }
             Form::JsonSchema(schema) => {
                 check_schema(schema).map_err(refuse)?;
-                TopLevelGrammar::from_json_schema(schema.clone())
+                TopLevelGrammar::from_json_schema(compact(schema))
             }
             Form::Regex(pattern) => {
                 if pattern.len() > MAX_SOURCE_BYTES {
@@ -143,6 +145,18 @@ fn check_schema(schema: &Value) -> Result<(), String> {
     Ok(())
 }
 
+/// Leaves one way to put white space: a model that may write any of it can go on for ever.
+fn compact(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if let Some(map) = schema.as_object_mut() {
+        let layout = json!({
+            "whitespace_flexible": false, "key_separator": ": ", "item_separator": ", ",
+        });
+        map.insert("x-guidance".into(), layout);
+    }
+    schema
+}
+
 /// A grammar of calls in Lark's syntax.
 fn calls(tools: &[Tool], format: CallFormat, with_text: bool) -> Result<String, String> {
     let names: Vec<String> = (0..tools.len()).map(|i| format!("call_{i}")).collect();
@@ -166,7 +180,7 @@ fn calls(tools: &[Tool], format: CallFormat, with_text: bool) -> Result<String, 
                 format!(
                     "{} %json {} {}",
                     json!(head),
-                    tool.parameters,
+                    compact(&tool.parameters),
                     json!("}\n</tool_call>")
                 )
             }
@@ -193,7 +207,7 @@ fn xml_call(tool: &Tool) -> String {
         let is_text = schema["type"] == "string" && schema.get("enum").is_none();
         let value = match is_text {
             true => "value_text".to_owned(),
-            false => format!("%json {schema}"),
+            false => format!("%json {}", compact(schema)),
         };
         let parameter = format!("{opening} {value} {closing}");
         let needed = required.is_some_and(|keys| keys.iter().any(|k| k == key));

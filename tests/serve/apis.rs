@@ -215,3 +215,80 @@ fn metrics_have_vllms_names_and_count_what_was_asked() {
             .any(|l| l.starts_with("vllm:request_success_total{") && l.ends_with(" 1"))
     );
 }
+
+#[test]
+fn experts_and_plan_tell_what_was_routed_and_predicted() {
+    let server = scripted(reply("x"), |options| {
+        options.plan = Some(json!({ "decode": { "tok_s": 5.5, "expert_hit_rate": 0.5 } }));
+    });
+    let plan = server.get("/moectl/plan").json();
+    assert_eq!(plan["predicted"]["decode_tok_s"], 5.5);
+    assert_eq!(plan["measured"]["hit_rate"], Value::Null);
+    let server = built_in();
+    server.ask(
+        "/v1/completions",
+        &json!({ "prompt": "one two three", "max_tokens": 4 }),
+    );
+    let experts = server.get("/moectl/experts?heat=1").json();
+    let layers = experts["since_start"]["layers"].as_array().unwrap();
+    assert_eq!(layers.len(), 8);
+    assert!(
+        layers
+            .iter()
+            .all(|layer| layer["picks"].as_u64().unwrap() > 0)
+    );
+    assert!(layers.iter().all(|layer| layer["cpu_share"] == 1.0));
+    assert_eq!(experts["heat"][7].as_array().unwrap().len(), 64);
+    assert!(experts["memory"]["resident_bytes"].as_u64().unwrap() > 1 << 20);
+    assert!(server.get("/moectl/experts").json().get("heat").is_none());
+}
+
+#[test]
+fn changes_of_the_cache_need_a_key_and_a_cache() {
+    let body = json!({ "freeze": true }).to_string();
+    let open = scripted(reply("x"), |_| {});
+    assert_eq!(
+        open.request("POST", "/moectl/policy", &[], body.as_bytes())
+            .status,
+        403
+    );
+    let server = scripted(reply("x"), |options| {
+        options.keys = moectl::server::guard::Keys::new(["k".to_owned()]);
+    });
+    let change = |body: Value| {
+        let headers = [("x-api-key", "k")];
+        server.request(
+            "POST",
+            "/moectl/policy",
+            &headers,
+            body.to_string().as_bytes(),
+        )
+    };
+    assert_eq!(change(json!({ "freeze": true })).status, 409);
+    assert_eq!(change(json!({ "policy": "fifo-of-none" })).status, 400);
+    assert_eq!(change(json!({ "freeze": true, "save": true })).status, 400);
+    assert_eq!(change(json!({})).status, 400);
+}
+
+#[test]
+fn the_page_loads_nothing_from_elsewhere_and_every_path_is_described() {
+    let server = built_in();
+    let page = server.get("/moectl/live");
+    let policy = page.header("content-security-policy").unwrap();
+    assert!(policy.starts_with("default-src 'none'"), "{policy}");
+    let text = String::from_utf8(page.body).unwrap();
+    assert!(
+        !text.contains("http://") && !text.contains("https://"),
+        "{text}"
+    );
+    let spec = server.get("/openapi.json").json();
+    for path in spec["paths"].as_object().unwrap().keys() {
+        let reads = spec["paths"][path].get("get").is_some();
+        let path = path.replace("{name}", "tiny");
+        let status = match reads {
+            true => server.get(&path).status,
+            false => server.post(&path, &json!({})).status,
+        };
+        assert!(!matches!(status, 404 | 405), "{path}: {status}");
+    }
+}

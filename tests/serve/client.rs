@@ -118,6 +118,7 @@ impl TestServer {
                 drain_time: Duration::from_secs(10),
                 ..Limits::default()
             },
+            plan: None,
         };
         adjust(&mut options);
         let (stop, stopped) = watch::channel(false);

@@ -147,7 +147,7 @@ fn keys_open_everything_but_health_and_the_page() {
         vec![("authorization", "Bearer three")],
         vec![("authorization", "one")],
         vec![("x-api-key", "")],
-        vec![("authorization", "Bearer \u{7f}ö")],
+        vec![("authorization", "Bearer ö")],
     ] {
         assert_eq!(ask(&headers), 401, "{headers:?}");
     }

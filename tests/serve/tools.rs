@@ -46,7 +46,8 @@ fn calls_stream_with_a_name_first_and_arguments_after_it() {
             .iter()
             .filter_map(|c| c["function"]["arguments"].as_str())
             .collect();
-        let expected = json!({ "text": ["a \"b\"", "c"][index] });
+        let written = ["a \"b\"", "c"][index];
+        let expected = json!({ "text": written });
         assert_eq!(serde_json::from_str::<Value>(&arguments).unwrap(), expected);
     }
     assert_eq!(

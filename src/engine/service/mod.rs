@@ -26,7 +26,7 @@ use super::sampler::{SamplingParams, TokenLogprob};
 use crate::planning::{LayerCounts, PolicyConfig};
 use queue::Shared;
 pub use queue::{Job, Jobs};
-pub use single::{ManagerSource, SingleOptions, serve_one_at_a_time};
+pub use single::{ManagerSource, SingleOptions, entropy_bits, serve_one_at_a_time};
 
 /// One prompt to be continued.
 pub struct Request {

@@ -3,6 +3,7 @@
 mod anthropic;
 mod chat;
 mod completions;
+mod experts;
 mod messages_in;
 mod models;
 mod params;
@@ -40,6 +41,11 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/v1/responses", post(responses::handle))
         .route("/v1/messages", post(anthropic::handle))
         .route("/v1/messages/count_tokens", post(anthropic::count_tokens))
+        .route("/openapi.json", get(experts::openapi))
+        .route("/moectl/experts", get(experts::experts))
+        .route("/moectl/plan", get(experts::plan))
+        .route("/moectl/policy", post(experts::policy))
+        .route("/moectl/live", get(experts::live))
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))
         .route("/apply-template", post(text::apply_template))
