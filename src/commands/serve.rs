@@ -127,7 +127,7 @@ pub fn execute(args: ServeArgs, console: &Console) -> anyhow::Result<()> {
     }
     let source = Source::resolve(args.model.model.as_deref())?;
     let text = Arc::new(TextModel::load(&source)?);
-    let mut options = options(&args, keys, &source);
+    let mut options = options(&args, keys, &source, console.verbose);
     let failure = Arc::new(Mutex::new(None));
     let (service, plan) = service(&args, source, &text, failure.clone(), console)?;
     options.plan = plan;
@@ -268,7 +268,7 @@ fn keys(access: &AccessArgs) -> anyhow::Result<Keys> {
     Ok(Keys::new(keys))
 }
 
-fn options(args: &ServeArgs, keys: Keys, source: &Source) -> ServerOptions {
+fn options(args: &ServeArgs, keys: Keys, source: &Source, log: bool) -> ServerOptions {
     let mut limits = Limits {
         body_bytes: args.limits.max_body as usize,
         request_time: Duration::from_secs(args.limits.timeout.clamp(1, 31_536_000)),
@@ -293,6 +293,7 @@ fn options(args: &ServeArgs, keys: Keys, source: &Source) -> ServerOptions {
         },
         limits,
         plan: None,
+        log,
     }
 }
 

@@ -51,6 +51,8 @@ pub struct ServerOptions {
     pub limits: Limits,
     /// The placement in force, as its file has it
     pub plan: Option<serde_json::Value>,
+    /// A line of JSON per request on stderr: never what was asked or answered
+    pub log: bool,
 }
 
 /// What a client may use up.
@@ -311,12 +313,30 @@ async fn wrong_method(request: Request) -> Response {
     .respond(path)
 }
 
-/// Host, origin and key of every request; CORS headers of those that are listed.
+/// Lets a request through if it may pass, and logs how it went.
 async fn guard_request(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
+    let method = request.method().clone();
+    let start = Instant::now();
+    let response = guarded(&app, request, next, &path).await;
+    if app.options.log {
+        let line = serde_json::json!({
+            "time": unix_time(),
+            "method": method.as_str(),
+            "path": path,
+            "status": response.status().as_u16(),
+            "ms": generation::ms(start.elapsed()),
+        });
+        eprintln!("{line}");
+    }
+    response
+}
+
+/// Host, origin and key of a request; CORS headers of origins that are listed.
+async fn guarded(app: &App, mut request: Request, next: Next, path: &str) -> Response {
     let origin = match app.options.origins.check(request.headers()) {
         Ok(origin) => origin,
-        Err(error) => return error.respond(&path),
+        Err(error) => return error.respond(path),
     };
     let preflight = request.method() == Method::OPTIONS
         && request
@@ -324,7 +344,7 @@ async fn guard_request(State(app): State<Arc<App>>, mut request: Request, next: 
             .contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     let mut response = if preflight && origin.is_some() {
         StatusCode::NO_CONTENT.into_response()
-    } else if guard::is_public(request.method(), &path) {
+    } else if guard::is_public(request.method(), path) {
         next.run(request).await
     } else {
         match app.options.keys.owner(request.headers()) {
@@ -332,7 +352,7 @@ async fn guard_request(State(app): State<Arc<App>>, mut request: Request, next: 
                 request.extensions_mut().insert(owner);
                 next.run(request).await
             }
-            Err(error) => error.respond(&path),
+            Err(error) => error.respond(path),
         }
     };
     if let Some(origin) = origin {

@@ -157,6 +157,20 @@ fn compact(schema: &Value) -> Value {
     schema
 }
 
+/// Arguments are those that a function has, unless its schema says that there may be others.
+fn closed(parameters: &Value) -> Value {
+    let mut parameters = parameters.clone();
+    if let Some(map) = parameters.as_object_mut()
+        && map.contains_key("properties")
+        && !map.contains_key("additionalProperties")
+        // Keywords that combine schemas have properties of their own.
+        && !["allOf", "anyOf", "oneOf", "$ref"].iter().any(|key| map.contains_key(*key))
+    {
+        map.insert("additionalProperties".into(), false.into());
+    }
+    parameters
+}
+
 /// A grammar of calls in Lark's syntax.
 fn calls(tools: &[Tool], format: CallFormat, with_text: bool) -> Result<String, String> {
     let names: Vec<String> = (0..tools.len()).map(|i| format!("call_{i}")).collect();
@@ -180,7 +194,7 @@ fn calls(tools: &[Tool], format: CallFormat, with_text: bool) -> Result<String, 
                 format!(
                     "{} %json {} {}",
                     json!(head),
-                    compact(&tool.parameters),
+                    compact(&closed(&tool.parameters)),
                     json!("}\n</tool_call>")
                 )
             }

@@ -119,6 +119,7 @@ impl TestServer {
                 ..Limits::default()
             },
             plan: None,
+            log: false,
         };
         adjust(&mut options);
         let (stop, stopped) = watch::channel(false);
