@@ -314,7 +314,7 @@ async fn wrong_method(request: Request) -> Response {
 }
 
 /// Lets a request through if it may pass, and logs how it went.
-async fn guard_request(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+async fn guard_request(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
     let start = Instant::now();
