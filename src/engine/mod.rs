@@ -4,6 +4,7 @@ pub mod experts;
 pub mod footprint;
 pub mod generate;
 pub mod sampler;
+pub mod service;
 pub mod stream;
 pub mod text;
 
