@@ -1,5 +1,6 @@
 //! What a person sees beside the result: notes and progress on stderr, or nothing.
 
+use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
@@ -13,6 +14,8 @@ pub struct Console {
     pub json: bool,
     pub quiet: bool,
     pub verbose: bool,
+    /// A file was asked for on standard output
+    stdout_taken: Cell<bool>,
 }
 
 impl Console {
@@ -21,6 +24,7 @@ impl Console {
             json: args.json,
             quiet: args.quiet,
             verbose: args.verbose,
+            stdout_taken: Cell::new(false),
         }
     }
 
@@ -38,11 +42,20 @@ impl Console {
         }
     }
 
+    /// Leaves stdout to a file that goes there: tables go to stderr, `--json` prints nothing more.
+    pub fn keep_stdout_free(&self) {
+        self.stdout_taken.set(true);
+    }
+
     /// The result, on stdout.
     ///
     /// # Errors
     /// If stdout is closed.
     pub fn result(&self, text: impl AsRef<str>) -> io::Result<()> {
+        if self.stdout_taken.get() {
+            self.note(text);
+            return Ok(());
+        }
         writeln!(io::stdout().lock(), "{}", text.as_ref())
     }
 
@@ -51,6 +64,9 @@ impl Console {
     /// # Errors
     /// If stdout is closed.
     pub fn result_json(&self, value: &impl Serialize) -> io::Result<()> {
+        if self.stdout_taken.get() {
+            return Ok(());
+        }
         let mut out = io::stdout().lock();
         serde_json::to_writer_pretty(&mut out, value)?;
         writeln!(out)

@@ -15,6 +15,7 @@ mod console;
 mod interrupt;
 mod load;
 mod machine;
+mod output;
 mod workloads;
 
 use std::path::Path;

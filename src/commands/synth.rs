@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
@@ -16,7 +15,7 @@ use super::{Failure, interrupt, workloads};
 use crate::backend::cpu::CpuPrecision;
 use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use crate::formats::writer::Planned;
-use crate::formats::{Bytes, FormatError, atomic};
+use crate::formats::{Bytes, FormatError};
 use crate::hardware::disk;
 use crate::model::source::TEXT_FILES;
 use crate::model::synth::{DEFAULT_LOCALITY, Spec, Weight};
@@ -156,9 +155,7 @@ pub fn execute(args: SynthArgs, console: &Console) -> anyhow::Result<()> {
     }
     let written = written?;
     for file in TEXT_FILES.into_iter().chain(["config.json"]) {
-        let path = folder.path().join(file);
-        let bytes = source.read_required(file)?;
-        atomic::write(&path, &bytes).with_context(|| path.display().to_string())?;
+        folder.write_file(file, &source.read_required(file)?)?;
     }
     folder.finish()?;
     let seconds = started.elapsed().as_secs_f64();

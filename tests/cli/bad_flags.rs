@@ -102,13 +102,13 @@ fn an_output_that_cannot_be_written_is_found_before_the_work() {
     let sandbox = Sandbox::new();
     sandbox.write("file", "");
     for line in [
-        "profile -o absent/profile.json",
         "profile -o file/profile.json",
         "profile -o .",
-        "profile --trace absent/t",
-        "plan -o absent/placement.json",
+        "profile -o absent/",
+        "profile --trace file/t",
+        "plan -o file/absent/placement.json",
         "bench -o file",
-        "doctor -o absent/hardware.json",
+        "doctor -o file/hardware.json",
     ] {
         let start = Instant::now();
         let words: Vec<&str> = line.split(' ').collect();

@@ -6,6 +6,7 @@ mod cache_state;
 mod doctor;
 mod exports;
 mod help;
+mod outputs;
 mod plan;
 mod program;
 mod resume;

@@ -19,9 +19,10 @@ use predict::Situation;
 
 use super::console::Console;
 use super::machine::{self, HardwareChoice, this_machine};
+use super::output::prepare_folder;
 use super::plan;
 use super::profile::{self, Settings as ProfileSettings};
-use super::{Failure, cache_state, check_output, load, report, workloads};
+use super::{Failure, cache_state, load, report, workloads};
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::Engine;
 use crate::formats::Document;
@@ -137,9 +138,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let given = (args.hardware.as_ref())
         .map(HardwareChoice::load)
         .transpose()?;
-    std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
-    let run_path = args.output.join("run.json");
-    check_output(&run_path)?;
+    prepare_folder(&args.output, &["run.json"], console)?;
 
     let corpus = match &args.corpus {
         Some(path) => Corpus::open(path)?,
