@@ -11,6 +11,7 @@ pub mod dtype;
 pub mod error;
 mod header;
 pub mod input;
+pub mod lazy;
 pub mod matrix;
 pub mod nf4;
 pub mod writer;

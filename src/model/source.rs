@@ -207,7 +207,7 @@ impl Source {
     }
 
     /// The weights if they are on this machine already: planning needs only the headers, and can
-    /// do without them. Those of a synthetic model are not filled in.
+    /// do without them.
     pub fn local_checkpoint(&self) -> Result<Option<Checkpoint>, SourceError> {
         self.open_checkpoint(false)
     }
@@ -225,7 +225,7 @@ impl Source {
             }
             Files::Folder(folder) => Some(folder.clone()),
             Files::Hub(hub) => hub.weights_folder(&self.id, fetch)?,
-            Files::Synthetic(spec) => return Ok(Some(spec.checkpoint(!fetch)?)),
+            Files::Synthetic(spec) => return Ok(Some(spec.checkpoint()?)),
         };
         let has_weights = |folder: &PathBuf| {
             ["model.safetensors", "model.safetensors.index.json"]
