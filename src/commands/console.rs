@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
+use console::Term;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
@@ -59,6 +60,17 @@ impl Console {
         writeln!(io::stdout().lock(), "{}", text.as_ref())
     }
 
+    /// The result as a person reads it: on a terminal, lines are broken at its width.
+    ///
+    /// # Errors
+    /// If stdout is closed.
+    pub fn table(&self, text: impl AsRef<str>) -> io::Result<()> {
+        match Term::stdout().size_checked() {
+            Some((_, columns)) => self.result(wrapped(text.as_ref(), usize::from(columns))),
+            None => self.result(text),
+        }
+    }
+
     /// The result as one JSON object, on stdout.
     ///
     /// # Errors
@@ -100,4 +112,58 @@ pub enum Unit {
     Tokens,
     Bytes,
     Runs,
+}
+
+/// `text` with lines of at most `columns`, broken at spaces. What goes on in the next line stands under
+/// the second column of a table, or two further than its line begins.
+fn wrapped(text: &str, columns: usize) -> String {
+    let mut out = Vec::new();
+    for line in text.lines() {
+        let indent = hanging_indent(line).min(columns / 2);
+        let mut rest = line.to_owned();
+        while rest.chars().count() > columns {
+            let end = rest
+                .char_indices()
+                .nth(columns + 1)
+                .map_or(rest.len(), |(at, _)| at);
+            // Never in the indentation of the line itself.
+            let from = rest.len() - rest.trim_start().len();
+            let Some(at) = rest[from..end].rfind(' ').map(|at| from + at) else {
+                break;
+            };
+            out.push(rest[..at].trim_end().to_owned());
+            rest = " ".repeat(indent) + rest[at..].trim_start();
+        }
+        out.push(rest);
+    }
+    out.join("\n")
+}
+
+/// Where the second column of `line` begins, if it has several; else two after its first letter.
+fn hanging_indent(line: &str) -> usize {
+    let start = line.chars().take_while(|c| *c == ' ').count();
+    let label: String = line.chars().skip(start).collect();
+    match label.split_once("  ") {
+        Some((label, rest)) => {
+            let gap = rest.chars().take_while(|c| *c == ' ').count();
+            start + label.chars().count() + 2 + gap
+        }
+        None => start + 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::wrapped;
+
+    #[test]
+    fn long_lines_go_on_under_their_column() {
+        let table = "cores         2 usable, 2 allowed\nplain\n  one two three four five six";
+        let expected = "cores         2 usable, 2\n            allowed\nplain\n\
+                          one two three four five\n    six";
+        assert_eq!(wrapped(table, 25), expected);
+        assert_eq!(wrapped(table, 80), table);
+        let unbroken = "a".repeat(30);
+        assert_eq!(wrapped(&unbroken, 25), unbroken);
+    }
 }

@@ -70,7 +70,7 @@ pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
     if console.json {
         console.result_json(&document)?;
     } else {
-        console.result(doctor_report(&document.body.facts).trim_end())?;
+        console.table(doctor_report(&document.body.facts).trim_end())?;
     }
     Ok(())
 }

@@ -12,10 +12,12 @@ pub mod synth;
 mod cache_state;
 mod checkpoint_folder;
 mod console;
+mod flags;
 mod interrupt;
 mod load;
 mod machine;
 mod output;
+mod ram;
 mod workloads;
 
 use std::path::Path;

@@ -20,7 +20,7 @@ use crate::hardware::disk;
 use crate::model::source::TEXT_FILES;
 use crate::model::synth::{DEFAULT_LOCALITY, Spec, Weight};
 use crate::model::{ModelConfig, Source};
-use crate::planning::units::{parse_bytes, show_bytes};
+use crate::planning::units::{parse_budget, show_bytes};
 
 /// Write a checkpoint with random weights, to try a machine on
 ///
@@ -46,7 +46,7 @@ pub struct SynthArgs {
     #[arg(long, value_name = "0..1", default_value_t = DEFAULT_LOCALITY)]
     locality: f64,
     /// Largest file of the result (5GB = 5 * 10^9 bytes)
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "5GB")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget, default_value = "5GB")]
     max_shard_size: u64,
     #[command(flatten)]
     shape_args: ShapeArgs,
@@ -178,7 +178,7 @@ pub fn execute(args: SynthArgs, console: &Console) -> anyhow::Result<()> {
     if console.json {
         console.result_json(&record)?;
     } else {
-        console.result(describe(&record, &config))?;
+        console.table(describe(&record, &config))?;
     }
     Ok(())
 }

@@ -1,8 +1,10 @@
 //! The binary as a user meets it: what it prints, writes, refuses and returns.
 
+mod backends;
 mod bad_files;
 mod bad_flags;
 mod cache_state;
+mod chat;
 mod doctor;
 mod exports;
 mod help;
@@ -13,3 +15,5 @@ mod resume;
 mod round;
 mod run;
 mod settings;
+#[cfg(unix)]
+mod terminal;

@@ -25,7 +25,7 @@ use crate::planning::planner::{PlanError, PlanRequest, Planner, RoutingSource, p
 use crate::planning::policy::PolicyConfig;
 use crate::planning::profile::ProfileBody;
 use crate::planning::trace::RoutingTrace;
-use crate::planning::units::{parse_bytes, parse_tokens, show_tokens};
+use crate::planning::units::{parse_budget, parse_tokens, show_tokens};
 use crate::planning::{RoutingStats, Tail, TraceReader};
 
 pub(super) use describe::describe;
@@ -49,16 +49,16 @@ Examples:
 pub struct PlanArgs {
     /// GPU memory for everything, CUDA context included (14G = 14 GiB, 14GB = 14 * 10^9 bytes)
     /// [default: what is free; without a GPU, the dense part and a quarter of the experts]
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
     vram: Option<u64>,
     /// RAM for the experts; the rest stays on disk [default: all of them]
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
     ram: Option<u64>,
     /// Context to make room for, in tokens (32k = 32768) [default: 8k, or the model's longest]
-    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS", value_parser = parse_tokens)]
     ctx: Option<u64>,
     /// Type of the KV cache
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
+    #[arg(long, visible_alias = "kv-dtype", value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
     kv: Kv,
     /// Profile of the text to plan for
     #[arg(long, value_name = "FILE", conflicts_with = "trace")]
@@ -222,9 +222,9 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
             if let Some(label) = document.label() {
                 console.result(label)?;
             }
-            console.result(describe(placement))?;
+            console.table(describe(placement))?;
             if args.explain {
-                console.result(describe_alternatives(placement, &planner.explain()))?;
+                console.table(describe_alternatives(placement, &planner.explain()))?;
             }
         }
     }

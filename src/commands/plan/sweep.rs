@@ -9,7 +9,7 @@ use crate::commands::console::Console;
 use crate::commands::output::tell;
 use crate::formats::atomic;
 use crate::planning::placement::{BudgetPoint, Placement, Tier};
-use crate::planning::units::{GIB, parse_bytes, show_bytes};
+use crate::planning::units::{GIB, parse_budget, show_bytes};
 use crate::report::charts::{BudgetCurve, BudgetSample, budget};
 
 /// `8G..24G`, or `8G..24G:2G` with a step.
@@ -34,7 +34,7 @@ impl FromStr for SweepRange {
             Some((to, step)) => (to, Some(step)),
             None => (rest, None),
         };
-        let size = |text: &str| parse_bytes(text).map_err(|e| e.to_string());
+        let size = |text: &str| parse_budget(text).map_err(|e| e.to_string());
         let (from, to) = (size(from)?, size(to)?);
         if from >= to {
             return Err(format!("{shape}, FROM below TO"));

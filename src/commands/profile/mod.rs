@@ -11,8 +11,10 @@ use anyhow::Context;
 use clap::Args;
 
 use super::console::Console;
+use super::flags::{self, GpuFlags};
 use super::output::OutputFile;
 use super::{check_output, load, workloads};
+use crate::cli::values::whole;
 use crate::cli::{ComputeArgs, ModelArgs};
 use crate::formats::corpus::Corpus;
 use crate::formats::document::PROFILE;
@@ -53,10 +55,11 @@ pub struct ProfileArgs {
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Tokens to generate after each prompt or conversation
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", value_parser = whole, default_value_t = 0)]
     generate: usize,
     /// Most tokens of a record; longer ones are cut (32k = 32768)
-    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens, default_value = "4k")]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS",
+          value_parser = parse_tokens, default_value = "4k")]
     ctx: u64,
     /// Only every n-th record, starting with the i-th
     #[arg(long, value_name = "I/N")]
@@ -104,6 +107,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
                 console.keep_stdout_free();
             }
         }
+        flags::check(&args.compute, GpuFlags::Place, console)?;
         let source = Source::resolve(args.model.model.as_deref())?;
         let corpora = open_corpora(&args.corpora)?;
         let limit = source.config()?.max_position_embeddings;
@@ -145,7 +149,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
         if let Some(label) = document.label() {
             console.result(label)?;
         }
-        console.result(summary(&document.body))?;
+        console.table(summary(&document.body))?;
     }
     Ok(())
 }
