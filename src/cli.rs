@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::{
-    bench, doctor, plan, profile, quantize, report, run, synth,
+    bench, completions, doctor, plan, profile, pull, quantize, report, run, synth,
 };
 use crate::engine::{BackendChoice, GpuOptions, Residency};
 use crate::planning::PolicyConfig;
@@ -54,6 +54,9 @@ pub enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Write a checkpoint with random weights, to try a machine on
     Synth(synth::SynthArgs),
+    Pull(pull::PullArgs),
+    Completions(completions::CompletionsArgs),
+    Man(completions::ManArgs),
 }
 
 /// Where output goes and how much of it.

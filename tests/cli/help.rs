@@ -87,6 +87,34 @@ fn every_flag_is_explained_once_and_says_its_default_once() {
     }
 }
 
+#[test]
+fn shells_complete_verbs_and_flags() {
+    let sandbox = Sandbox::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = sandbox.run(&format!("completions {shell}")).ok().stdout;
+        for word in ["quantize", "top-p", "placement"] {
+            assert!(script.contains(word), "{shell}: {word}");
+        }
+    }
+    sandbox.run("completions tcsh").fails(2, &["bash"]);
+}
+
+#[test]
+fn every_verb_has_a_manual_page_and_so_has_the_program() {
+    let sandbox = Sandbox::new();
+    let page = sandbox.run("man").ok().stdout;
+    assert!(
+        page.starts_with(".ie") || page.contains(".TH moectl 1"),
+        "{page}"
+    );
+    for verb in verbs() {
+        assert!(page.contains(&format!("moectl\\-{verb}(1)")), "{verb}");
+        let page = sandbox.run(&format!("man {verb}")).ok().stdout;
+        assert!(page.contains(&format!(".TH moectl-{verb} 1")), "{page}");
+    }
+    sandbox.run("man fly").fails(2, &["verbs: ", "run"]);
+}
+
 /// What people type out of habit, from llama.cpp and the Hugging Face tools.
 #[test]
 fn short_flags_and_other_names_mean_what_they_mean_elsewhere() {
