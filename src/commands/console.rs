@@ -159,9 +159,14 @@ mod tests {
     #[test]
     fn long_lines_go_on_under_their_column() {
         let table = "cores         2 usable, 2 allowed\nplain\n  one two three four five six";
-        let expected = "cores         2 usable, 2\n            allowed\nplain\n\
-                          one two three four five\n    six";
-        assert_eq!(wrapped(table, 25), expected);
+        let expected = [
+            "cores         2 usable, 2",
+            "            allowed",
+            "plain",
+            "  one two three four five",
+            "    six",
+        ];
+        assert_eq!(wrapped(table, 25), expected.join("\n"));
         assert_eq!(wrapped(table, 80), table);
         let unbroken = "a".repeat(30);
         assert_eq!(wrapped(&unbroken, 25), unbroken);

@@ -3,8 +3,9 @@
 use super::Failure;
 use super::console::Console;
 use crate::backend::KvDtype;
-use crate::cli::{ComputeArgs, Precision};
+use crate::cli::{ComputeArgs, CpuPrecisionArg};
 use crate::engine::BackendChoice;
+use crate::planning::Precision;
 
 /// What a verb does with flags about a GPU where none takes part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +71,7 @@ fn impossible(compute: &ComputeArgs, backend: BackendChoice) -> Option<String> {
                 ));
             }
             precision
-                .filter(|&precision| precision != Precision::F32)
+                .filter(|&precision| precision != CpuPrecisionArg::F32)
                 .map(|_| {
                     "--cpu-precision: the reference backend computes in f32; leave it out, or use \
                  --backend cpu"
@@ -89,12 +90,18 @@ fn impossible(compute: &ComputeArgs, backend: BackendChoice) -> Option<String> {
 /// The flags given that are about a GPU and nothing else.
 fn gpu_flags(compute: &ComputeArgs, purpose: GpuFlags) -> Vec<&'static str> {
     let placed = purpose == GpuFlags::Place;
+    let prefill = &compute.prefill;
     let flags = [
         ("--vram", compute.vram.is_some() && placed),
         ("--placement", compute.placement.is_some() && placed),
         ("--policy", compute.policy.is_some()),
         ("--cpu-moe", compute.cpu_moe),
         ("--gpu-reads", !compute.gpu_reads.is_empty()),
+        (
+            "--precision",
+            prefill.precision == Precision::Exact && placed,
+        ),
+        ("--prefill-chunk", prefill.prefill_chunk.is_some() && placed),
     ];
     let given = flags.iter().filter(|(_, given)| *given);
     given.map(|(flag, _)| *flag).collect()

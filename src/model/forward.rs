@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use crate::backend::{
-    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, NextLogits, OnRenewing, Result,
-    Routing, SlotChange, Tuning, VramHeld, VramMeter,
+    Backend, BackendError, BackendFacts, DecodeTimes, KernelTimes, LoadRates, NextLogits,
+    OnRenewing, Result, Routing, SlotChange, Tuning, VramHeld, VramMeter,
 };
 
 use crate::hardware::GpuProbe;
@@ -79,8 +79,8 @@ pub trait Runner: Send {
 
     fn facts(&self) -> BackendFacts;
 
-    /// See [`Backend::prefill_chunk`].
-    fn prefill_chunk(&self) -> usize;
+    /// Tokens of the pieces that a prompt of `tokens` is best fed in.
+    fn prefill_chunk(&self, tokens: usize) -> usize;
 
     /// See [`Backend::load_rates`].
     fn load_rates(&self) -> Option<LoadRates> {
@@ -144,10 +144,9 @@ pub trait Runner: Send {
         Ok(None)
     }
 
-    /// Microseconds that each GPU kernel of a decode step takes, all its launches together; the
-    /// sequence starts over.
-    fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
-        Ok(Vec::new())
+    /// What each GPU kernel takes; the sequence starts over.
+    fn kernel_times(&mut self) -> Result<KernelTimes> {
+        Ok(KernelTimes::default())
     }
 }
 
@@ -218,7 +217,7 @@ impl<B: Backend> Runner for Sequence<B> {
         self.backend.facts()
     }
 
-    fn prefill_chunk(&self) -> usize {
+    fn prefill_chunk(&self, _: usize) -> usize {
         self.backend.prefill_chunk()
     }
 
@@ -277,8 +276,8 @@ impl Runner for crate::backend::cuda::Cuda {
         None
     }
 
-    fn prefill_chunk(&self) -> usize {
-        self.prefill_chunk()
+    fn prefill_chunk(&self, tokens: usize) -> usize {
+        self.prefill_chunk(tokens)
     }
 
     fn take_times(&mut self) -> Option<DecodeTimes> {
@@ -321,7 +320,7 @@ impl Runner for crate::backend::cuda::Cuda {
         self.measure(model).map(Some)
     }
 
-    fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+    fn kernel_times(&mut self) -> Result<KernelTimes> {
         self.kernel_times()
     }
 }

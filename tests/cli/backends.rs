@@ -33,6 +33,8 @@ fn no_flag_is_ignored_in_silence() {
         ),
         ("--policy lru", [Refused, Refused, Refused]),
         ("--gpu-reads 0,1", [Refused, Refused, Noted]),
+        ("--precision exact", [Refused, Refused, Noted]),
+        ("--prefill-chunk 4k", [Refused, Refused, Noted]),
     ];
     let sandbox = Sandbox::new();
     let model = small_model();

@@ -30,6 +30,7 @@ fn every_verb_has_a_page_with_examples_that_parse() {
         assert!(examples.lines().count() >= 2, "{examples}");
         for line in examples.lines() {
             let line = line.rsplit(" | ").next().unwrap();
+            let line = line.split(" > ").next().unwrap();
             let words = shell_words(line);
             assert_eq!(words[0], "moectl", "{line}");
             if let Err(error) = Cli::try_parse_from(&words) {

@@ -3,6 +3,7 @@
 use super::abi::{ExpertLayout, Format, Linear};
 use super::device::{DeviceFacts, Geometry};
 use crate::backend::{AttentionShape, DeltaNetShape, ModelShape};
+use crate::planning::Precision;
 
 fn geometry(x: usize, block: usize, shared_bytes: usize) -> Geometry {
     Geometry {
@@ -24,6 +25,15 @@ pub fn resident_blocks(facts: &DeviceFacts) -> usize {
         _ => 3,
     };
     per_multiprocessor * facts.multiprocessors as usize
+}
+
+/// The most dynamic shared memory of a block, in bytes.
+pub fn most_shared_bytes(facts: &DeviceFacts) -> usize {
+    match facts.compute_capability {
+        (8, 0 | 7) => 163 << 10,
+        (9..=11, _) => 227 << 10,
+        _ => 99 << 10,
+    }
 }
 
 /// The first matrix, if it is rows of bf16 or f32, is gone through in a loop by blocks that are all
@@ -133,7 +143,12 @@ pub fn experts_down(dim: usize) -> Geometry {
 }
 
 /// Dynamic shared memory of the matrix products of prefill.
-pub const MATMUL_SHARED_BYTES: usize = 99_328;
+fn matmul_shared_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::Exact => 99_328,
+        Precision::F16 => 66_560,
+    }
+}
 
 /// One dimension.
 pub fn rows(blocks: usize, block: usize) -> Geometry {
@@ -150,7 +165,12 @@ pub fn tiles(rows: usize, tokens: usize, shared_bytes: usize) -> Geometry {
 }
 
 /// Shared out so that few multiprocessors idle, and large products keep their tokens.
-pub fn matmul(rows: usize, tokens: usize, multiprocessors: usize) -> Geometry {
+pub fn matmul(
+    rows: usize,
+    tokens: usize,
+    multiprocessors: usize,
+    precision: Precision,
+) -> Geometry {
     let (r, t) = (rows.div_ceil(256), tokens.div_ceil(128));
     let (r, t) = match r * t {
         blocks if blocks < multiprocessors => {
@@ -159,7 +179,7 @@ pub fn matmul(rows: usize, tokens: usize, multiprocessors: usize) -> Geometry {
         blocks if blocks >= 8 * multiprocessors => (r.div_ceil(4), t),
         _ => (r, t),
     };
-    tiles(r, t, MATMUL_SHARED_BYTES)
+    tiles(r, t, matmul_shared_bytes(precision))
 }
 
 pub fn prefill_conv(s: &DeltaNetShape, tokens: usize) -> Geometry {
@@ -178,6 +198,19 @@ pub fn prefill_delta_rule(s: &DeltaNetShape) -> Geometry {
             s.num_value_heads,
             0,
         )
+    }
+}
+
+/// The same in chunks, with one or two in shared memory; see [`super::variants`].
+pub fn prefill_delta_chunks(s: &DeltaNetShape, precision: Precision, stages: usize) -> Geometry {
+    let terms = match precision {
+        Precision::Exact => 2,
+        Precision::F16 => 1,
+    };
+    let bytes = terms * (256 * s.key_head_dim + 16_384) + 10_496;
+    Geometry {
+        block: [192, 1],
+        ..tiles(s.value_head_dim / 32, s.num_value_heads, stages * bytes)
     }
 }
 
@@ -200,14 +233,23 @@ pub fn prefill_router(experts: usize, tokens: usize, multiprocessors: usize) -> 
     tiles(tokens, experts.div_ceil(per_block), 0)
 }
 
-pub fn prefill_experts_down(rows: usize, tokens: usize, bound: usize) -> Geometry {
+pub fn prefill_experts_up(stride: usize, bound: usize, precision: Precision) -> Geometry {
+    tiles(stride.div_ceil(128), bound, matmul_shared_bytes(precision))
+}
+
+pub fn prefill_experts_down(
+    rows: usize,
+    tokens: usize,
+    bound: usize,
+    precision: Precision,
+) -> Geometry {
     let blocks = rows.div_ceil(256);
     let blocks = if rows >= 2048 && tokens >= 2048 {
         blocks / 2
     } else {
         blocks
     };
-    tiles(blocks, bound, MATMUL_SHARED_BYTES)
+    tiles(blocks, bound, matmul_shared_bytes(precision))
 }
 
 /// Counting and scattering of the sort by expert.
@@ -231,11 +273,29 @@ pub fn prefill_qkv(s: &AttentionShape, tokens: usize) -> Geometry {
     geometry((tokens * heads).div_ceil(8), 256, 0)
 }
 
-pub fn prefill_attention(s: &AttentionShape, tokens: usize) -> Geometry {
+pub fn prefill_attention(s: &AttentionShape, tokens: usize, precision: Precision) -> Geometry {
     let group = s.num_attention_heads / s.num_key_value_heads.max(1);
     let rows = (tokens * group).div_ceil(64);
+    let shared = match precision {
+        Precision::Exact => 384,
+        Precision::F16 => 256,
+    };
     Geometry {
         block: [128, 1],
-        ..tiles(rows, s.num_key_value_heads, 384 * s.head_dim)
+        ..tiles(rows, s.num_key_value_heads, shared * s.head_dim)
+    }
+}
+
+/// One f16 term, for compute capability 9.0 and head_dim 256.
+pub fn prefill_attention_sm90(s: &AttentionShape, tokens: usize, int8: bool) -> Geometry {
+    let group = s.num_attention_heads / s.num_key_value_heads.max(1);
+    let shared = if int8 { 232_448 } else { 197_632 };
+    Geometry {
+        block: [384, 1],
+        ..tiles(
+            (tokens * group).div_ceil(128),
+            s.num_key_value_heads,
+            shared,
+        )
     }
 }

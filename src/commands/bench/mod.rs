@@ -188,10 +188,15 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     }
     if console.verbose {
         let times = engine.kernel_times()?;
-        let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
-        console.detail(format!(
-            "kernels of a step: {}",
+        let list = |times: &[(&str, f64)]| {
+            let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
             lines.collect::<Vec<_>>().join(", ")
+        };
+        console.detail(format!("kernels of a step: {}", list(&times.decode_us)));
+        console.detail(format!(
+            "kernels of a chunk of {} tokens: {}",
+            times.prefill_tokens,
+            list(&times.prefill_us)
         ));
     }
     // Not before: its buffer would count as the model's memory.
@@ -375,6 +380,7 @@ fn plan_here(
         heads: &[placement::Tier::Vram],
         policy: None,
         routing: RoutingSource::Trace(&trace),
+        prefill: args.compute.prefill.settings(),
     })?;
     placement.vram_budget_bytes = vram_budget_bytes;
     let placement = Document::new(PLACEMENT, Some(engine.model_id().clone()), placement);

@@ -13,7 +13,7 @@ use super::console::Console;
 use super::machine::HardwareChoice;
 use super::output::OutputFile;
 use super::{Failure, check_context, profile};
-use crate::cli::ModelArgs;
+use crate::cli::{ModelArgs, PrefillArgs};
 use crate::engine::footprint::footprint;
 use crate::formats::document::PLACEMENT;
 use crate::formats::{Document, ModelId, input};
@@ -90,6 +90,8 @@ pub struct PlanArgs {
     output: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    prefill: PrefillArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -193,6 +195,7 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
         heads: args.head.tiers(),
         policy: args.policy,
         routing,
+        prefill: args.prefill.settings(),
     };
     let planner = Planner::new(&request).map_err(refused)?;
     let document = Document::new(PLACEMENT, Some(model_id), planner.plan().map_err(refused)?);

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::planning::ShapeNumbers;
 use crate::planning::footprint::tests::qwen3_next_80b;
 use crate::planning::stats::RoutingStats;
 use crate::planning::trace::tests::synthetic;
@@ -19,16 +20,25 @@ fn request<'a>(footprint: &'a Footprint, hardware: &'a Hardware) -> PlanRequest<
         heads: &[Tier::Vram],
         policy: None,
         routing: RoutingSource::Unknown,
+        prefill: PrefillSettings::default(),
     }
 }
 
 /// A small model that a synthetic trace of 3 layers, 16 experts and k = 4 belongs to.
 fn small() -> Footprint {
+    let published = qwen3_next_80b();
     Footprint {
+        shape: ShapeNumbers {
+            num_attention_layers: 1,
+            num_delta_net_layers: 2,
+            num_experts: 16,
+            num_experts_per_tok: 4,
+            ..published.shape
+        },
         num_layers: 3,
         num_experts: 16,
         num_experts_per_tok: 4,
-        ..qwen3_next_80b()
+        ..published
     }
 }
 
