@@ -5,7 +5,9 @@ use super::metrics::{
     PEAK_VRAM, PREFILL_TOK_S, TPOT_MS, TTFT_MS,
 };
 use super::record::ContextRun;
-use super::regression::{comparisons, interval_text};
+use super::comparable;
+use super::comparison::{comparisons, interval_text};
+use super::stats::Spread;
 use super::{Run, terms, units};
 use crate::hardware::HardwareBody;
 
@@ -114,10 +116,10 @@ fn results(runs: &[Run]) -> Section {
     let mut header = vec!["run", "context", "n"];
     header.extend(columns.iter().map(|metric| metric.key));
     let mut blocks = vec![
-        Block::Text(
-            "Medians with their bootstrap 95% intervals; every sample is in samples.csv."
-                .to_string(),
-        ),
+        Block::Text(format!(
+            "Medians with their {}; every sample is in samples.csv.",
+            Spread::describe(contexts(runs).map(|(_, c)| c.repetitions.len()))
+        )),
         Table::block(1, &header, rows),
     ];
     let notes: Vec<String> = contexts(runs)
@@ -162,12 +164,7 @@ fn comparison(runs: &[Run]) -> Option<Section> {
                     value(c.base.median),
                     value(c.new.median),
                     c.ratio().map_or("-".into(), |ratio| format!("{ratio:.2}×")),
-                    if c.intervals_overlap() {
-                        "overlap"
-                    } else {
-                        "apart"
-                    }
-                    .to_string(),
+                    c.intervals().to_string(),
                 ]
             })
             .collect();
@@ -176,7 +173,10 @@ fn comparison(runs: &[Run]) -> Option<Section> {
             blocks.push(Block::Text(text));
             continue;
         }
+        let differing = comparable::differences(base, run);
         let outputs = match base.body.same_output(&run.body) {
+            // Of different prompts or models it says nothing.
+            _ if !differing.is_empty() => "",
             Some(true) => "Both generated the same tokens.",
             Some(false) => "They did not generate the same tokens.",
             None => "",
@@ -186,6 +186,12 @@ fn comparison(runs: &[Run]) -> Option<Section> {
             run.name, base.name
         );
         blocks.push(Block::Text(text.trim_end().to_string()));
+        if !differing.is_empty() {
+            blocks.push(Block::Text("They were not measured alike:".to_string()));
+            blocks.push(Block::List(
+                differing.iter().map(|d| d.to_string()).collect(),
+            ));
+        }
         let header = [
             "context",
             "metric",
@@ -457,8 +463,8 @@ fn formulas() -> Section {
         .collect();
     list.extend([PEAK_RSS, PEAK_VRAM].map(|(key, formula)| format!("{key} = {formula}")));
     list.push(
-        "intervals: percentile bootstrap of the median, 4,000 resamples with a fixed seed; a \
-         comparison says whether they overlap and claims nothing else"
+        "intervals: exact 95% intervals of the median from order statistics; with fewer than 6 \
+         samples the range from the smallest to the largest, of which a comparison says nothing"
             .to_string(),
     );
     Section::new("Formulas", vec![Block::List(list)])
