@@ -115,6 +115,13 @@ fn check_output(path: &Path) -> anyhow::Result<()> {
         .map_err(|e| anyhow::anyhow!("{}: cannot be written: {e}", path.display()))
 }
 
+/// Tells that a file of an earlier run is about to be replaced.
+fn say_if_replaced(console: &Console, path: &Path) {
+    if path.is_file() {
+        console.note(format!("note: {} is replaced", path.display()));
+    }
+}
+
 /// The experts of a run: of its decode steps, if a GPU took part, else the CPU computed all
 /// `accesses`.
 fn expert_counts(times: Option<&DecodeTimes>, accesses: u64, num_layers: usize) -> ExpertCounts {

@@ -12,8 +12,8 @@ use crate::formats::document::{PLACEMENT, RUN};
 use crate::planning::placement::Placement;
 use crate::planning::profile::{DomainProfile, ProfileBody};
 use crate::report::charts::DomainPicks;
-use crate::report::record::RunBody;
 use crate::report::comparable::{Aspect, differences};
+use crate::report::record::RunBody;
 use crate::report::{
     BudgetCurve, DomainMaps, Outcome, ReportInputs, RouterPicks, Rule, Run, Verdict, ci, names,
     write_report,
@@ -56,7 +56,12 @@ pub struct ReportArgs {
     fail_above: Option<f64>,
     /// Compare although these differ: model, machine, backend, threads, corpus, continuation,
     /// generated-tokens, budget, contexts, output
-    #[arg(long, value_name = "NAME,...", value_delimiter = ',', requires = "fail_above")]
+    #[arg(
+        long,
+        value_name = "NAME,...",
+        value_delimiter = ',',
+        requires = "fail_above"
+    )]
     allow_different: Vec<Aspect>,
     /// Also write the results for CI to this folder: summary.md, verdict.json, junit.xml,
     /// github-action-benchmark and Bencher JSON, OpenMetrics
@@ -199,7 +204,13 @@ pub(super) fn refuse_unlike(base: &Run, run: &Run, allowed: &[Aspect]) -> anyhow
 pub(super) fn conclude(verdicts: &[Verdict]) -> anyhow::Result<()> {
     let lines = |outcome| {
         let these = verdicts.iter().filter(move |v| v.outcome == outcome);
-        let each = |v: &Verdict| format!("\n  {}: {}", v.new, v.reasons.join(&format!("\n  {}: ", v.new)));
+        let each = |v: &Verdict| {
+            format!(
+                "\n  {}: {}",
+                v.new,
+                v.reasons.join(&format!("\n  {}: ", v.new))
+            )
+        };
         these.map(each).collect::<String>()
     };
     match verdicts.iter().map(|v| v.outcome).max() {
@@ -255,7 +266,10 @@ pub(super) fn named(name: &str, run: &Document<RunBody>) -> Run {
             .model
             .as_ref()
             .map_or(String::new(), |model| model.id.clone()),
-        fingerprint: run.model.as_ref().and_then(|model| model.fingerprint.clone()),
+        fingerprint: run
+            .model
+            .as_ref()
+            .and_then(|model| model.fingerprint.clone()),
         created: run.created.clone(),
         body: run.body.clone(),
     }

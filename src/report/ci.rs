@@ -42,7 +42,9 @@ fn newest(inputs: &ReportInputs) -> &Run {
 
 fn figures(run: &Run) -> impl Iterator<Item = (usize, &'static Metric, Summary)> {
     run.body.contexts.iter().flat_map(|context| {
-        let of = |metric: &&'static Metric| Some((context.context_tokens, *metric, metric.summary(context)?));
+        let of = |metric: &&'static Metric| {
+            Some((context.context_tokens, *metric, metric.summary(context)?))
+        };
         HEADLINES.iter().filter_map(of)
     })
 }
@@ -118,7 +120,10 @@ fn bars(runs: &[Run], metric: &Metric) -> String {
         return String::new();
     };
     let spread = Spread::describe(rows.iter().map(|(_, s)| s.samples));
-    let mut out = format!("\n**{}, {}** (median, {spread})\n\n```text\n", metric.label, metric.unit);
+    let mut out = format!(
+        "\n**{}, {}** (median, {spread})\n\n```text\n",
+        metric.label, metric.unit
+    );
     for (name, s) in rows {
         let bar = "█".repeat((s.median / most * LONGEST).round().max(1.0) as usize);
         let _ = writeln!(
@@ -227,7 +232,11 @@ pub fn openmetrics(runs: &[Run]) -> String {
             metric.key, metric.formula
         );
         for run in runs {
-            let label = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            let label = |text: &str| {
+                text.replace('\\', "\\\\")
+                    .replace('"', "\\\"")
+                    .replace('\n', "\\n")
+            };
             for (context, _, s) in figures(run).filter(|(_, m, _)| m.key == metric.key) {
                 for (quantity, value) in [
                     ("median", s.median),

@@ -86,7 +86,9 @@ pub fn differences(base: &Run, new: &Run) -> Vec<Difference> {
     differ(Aspect::Model, &model);
     differ(Aspect::Machine, &|run| run.body.hardware.summary());
     differ(Aspect::Backend, &backend);
-    differ(Aspect::Threads, &|run| run.body.software.threads.to_string());
+    differ(Aspect::Threads, &|run| {
+        run.body.software.threads.to_string()
+    });
     differ(Aspect::Corpus, &corpus);
     differ(Aspect::Continuation, &|run| {
         run.body.settings.continuation.describe().into()
@@ -95,7 +97,10 @@ pub fn differences(base: &Run, new: &Run) -> Vec<Difference> {
         run.body.settings.generated_tokens.to_string()
     });
     // On a CPU a budget is planned and changes nothing.
-    if [base, new].iter().all(|run| run.body.memory.peak_vram_bytes.is_some()) {
+    if [base, new]
+        .iter()
+        .all(|run| run.body.memory.peak_vram_bytes.is_some())
+    {
         differ(Aspect::Budget, &|run| {
             let budget = run.body.memory.vram_budget_bytes;
             budget.map_or("none".into(), |bytes| format!("{bytes} bytes"))

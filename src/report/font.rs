@@ -74,7 +74,10 @@ mod tests {
         let wide = width("WWW", 12.0, Weight::Regular);
         assert!(0.0 < narrow && narrow < wide);
         let cut = fit("a rather long name of a model", 12.0, Weight::Regular, 80.0);
-        assert!(cut.starts_with("a r") && cut.ends_with("el") && cut.contains('…'), "{cut}");
+        assert!(
+            cut.starts_with("a r") && cut.ends_with("el") && cut.contains('…'),
+            "{cut}"
+        );
         assert!(width(&cut, 12.0, Weight::Regular) <= 80.0);
         assert_eq!(fit("short", 12.0, Weight::Regular, 80.0), "short");
     }

@@ -23,6 +23,10 @@ td { vertical-align: top; }
 .number { text-align: right; white-space: nowrap; }
 pre { background: #f6f8fa; padding: 12px 14px; border-radius: 6px; overflow-x: auto; font-size: 13px; }
 .warning { color: #b45309; font-weight: 600; }
+.verdict { font-weight: 600; padding: 10px 14px; border-radius: 6px; color: #1b2430; }
+.pass { background: #e3f4ec; }
+.undecided { background: #fdf0d9; }
+.fail { background: #fbe3dc; }
 ";
 
 pub fn render(inputs: &ReportInputs, charts: &[Chart]) -> String {
@@ -38,15 +42,25 @@ pub fn render(inputs: &ReportInputs, charts: &[Chart]) -> String {
     if inputs.is_synthetic() {
         out.push_str("<p class=\"warning\">Measured on synthetic weights.</p>\n");
     }
+    for verdict in &inputs.verdicts {
+        let class = verdict.outcome.name();
+        let line = escape(&super::ci::headline(verdict));
+        let _ = writeln!(out, "<p class=\"verdict {class}\">{line}</p>");
+    }
     push_list(&mut out, &content::labels(&inputs.runs));
+    let sections = match inputs.runs.is_empty() {
+        true => Vec::new(),
+        false => content::sections(inputs),
+    };
+    let (first, rest) = sections.split_at(content::before_charts(&sections));
+    first
+        .iter()
+        .for_each(|section| push_section(&mut out, section));
     for chart in charts {
         let _ = writeln!(out, "<figure>\n{}</figure>", chart.svg);
     }
-    if !inputs.runs.is_empty() {
-        for section in content::sections(&inputs.runs) {
-            push_section(&mut out, &section);
-        }
-    }
+    rest.iter()
+        .for_each(|section| push_section(&mut out, section));
     out.push_str("</body>\n</html>\n");
     out
 }

@@ -78,6 +78,11 @@ pub enum ReportError {
 }
 
 impl Run {
+    /// Whether the run could hold anything there: a CPU has no VRAM, whatever was planned.
+    pub fn has_tier(&self, tier: record::Tier) -> bool {
+        tier != record::Tier::Vram || self.body.labels.executed_on.contains("cuda")
+    }
+
     /// `2025-11-23` of the time stamp.
     pub fn day(&self) -> &str {
         self.created.get(..10).unwrap_or(&self.created)

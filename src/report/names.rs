@@ -9,7 +9,9 @@ pub fn distinguishing(paths: &[&Path]) -> Vec<String> {
     let all: Vec<Vec<String>> = paths.iter().map(|path| parts(path)).collect();
     let shortest = all.iter().map(Vec::len).min().unwrap_or(0);
     let shared = |at: &dyn Fn(&Vec<String>, usize) -> String| {
-        (0..shortest).take_while(|&i| all.iter().all(|p| at(p, i) == at(&all[0], i))).count()
+        (0..shortest)
+            .take_while(|&i| all.iter().all(|p| at(p, i) == at(&all[0], i)))
+            .count()
     };
     let (head, tail) = match all.len() {
         0 | 1 => (shortest.saturating_sub(1), 0),
@@ -24,7 +26,9 @@ pub fn distinguishing(paths: &[&Path]) -> Vec<String> {
         let head = head.min(parts.len() - 1);
         let end = (parts.len() - tail.min(parts.len() - 1)).max(head + 1);
         let name = parts[head..end].join("/");
-        let again = names.iter().filter(|n| **n == name || n.starts_with(&format!("{name} #")));
+        let again = names
+            .iter()
+            .filter(|n| **n == name || n.starts_with(&format!("{name} #")));
         let name = match again.count() {
             0 => name,
             n => format!("{name} #{}", n + 1),
@@ -63,7 +67,10 @@ mod tests {
                 vec!["reports/a/x/run.json", "reports/b/x/run.json"],
                 vec!["a", "b"],
             ),
-            (vec!["bench-out/run.json", "slower.json"], vec!["bench-out", "slower"]),
+            (
+                vec!["bench-out/run.json", "slower.json"],
+                vec!["bench-out", "slower"],
+            ),
             (vec!["run.json", "old/run.json"], vec!["run", "old"]),
             (vec!["/tmp/today/run.json"], vec!["today"]),
             (vec!["run.json"], vec!["run"]),

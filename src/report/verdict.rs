@@ -118,7 +118,10 @@ impl Rule {
         self.memory(&base.body, &new.body, &mut checks);
         self.quality(&base.body, &new.body, &mut checks);
         self.output(&base.body, &new.body, &mut checks);
-        if !checks.iter().any(|c| c.worse_by.is_some() && c.context_tokens.is_some()) {
+        if !checks
+            .iter()
+            .any(|c| c.worse_by.is_some() && c.context_tokens.is_some())
+        {
             checks.push(missing("speed", "", None, "both runs"));
         }
         let worst = checks.iter().map(|check| check.outcome).max();
@@ -152,7 +155,12 @@ impl Rule {
             let (old, now) = (metric.values(base), metric.values(new));
             match (old.is_empty(), now.is_empty()) {
                 (false, true) => {
-                    checks.push(missing(metric.key, metric.unit, Some(tokens), "the later run"));
+                    checks.push(missing(
+                        metric.key,
+                        metric.unit,
+                        Some(tokens),
+                        "the later run",
+                    ));
                 }
                 (false, false) => checks.extend(self.metric(metric, tokens, &old, &now)),
                 (true, _) => {}
@@ -208,7 +216,14 @@ impl Rule {
             };
             let worse_by = new as f64 / base as f64 - 1.0;
             let fails = worse_by > self.threshold;
-            checks.push(single(metric, "bytes", base as f64, new as f64, worse_by, fails));
+            checks.push(single(
+                metric,
+                "bytes",
+                base as f64,
+                new as f64,
+                worse_by,
+                fails,
+            ));
         }
     }
 
@@ -230,7 +245,14 @@ impl Rule {
         checks.push(single("mean_kl_nats", "nats", old_kl, new_kl, share, fails));
         let worse_by = now.perplexity / old.perplexity - 1.0;
         let fails = !(worse_by <= PERPLEXITY_RISE);
-        checks.push(single("perplexity", "perplexity", old.perplexity, now.perplexity, worse_by, fails));
+        checks.push(single(
+            "perplexity",
+            "perplexity",
+            old.perplexity,
+            now.perplexity,
+            worse_by,
+            fails,
+        ));
     }
 
     fn output(&self, base: &RunBody, new: &RunBody, checks: &mut Vec<Check>) {
@@ -278,7 +300,14 @@ fn empty(metric: &str, unit: &'static str, context_tokens: Option<usize>) -> Che
     }
 }
 
-fn single(metric: &str, unit: &'static str, base: f64, new: f64, worse_by: f64, fails: bool) -> Check {
+fn single(
+    metric: &str,
+    unit: &'static str,
+    base: f64,
+    new: f64,
+    worse_by: f64,
+    fails: bool,
+) -> Check {
     Check {
         base: Some(base),
         new: Some(new),

@@ -36,8 +36,9 @@ pub fn compare(runs: &[Run]) -> Option<Chart> {
         super::context_label(context)
     );
     let subtitle = format!(
-        "Bars are medians of {}, lines 95% intervals, dots the repetitions; ratios are to {}",
+        "Bars are medians of {}, lines {}s, dots the repetitions; ratios are to {}",
         super::repetitions(runs),
+        super::spread(runs),
         runs[0].name
     );
     let mut svg = Frame {

@@ -56,7 +56,8 @@ pub fn memory(runs: &[Run]) -> Option<Chart> {
 fn stacks(runs: &[Run]) -> Vec<Stack<'_>> {
     let mut stacks = Vec::new();
     for run in runs {
-        for tier in [Tier::Vram, Tier::Ram, Tier::Disk] {
+        let tiers = [Tier::Vram, Tier::Ram, Tier::Disk];
+        for tier in tiers.into_iter().filter(|&tier| run.has_tier(tier)) {
             let memory = &run.body.memory;
             let mut parts: Vec<&MemoryComponent> = memory
                 .components

@@ -46,7 +46,10 @@ pub fn prediction(runs: &[Run]) -> Option<Chart> {
         width: WIDTH,
         height: legend_height + rows.len() as f64 * ROW + 40.0,
         title,
-        subtitle: "Predicted terms stacked above the measured median with its 95% interval",
+        subtitle: &format!(
+            "Predicted terms stacked above the measured median with its {}",
+            super::spread(runs)
+        ),
         footnote: &super::footnote(runs),
         warning: super::synthetic_warning(runs),
     }

@@ -12,7 +12,7 @@ use crate::report::units;
 const HEIGHT: f64 = 320.0;
 const GAP: f64 = 56.0;
 
-/// Median, 95% interval and every repetition; `None` without a single rate.
+/// Median, interval and every repetition; `None` without a single rate.
 pub fn throughput(runs: &[Run]) -> Option<Chart> {
     let panels: Vec<&Metric> = [&DECODE_TOK_S, &PREFILL_TOK_S]
         .into_iter()
@@ -25,7 +25,8 @@ pub fn throughput(runs: &[Run]) -> Option<Chart> {
     let subtitle = match super::repetitions(runs).as_str() {
         "1 repetition" => "A single repetition, so there is no interval".to_string(),
         several => format!(
-            "Median of {several} with its 95% bootstrap interval; small dots are the repetitions"
+            "Median of {several} with its {}; small dots are the repetitions",
+            super::spread(runs)
         ),
     };
     let mut svg = Frame {

@@ -71,7 +71,9 @@ fn twenty_percent_slower_never_passes_where_intervals_overlap() {
     assert_eq!(check.outcome, Outcome::Undecided);
     assert!(check.reason.contains("may be noise"), "{check}");
     // Fewer samples than any test can decide on: the median does.
-    let check = rule(false).metric(&TTFT_MS, 512, &base[..3], &new[..3]).unwrap();
+    let check = rule(false)
+        .metric(&TTFT_MS, 512, &base[..3], &new[..3])
+        .unwrap();
     assert_eq!(check.outcome, Outcome::Fail);
     assert!(check.reason.contains("too few"), "{check}");
 }
