@@ -8,8 +8,9 @@ use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::{bench, doctor, plan, profile, quantize, report, run, synth};
 use crate::engine::{BackendChoice, GpuOptions, Residency};
-use crate::planning::PolicyConfig;
-use crate::planning::units::parse_bytes;
+use crate::planning::execution::PrefillSettings;
+use crate::planning::units::{parse_bytes, parse_tokens};
+use crate::planning::{PolicyConfig, Precision};
 
 /// Runs large mixture-of-experts language models on one small GPU plus system RAM, and tells
 /// beforehand how fast.
@@ -86,8 +87,8 @@ pub struct ComputeArgs {
     #[arg(long, value_name = "N", value_parser = parse_threads)]
     pub threads: Option<usize>,
     /// Arithmetic of NF4 weights on the CPU
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Precision::Int16)]
-    pub cpu_precision: Precision,
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CpuPrecisionArg::Int16)]
+    pub cpu_precision: CpuPrecisionArg,
     /// Type of the cache of keys and values: f32, f16 or int8 [default: the placement's on a GPU, or
     /// f16; else f32]
     ///
@@ -110,6 +111,33 @@ pub struct ComputeArgs {
     /// Of 1, 2, .. missing experts of a layer, how many the GPU reads over PCIe
     #[arg(long, value_name = "N,...", value_delimiter = ',', hide = true)]
     pub gpu_reads: Vec<i32>,
+    #[command(flatten)]
+    pub prefill: PrefillArgs,
+}
+
+/// How a GPU computes prompts.
+#[derive(Clone, Copy, Debug, Args)]
+#[command(next_help_heading = "Compute")]
+pub struct PrefillArgs {
+    /// Matrix products of prompts on a GPU: auto (the fastest that keeps the quality bar, now f16), f16
+    /// (one f16 term each) or exact (two, as exact as f32)
+    ///
+    /// Sums are f32 in both. `bench` prints the KL divergence to the reference beside each speed.
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    pub precision: Precision,
+    /// Tokens of a prompt that a GPU computes at once, at most [default: what moves the fewest bytes,
+    /// up to 16k]
+    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
+    pub prefill_chunk: Option<u64>,
+}
+
+impl PrefillArgs {
+    pub fn settings(&self) -> PrefillSettings {
+        PrefillSettings {
+            precision: self.precision,
+            chunk_tokens: self.prefill_chunk.map(|tokens| tokens as usize),
+        }
+    }
 }
 
 /// Where the expert cache goes on.
@@ -133,6 +161,7 @@ impl ComputeArgs {
             },
             split: (!self.gpu_reads.is_empty())
                 .then(|| [0].iter().chain(&self.gpu_reads).copied().collect()),
+            prefill: self.prefill.settings(),
             ..GpuOptions::default()
         }
     }
@@ -146,7 +175,7 @@ fn parse_threads(text: &str) -> Result<usize, String> {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Precision {
+pub enum CpuPrecisionArg {
     /// Exactly dequantised weights
     F32,
     /// 14 to 16-bit weights, 14 to 18-bit activations: 0.001 to 0.007% error
@@ -155,12 +184,12 @@ pub enum Precision {
     Int8,
 }
 
-impl From<Precision> for CpuPrecision {
-    fn from(precision: Precision) -> Self {
+impl From<CpuPrecisionArg> for CpuPrecision {
+    fn from(precision: CpuPrecisionArg) -> Self {
         match precision {
-            Precision::F32 => CpuPrecision::F32,
-            Precision::Int16 => CpuPrecision::Int16,
-            Precision::Int8 => CpuPrecision::Int8,
+            CpuPrecisionArg::F32 => CpuPrecision::F32,
+            CpuPrecisionArg::Int16 => CpuPrecision::Int16,
+            CpuPrecisionArg::Int8 => CpuPrecision::Int8,
         }
     }
 }

@@ -18,9 +18,10 @@ use moectl::backend::cpu::CpuPrecision;
 use moectl::engine::experts::ExpertManager;
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions, Residency};
 use moectl::model::{LogitRows, OnRouting, Source};
+use moectl::planning::execution::PrefillSettings;
 use moectl::planning::simulator::simulate;
 use moectl::planning::trace::{Phase, Picks, Record};
-use moectl::planning::{ExpertCache, LayerSlots, PolicyConfig, Throttle};
+use moectl::planning::{ExpertCache, LayerSlots, PolicyConfig, Precision, Throttle};
 use program::{Outcome, Sandbox, data, finish};
 use serde_json::{Value, json};
 
@@ -54,7 +55,10 @@ fn engine_of(model: &str, max_tokens: usize, prefill_tokens: Option<usize>) -> E
         cpu_precision: CpuPrecision::default(),
         gpu: GpuOptions {
             residency: Residency::Nothing,
-            prefill_tokens,
+            prefill: PrefillSettings {
+                precision: Precision::Exact,
+                chunk_tokens: prefill_tokens,
+            },
             ..GpuOptions::default()
         },
         kv_dtype: Some(KvDtype::F16),

@@ -165,11 +165,11 @@ fn a_prompt_given_up_between_chunks_leaves_a_working_sequence() {
     let short = &golden.prompts.iter().find(|p| p.ids.len() == 63).unwrap();
     for residency in [Residency::Nothing, Residency::Fill] {
         let options = CudaOptions {
-            prefill_tokens: Some(64),
+            prefill: exact(Some(64)),
             ..with(residency)
         };
         let mut sequence = cuda(&device, options, &model, 256);
-        assert_eq!(sequence.prefill_chunk(), 64);
+        assert_eq!(sequence.prefill_chunk(200), 64);
         let some = if is_emulated(&device) { 2..=2 } else { 1..=3 };
         for given_up_after in some {
             Runner::reset(&mut sequence, 256).unwrap();
@@ -210,7 +210,7 @@ fn the_engine_gives_up_a_prompt_when_told_to() {
         threads: None,
         cpu_precision: Default::default(),
         gpu: GpuOptions {
-            prefill_tokens: Some(64),
+            prefill: exact(Some(64)),
             ..GpuOptions::default()
         },
         kv_dtype: Some(KvDtype::F16),
@@ -248,7 +248,7 @@ fn a_prompts_last_piece_leaves_in_slots_what_is_asked_for() {
     let layers = model.0.num_layers();
     let ids = tiny_moe_text(60);
     let options = || CudaOptions {
-        prefill_tokens: Some(24),
+        prefill: exact(Some(24)),
         ..with(Residency::Nothing)
     };
     let mut contents: Vec<Vec<Option<u16>>> = vec![(0..48).map(Some).collect(); layers];

@@ -13,6 +13,7 @@ use moectl::backend::cuda::device::Device;
 use moectl::backend::cuda::{Cuda, CudaOptions, Residency};
 use moectl::backend::{ModelShape, ModelWeights};
 use moectl::model::Runner;
+use moectl::planning::execution::PrefillSettings;
 use support::*;
 
 /// Largest difference of a logit. Keys and values are f16: 0.02% off each, which the random weights
@@ -38,7 +39,34 @@ fn cuda(device: &Device, options: CudaOptions, model: &(ModelShape, ModelWeights
 fn with(residency: Residency) -> CudaOptions {
     CudaOptions {
         residency,
+        prefill: exact(None),
         ..CudaOptions::default()
+    }
+}
+
+/// One f16 term in prefill: rounding moves logits, but no greedy token.
+#[test]
+fn greedy_tokens_of_one_term_equal_transformers() {
+    let Some(device) = open_device() else { return };
+    for &(model, layout) in F32_GOLDENS {
+        let golden = golden(model, layout);
+        let model = open(&golden.model_dir);
+        let options = CudaOptions {
+            prefill: PrefillSettings::default(),
+            ..with(Residency::Fill)
+        };
+        let mut sequence = cuda(&device, options, &model);
+        for prompt in &golden.prompts {
+            let what = format!("{} {}", golden.name, prompt.name);
+            let expected = golden.f32s(&format!("logits.{}", prompt.name));
+            let vocab = expected.len() / prompt.ids.len();
+            Runner::reset(&mut sequence, 512).unwrap();
+            let (logits, _) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
+            let last = &logits[logits.len() - vocab..];
+            let diff = max_diff(last, &expected[expected.len() - vocab..]);
+            println!("{what}: largest difference of a last logit {diff:.1e}");
+            assert_eq!(greedy(&mut sequence, last, 32), prompt.greedy, "{what}");
+        }
     }
 }
 

@@ -110,7 +110,7 @@ fn the_budget_is_a_ceiling_or_an_error_with_both_numbers() {
     let run = |vram_bytes: Option<u64>, residency: Residency| -> Result<(u64, u64, usize)> {
         let options = CudaOptions {
             vram_bytes,
-            prefill_tokens: Some(64),
+            prefill: exact(Some(64)),
             ..with(residency)
         };
         let mut sequence = load(&device, options, &model, 256)?;
@@ -212,7 +212,7 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
     let ids = tiny_moe_text(if is_emulated(&device) { 49 } else { 300 });
     let all = layers * experts;
     let small = |residency: Residency| CudaOptions {
-        prefill_tokens: Some(24),
+        prefill: exact(Some(24)),
         ..with(residency)
     };
     let emulated = is_emulated(&device);
@@ -286,8 +286,12 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
         );
         (used, resident)
     };
-    // As many slots, but the workspace is borrowed from them.
-    let (borrowed_used, _) = check("borrowed workspace", small(Residency::Fill), Some(all));
+    // As many slots, but a budget without room for a workspace beside them, so it is borrowed.
+    let tight = CudaOptions {
+        vram_bytes: Some(own_used + (48 << 20) - (3 << 20)),
+        ..small(Residency::Fill)
+    };
+    let (borrowed_used, _) = check("borrowed workspace", tight, Some(all));
     if is_emulated(&device) {
         assert!(
             borrowed_used < own_used,
@@ -308,7 +312,7 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
             Some(experts),
         );
         let chunk = CudaOptions {
-            prefill_tokens: Some(512),
+            prefill: exact(Some(512)),
             ..with(Residency::Fill)
         };
         check("one chunk", chunk, Some(all));

@@ -1,5 +1,7 @@
 //! The sizes of a model, as a backend needs them. `model::config` makes one from config.json.
 
+use crate::planning::ShapeNumbers;
+
 /// Sizes of every block. All fields use the names of config.json.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
@@ -53,6 +55,31 @@ pub struct MoeShape {
 impl ModelShape {
     pub fn num_layers(&self) -> usize {
         self.mixers.len()
+    }
+
+    /// The same as plans count with.
+    pub fn numbers(&self) -> ShapeNumbers {
+        let layers_of =
+            |kind: MixerKind| self.mixers.iter().filter(|&&mixer| mixer == kind).count() as u64;
+        let (attention, net, moe) = (&self.attention, &self.delta_net, &self.moe);
+        ShapeNumbers {
+            vocab_size: self.vocab_size as u64,
+            hidden_size: self.hidden_size as u64,
+            num_attention_layers: layers_of(MixerKind::GatedAttention),
+            num_delta_net_layers: layers_of(MixerKind::GatedDeltaNet),
+            num_attention_heads: attention.num_attention_heads as u64,
+            num_key_value_heads: attention.num_key_value_heads as u64,
+            head_dim: attention.head_dim as u64,
+            linear_num_key_heads: net.num_key_heads as u64,
+            linear_num_value_heads: net.num_value_heads as u64,
+            linear_key_head_dim: net.key_head_dim as u64,
+            linear_value_head_dim: net.value_head_dim as u64,
+            linear_conv_kernel_dim: net.conv_kernel_dim as u64,
+            num_experts: moe.num_experts as u64,
+            num_experts_per_tok: moe.num_experts_per_tok as u64,
+            moe_intermediate_size: moe.moe_intermediate_size as u64,
+            shared_expert_intermediate_size: moe.shared_expert_intermediate_size as u64,
+        }
     }
 }
 

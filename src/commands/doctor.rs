@@ -14,6 +14,7 @@ use crate::formats::Document;
 use crate::formats::document::HARDWARE;
 use crate::hardware::{ExpertProbe, GpuProbe, HardwareBody};
 use crate::model::{Source, weights};
+use crate::planning::execution::PrefillSettings;
 use crate::report::doctor_report;
 
 /// Show what this machine can do, measured
@@ -106,7 +107,10 @@ fn measure_gpu(model: &str, console: &Console) -> anyhow::Result<Option<GpuProbe
         // Given shares are not searched for.
         gpu: GpuOptions {
             split: Some(vec![0]),
-            prefill_tokens: Some(64),
+            prefill: PrefillSettings {
+                chunk_tokens: Some(64),
+                ..PrefillSettings::default()
+            },
             ..GpuOptions::default()
         },
         kv_dtype: None,

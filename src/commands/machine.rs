@@ -88,15 +88,15 @@ fn read(path: &Path) -> anyhow::Result<Hardware> {
     Ok(machine)
 }
 
-/// This machine, its RAM measured in about two seconds; its GPU, if it has one, as that of the known
+/// This machine, its RAM measured in less than a second; its GPU, if it has one, as that of the known
 /// machine most like it.
 pub fn here() -> Hardware {
-    let mut hardware = HardwareBody::detect();
-    let threads = hardware.cpu.usable_cores();
-    hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
+    let hardware = HardwareBody::detect();
+    let dram = probe::dram_read_all_cores(&hardware.cpu, &hardware.memory);
+    let this = of_facts(&hardware, dram.as_ref());
     match hardware.gpu.devices.is_empty() {
-        true => on_cpu(&hardware),
-        false => with_gpu(&hardware),
+        true => this,
+        false => with_cpu_of(this),
     }
 }
 
@@ -219,22 +219,24 @@ pub fn like_this() -> Hardware {
     }
 }
 
-/// As [`like_this`], with the RAM of this machine as it was measured. What RAM and PCIe deliver
-/// together goes with the RAM.
+/// As [`like_this`], with the RAM of this machine as it was measured.
 pub fn with_gpu(hardware: &HardwareBody) -> Hardware {
+    this_machine(hardware).map_or_else(like_this, with_cpu_of)
+}
+
+/// As [`like_this`], with this CPU and RAM. What RAM and PCIe deliver together goes with the RAM.
+fn with_cpu_of(this: Hardware) -> Hardware {
     let mut machine = like_this();
-    if let Some(this) = this_machine(hardware) {
-        let share = this.cpu.dram_read_gb_s.value / machine.cpu.dram_read_gb_s.value;
-        let both = machine
-            .gpu
-            .as_mut()
-            .and_then(|gpu| gpu.cpu_and_pcie_gb_s.as_mut());
-        if let Some(both) = both {
-            both.value *= share;
-        }
-        machine.label = format!("{}; GPU as {}", this.label, machine.label);
-        machine.cpu = this.cpu;
+    let share = this.cpu.dram_read_gb_s.value / machine.cpu.dram_read_gb_s.value;
+    let both = machine
+        .gpu
+        .as_mut()
+        .and_then(|gpu| gpu.cpu_and_pcie_gb_s.as_mut());
+    if let Some(both) = both {
+        both.value *= share;
     }
+    machine.label = format!("{}; GPU as {}", this.label, machine.label);
+    machine.cpu = this.cpu;
     machine
 }
 

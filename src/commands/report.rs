@@ -26,7 +26,7 @@ use crate::report::{
 ///
 /// A run fails if at any context the median of decode, prefill, time to first token or p99 latency is
 /// worse by more than PERCENT and a rank test excludes noise (p < 0.00125; with too few samples for
-/// that the median alone decides), if a context or a figure is missing, if peak memory rises by more
+/// that the median alone decides, but for p99), if a context or a figure is missing, if peak memory rises by more
 /// than PERCENT, perplexity by 0.1%, mean KL by PERCENT and 1e-5 nats, or if other tokens are
 /// generated (exit 3). It is undecided, which is no pass, if it is that much worse and may be noise
 /// (exit 1). Runs that were not measured alike are refused (exit 2); --allow-different says

@@ -4,7 +4,7 @@ use super::{Result, load_weights};
 use crate::backend::{ExpertWeights, MixerKind, MixerWeights, ModelShape, ModelWeights};
 use crate::formats::{Checkpoint, Matrix};
 use crate::model::ModelConfig;
-use crate::planning::footprint::{Footprint, ShapeNumbers, nf4_matrix_bytes};
+use crate::planning::footprint::{Footprint, nf4_matrix_bytes};
 
 /// The footprint of a model; `checkpoint` replaces the published layout by the actual one.
 ///
@@ -13,7 +13,7 @@ use crate::planning::footprint::{Footprint, ShapeNumbers, nf4_matrix_bytes};
 /// # Errors
 /// If the checkpoint is not one of this model.
 pub fn footprint(config: &ModelConfig, checkpoint: Option<&Checkpoint>) -> Result<Footprint> {
-    let mut footprint = Footprint::published(&shape_numbers(&config.shape));
+    let mut footprint = Footprint::published(&config.shape.numbers());
     if let Some(checkpoint) = checkpoint {
         let published = published_linear_bytes(&config.shape);
         let weights = load_weights(checkpoint, config)?;
@@ -101,28 +101,4 @@ fn published_linear_bytes(shape: &ModelShape) -> u64 {
         ]),
     };
     shape.mixers.iter().map(|kind| mixer(kind) + moe).sum()
-}
-
-fn shape_numbers(shape: &ModelShape) -> ShapeNumbers {
-    let layers_of =
-        |kind: MixerKind| shape.mixers.iter().filter(|&&mixer| mixer == kind).count() as u64;
-    let (attention, net, moe) = (&shape.attention, &shape.delta_net, &shape.moe);
-    ShapeNumbers {
-        vocab_size: shape.vocab_size as u64,
-        hidden_size: shape.hidden_size as u64,
-        num_attention_layers: layers_of(MixerKind::GatedAttention),
-        num_delta_net_layers: layers_of(MixerKind::GatedDeltaNet),
-        num_attention_heads: attention.num_attention_heads as u64,
-        num_key_value_heads: attention.num_key_value_heads as u64,
-        head_dim: attention.head_dim as u64,
-        linear_num_key_heads: net.num_key_heads as u64,
-        linear_num_value_heads: net.num_value_heads as u64,
-        linear_key_head_dim: net.key_head_dim as u64,
-        linear_value_head_dim: net.value_head_dim as u64,
-        linear_conv_kernel_dim: net.conv_kernel_dim as u64,
-        num_experts: moe.num_experts as u64,
-        num_experts_per_tok: moe.num_experts_per_tok as u64,
-        moe_intermediate_size: moe.moe_intermediate_size as u64,
-        shared_expert_intermediate_size: moe.shared_expert_intermediate_size as u64,
-    }
 }

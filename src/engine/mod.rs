@@ -25,6 +25,7 @@ use crate::model::{
     ChatError, GenerationConfigError, LogitRows, ModelConfig, OnRouting, Runner, Sequence, Source,
     SourceError, Tokenizer, TokenizerError,
 };
+use crate::planning::execution::PrefillSettings;
 
 pub use crate::backend::Residency;
 pub use sampler::{
@@ -92,8 +93,7 @@ pub struct GpuOptions {
     /// All the process may hold there, its context included; all that is free if not given
     pub vram_bytes: Option<u64>,
     pub residency: Residency,
-    /// The most tokens of a prefill chunk
-    pub prefill_tokens: Option<usize>,
+    pub prefill: PrefillSettings,
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
     pub split: Option<Vec<i32>>,
     /// Whether the CPU fetches experts early; measured if not given
@@ -202,7 +202,7 @@ fn cuda(
         cpu_precision: options.cpu_precision,
         kv_dtype: options.kv_dtype,
         residency: gpu.residency,
-        prefill_tokens: gpu.prefill_tokens,
+        prefill: gpu.prefill,
         split: gpu.split,
         look_ahead: gpu.look_ahead,
         parts: None,
@@ -463,7 +463,7 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
         proceed: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Option<Vec<f32>>> {
-        let chunk_len = self.runner.prefill_chunk();
+        let chunk_len = self.runner.prefill_chunk(ids.len());
         let chunks = ids.len().div_ceil(chunk_len);
         for (i, chunk) in ids.chunks(chunk_len).enumerate() {
             if !proceed(i * chunk_len) {

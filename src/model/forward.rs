@@ -79,8 +79,8 @@ pub trait Runner: Send {
 
     fn facts(&self) -> BackendFacts;
 
-    /// See [`Backend::prefill_chunk`].
-    fn prefill_chunk(&self) -> usize;
+    /// Tokens of the pieces that a prompt of `tokens` is best fed in.
+    fn prefill_chunk(&self, tokens: usize) -> usize;
 
     /// See [`Backend::load_rates`].
     fn load_rates(&self) -> Option<LoadRates> {
@@ -218,7 +218,7 @@ impl<B: Backend> Runner for Sequence<B> {
         self.backend.facts()
     }
 
-    fn prefill_chunk(&self) -> usize {
+    fn prefill_chunk(&self, _: usize) -> usize {
         self.backend.prefill_chunk()
     }
 
@@ -277,8 +277,8 @@ impl Runner for crate::backend::cuda::Cuda {
         None
     }
 
-    fn prefill_chunk(&self) -> usize {
-        self.prefill_chunk()
+    fn prefill_chunk(&self, tokens: usize) -> usize {
+        self.prefill_chunk(tokens)
     }
 
     fn take_times(&mut self) -> Option<DecodeTimes> {

@@ -20,10 +20,6 @@ const CONTEXT_BYTES: u64 = 450_000_000;
 /// Activations, logits and scratch of the decode step; an estimate. Prefill borrows expert slots.
 const WORKSPACE_BYTES: u64 = 350_000_000;
 
-/// Activations of a prefill chunk, per token and unit of hidden size: 0.9 GB for 8,192 tokens of
-/// 2,048; an estimate.
-const PREFILL_BYTES_PER_TOKEN_AND_HIDDEN: u64 = 54;
-
 /// Element type of the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -68,6 +64,7 @@ pub struct ShapeNumbers {
 /// Bytes and arithmetic of a model; everything a plan asks about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Footprint {
+    pub shape: ShapeNumbers,
     pub num_layers: usize,
     pub num_experts: usize,
     pub num_experts_per_tok: usize,
@@ -87,8 +84,6 @@ pub struct Footprint {
     pub conv_state_bytes: u64,
     pub context_bytes: u64,
     pub workspace_bytes: u64,
-    /// What prefill borrows from the slots per token of its chunk.
-    pub prefill_bytes_per_token: u64,
     /// Arithmetic of one token outside attention scores.
     pub flops_per_token: u64,
     /// Arithmetic of one token per token of context: scores and their weighted sum.
@@ -158,7 +153,7 @@ impl Footprint {
                 * s.linear_conv_kernel_dim.saturating_sub(1),
             context_bytes: CONTEXT_BYTES,
             workspace_bytes: WORKSPACE_BYTES,
-            prefill_bytes_per_token: PREFILL_BYTES_PER_TOKEN_AND_HIDDEN * d,
+            shape: shape.clone(),
             // Per state element: decay, read by key, update, read by query.
             flops_per_token: 2 * active + 8 * state,
             attention_flops_per_context_token: 4 * s.num_attention_layers * q_cols,

@@ -95,6 +95,9 @@ pub struct ContextRun {
     /// The same of prefill.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefill_prediction_error: Option<f64>,
+    /// When its first run began, on the clock of the monitor's samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_ms: Option<f64>,
     /// Weights, state and KV cache that one decode step reads, for GB/s and the roofline.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_read_per_token: Option<u64>,

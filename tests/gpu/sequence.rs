@@ -10,7 +10,7 @@ use moectl::backend::{ModelShape, ModelWeights, Result, Routing};
 use moectl::engine::TextModel;
 use moectl::model::{LogitRows, Runner, Source};
 
-use crate::support::{DECIDED_GAP, argmax, greedy, max_diff, prefill, tiny_moe};
+use crate::support::{DECIDED_GAP, argmax, exact, greedy, max_diff, prefill, tiny_moe};
 
 /// Largest difference of a logit between two ways to compute it on the GPU. Sums in another order
 /// differ by 1e-6; where that moves a key or value across a rounding of f16, by 5e-4 of it.
@@ -55,6 +55,7 @@ pub fn cuda(device: &Device, options: CudaOptions, model: &Model, max_tokens: us
 pub fn with(residency: Residency) -> CudaOptions {
     CudaOptions {
         residency,
+        prefill: exact(None),
         ..CudaOptions::default()
     }
 }

@@ -5,6 +5,7 @@ use moectl::backend::AttentionShape;
 use moectl::backend::cuda::abi::{KvCache, Step};
 use moectl::backend::cuda::device::{Buffer, Geometry};
 use moectl::backend::cuda::geometry::{self, AttentionParts};
+use moectl::planning::Precision;
 
 use crate::{EPS, Gpu, Rng, args, check, rms_norm, sigmoid};
 
@@ -268,14 +269,11 @@ fn chunk(
         );
         gpu.down::<f32>(&out)
     };
-    let exact = geometry::prefill_attention(s, tokens);
-    let fast = Geometry {
-        shared_bytes: 256 * s.head_dim as u32,
-        ..exact
-    };
+    let geometry = |precision| geometry::prefill_attention(s, tokens, precision);
+    let (exact, f16) = (geometry(Precision::Exact), geometry(Precision::F16));
     [
         attention("prefill_attention", exact, q_low.address()),
-        attention("prefill_attention_fast", fast, 0),
+        attention("prefill_attention_fast", f16, 0),
     ]
 }
 

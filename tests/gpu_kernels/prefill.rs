@@ -2,8 +2,9 @@
 
 use half::f16;
 use moectl::backend::cuda::abi::Format;
-use moectl::backend::cuda::device::{Buffer, Geometry};
+use moectl::backend::cuda::device::Buffer;
 use moectl::backend::cuda::geometry;
+use moectl::planning::Precision;
 
 use crate::router::top_k;
 use crate::{
@@ -60,13 +61,6 @@ pub fn split(
         ],
     );
     split
-}
-
-pub fn fast(geometry: Geometry) -> Geometry {
-    Geometry {
-        shared_bytes: 66_560,
-        ..geometry
-    }
 }
 
 /// `[tokens, cols]`, every token of another kind.
@@ -174,10 +168,13 @@ fn linear_of_every_format_and_size() {
                             y
                         })
                         .collect();
-                    let exact = geometry::matmul(rows, tokens, gpu.multiprocessors());
+                    let matmul = |precision| {
+                        geometry::matmul(rows, tokens, gpu.multiprocessors(), precision)
+                    };
+                    let (exact, f16) = (matmul(Precision::Exact), matmul(Precision::F16));
                     for (kernel, geometry, low, tolerance) in [
                         ("prefill_linear", exact, s.low.address(), TOLERANCE),
-                        ("prefill_linear_fast", fast(exact), 0, TOLERANCE_FAST_SUM),
+                        ("prefill_linear_fast", f16, 0, TOLERANCE_FAST_SUM),
                     ] {
                         let out = if add {
                             gpu.up(&before)
@@ -231,7 +228,7 @@ fn a_nan_stays_with_its_token() {
         let out = gpu.zeros(4 * tokens * rows);
         gpu.launch(
             "prefill_linear",
-            geometry::matmul(rows, tokens, gpu.multiprocessors()),
+            geometry::matmul(rows, tokens, gpu.multiprocessors(), Precision::Exact),
             args![
                 s.high.address(),
                 s.low.address(),

@@ -2,8 +2,9 @@
 
 use moectl::backend::cuda::abi::Format;
 use moectl::backend::cuda::geometry;
+use moectl::planning::Precision;
 
-use crate::prefill::{TOKENS, TOLERANCE, TOLERANCE_FAST, fast, split, tokens_of_all_kinds};
+use crate::prefill::{TOKENS, TOLERANCE, TOLERANCE_FAST, split, tokens_of_all_kinds};
 use crate::{Experts, FORMATS, Gpu, Rng, args, check, wide};
 
 struct MoeCase {
@@ -192,10 +193,11 @@ fn run_experts(gpu: &Gpu, case: &MoeCase, seed: u64) {
             expected_hidden.push(h);
         }
     }
-    for (suffix, tolerance) in [("", TOLERANCE), ("_fast", TOLERANCE_FAST)] {
-        let is_fast = !suffix.is_empty();
-        let shrink = |geometry| if is_fast { fast(geometry) } else { geometry };
-        let shared_bytes = geometry::MATMUL_SHARED_BYTES;
+    for (suffix, precision, tolerance) in [
+        ("", Precision::Exact, TOLERANCE),
+        ("_fast", Precision::F16, TOLERANCE_FAST),
+    ] {
+        let is_fast = precision == Precision::F16;
         let h = gpu.nans(all_rows * stride);
         for (first, count, bound) in groups {
             if count == 0 {
@@ -207,7 +209,7 @@ fn run_experts(gpu: &Gpu, case: &MoeCase, seed: u64) {
                 } else {
                     "prefill_experts_up"
                 },
-                shrink(geometry::tiles(stride.div_ceil(128), bound, shared_bytes)),
+                geometry::prefill_experts_up(stride, bound, precision),
                 args![
                     split_x.high.address(),
                     split_x.low.address(),
@@ -260,7 +262,7 @@ fn run_experts(gpu: &Gpu, case: &MoeCase, seed: u64) {
                     } else {
                         "prefill_experts_down"
                     },
-                    shrink(geometry::prefill_experts_down(row_count, tokens, bound)),
+                    geometry::prefill_experts_down(row_count, tokens, bound, precision),
                     args![
                         split_h.high.address(),
                         split_h.low.address(),

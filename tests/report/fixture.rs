@@ -84,6 +84,7 @@ fn context(tokens: usize, speed: f64, rng: &mut ChaCha8Rng) -> ContextRun {
         }),
         prediction_error: None,
         prefill_prediction_error: None,
+        started_ms: Some(1000.0 * (tokens / 4096) as f64),
         bytes_read_per_token: Some(2_500_000_000),
     };
     context.compare_prediction();

@@ -6,7 +6,17 @@ use std::path::PathBuf;
 use moectl::backend::{ModelShape, ModelWeights, Routing};
 use moectl::formats::Checkpoint;
 use moectl::model::{LogitRows, ModelConfig, Runner, weights};
+use moectl::planning::Precision;
+use moectl::planning::execution::PrefillSettings;
 use serde_json::Value;
+
+/// Two f16 terms in all products of prompts, which what is compared with f32 results needs.
+pub fn exact(chunk_tokens: Option<usize>) -> PrefillSettings {
+    PrefillSettings {
+        precision: Precision::Exact,
+        chunk_tokens,
+    }
+}
 
 /// A recorded checkpoint and the results of one library on it.
 pub struct Golden {

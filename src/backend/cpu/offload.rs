@@ -189,8 +189,9 @@ impl Offload {
     ///   there or all is fetched
     ///
     /// # Errors
-    /// An id out of range, more experts than `at_most`, a panic in a worker, or that of `wait`; the
-    /// layers from there on are not answered then.
+    /// An id out of range, more experts than `at_most`, a panic in a worker, or that of `wait`. Of the
+    /// layers from there on none is completed then, unless its request arrives before the workers see
+    /// the error.
     pub fn answer(
         &mut self,
         requests: &dyn Requests,
@@ -388,6 +389,8 @@ mod tests {
     struct Later<'a> {
         experts: &'a [Expert],
         asked: Asked<'a>,
+        /// Layers that are requested; the GPU stalls before it requests the next one.
+        requested: usize,
         looks: [AtomicUsize; 5],
         answers: [AtomicUsize; 5],
     }
@@ -416,7 +419,7 @@ mod tests {
         }
 
         fn asked(&self, layer: usize) -> Option<Asked<'_>> {
-            self.is_time(layer, 100).then_some(self.asked)
+            (layer < self.requested && self.is_time(layer, 100)).then_some(self.asked)
         }
 
         fn answered(&self, layer: usize) {
@@ -440,13 +443,14 @@ mod tests {
             };
             (offload.compute(&layer.experts, asked, &mut expected)).unwrap();
             for round in 0..200 {
+                let stands_still = round % 4;
                 let later = Later {
                     experts: &layer.experts,
                     asked,
+                    requested: stands_still,
                     looks: Default::default(),
                     answers: Default::default(),
                 };
-                let stands_still = round % 4;
                 let mut wait = |layer: usize, fetch: &dyn Fn()| {
                     if layer == stands_still {
                         return Err(BackendError::Other("the GPU stands still".into()));
@@ -469,6 +473,7 @@ mod tests {
                     assert!(!is_answered || out == expected, "layer {layer}");
                 }
                 let later = Later {
+                    requested: 5,
                     answers: Default::default(),
                     looks: Default::default(),
                     ..later

@@ -7,10 +7,7 @@ use nvml_wrapper::enums::device::UsedGpuMemory;
 
 use super::device::Device;
 use crate::backend::{BackendError, Result};
-
-/// Left free below the budget: the driver takes memory in pages, and grows a little at first
-/// launches.
-pub(super) const MARGIN_BYTES: u64 = 48 << 20;
+use crate::planning::execution::MARGIN_BYTES;
 
 /// Follows this process's memory on a device.
 #[derive(Clone)]

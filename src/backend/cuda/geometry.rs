@@ -3,6 +3,7 @@
 use super::abi::{ExpertLayout, Format, Linear};
 use super::device::{DeviceFacts, Geometry};
 use crate::backend::{AttentionShape, DeltaNetShape, ModelShape};
+use crate::planning::Precision;
 
 fn geometry(x: usize, block: usize, shared_bytes: usize) -> Geometry {
     Geometry {
@@ -133,7 +134,12 @@ pub fn experts_down(dim: usize) -> Geometry {
 }
 
 /// Dynamic shared memory of the matrix products of prefill.
-pub const MATMUL_SHARED_BYTES: usize = 99_328;
+fn matmul_shared_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::Exact => 99_328,
+        Precision::F16 => 66_560,
+    }
+}
 
 /// One dimension.
 pub fn rows(blocks: usize, block: usize) -> Geometry {
@@ -150,7 +156,12 @@ pub fn tiles(rows: usize, tokens: usize, shared_bytes: usize) -> Geometry {
 }
 
 /// Shared out so that few multiprocessors idle, and large products keep their tokens.
-pub fn matmul(rows: usize, tokens: usize, multiprocessors: usize) -> Geometry {
+pub fn matmul(
+    rows: usize,
+    tokens: usize,
+    multiprocessors: usize,
+    precision: Precision,
+) -> Geometry {
     let (r, t) = (rows.div_ceil(256), tokens.div_ceil(128));
     let (r, t) = match r * t {
         blocks if blocks < multiprocessors => {
@@ -159,7 +170,7 @@ pub fn matmul(rows: usize, tokens: usize, multiprocessors: usize) -> Geometry {
         blocks if blocks >= 8 * multiprocessors => (r.div_ceil(4), t),
         _ => (r, t),
     };
-    tiles(r, t, MATMUL_SHARED_BYTES)
+    tiles(r, t, matmul_shared_bytes(precision))
 }
 
 pub fn prefill_conv(s: &DeltaNetShape, tokens: usize) -> Geometry {
@@ -200,14 +211,23 @@ pub fn prefill_router(experts: usize, tokens: usize, multiprocessors: usize) -> 
     tiles(tokens, experts.div_ceil(per_block), 0)
 }
 
-pub fn prefill_experts_down(rows: usize, tokens: usize, bound: usize) -> Geometry {
+pub fn prefill_experts_up(stride: usize, bound: usize, precision: Precision) -> Geometry {
+    tiles(stride.div_ceil(128), bound, matmul_shared_bytes(precision))
+}
+
+pub fn prefill_experts_down(
+    rows: usize,
+    tokens: usize,
+    bound: usize,
+    precision: Precision,
+) -> Geometry {
     let blocks = rows.div_ceil(256);
     let blocks = if rows >= 2048 && tokens >= 2048 {
         blocks / 2
     } else {
         blocks
     };
-    tiles(blocks, bound, MATMUL_SHARED_BYTES)
+    tiles(blocks, bound, matmul_shared_bytes(precision))
 }
 
 /// Counting and scattering of the sort by expert.
@@ -231,11 +251,15 @@ pub fn prefill_qkv(s: &AttentionShape, tokens: usize) -> Geometry {
     geometry((tokens * heads).div_ceil(8), 256, 0)
 }
 
-pub fn prefill_attention(s: &AttentionShape, tokens: usize) -> Geometry {
+pub fn prefill_attention(s: &AttentionShape, tokens: usize, precision: Precision) -> Geometry {
     let group = s.num_attention_heads / s.num_key_value_heads.max(1);
     let rows = (tokens * group).div_ceil(64);
+    let shared = match precision {
+        Precision::Exact => 384,
+        Precision::F16 => 256,
+    };
     Geometry {
         block: [128, 1],
-        ..tiles(rows, s.num_key_value_heads, 384 * s.head_dim)
+        ..tiles(rows, s.num_key_value_heads, shared * s.head_dim)
     }
 }

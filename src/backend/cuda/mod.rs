@@ -52,6 +52,7 @@ use super::{
     OnRenewing, Result, Routing, VramHeld, VramMeter,
 };
 use crate::formats::Matrix;
+use crate::planning::execution::{MARGIN_BYTES, PrefillSettings};
 
 #[derive(Clone, Debug, Default)]
 pub struct CudaOptions {
@@ -65,8 +66,7 @@ pub struct CudaOptions {
     /// f16, if not given, or int8
     pub kv_dtype: Option<KvDtype>,
     pub residency: Residency,
-    /// The most tokens of a prefill chunk; chosen by memory if not given
-    pub prefill_tokens: Option<usize>,
+    pub prefill: PrefillSettings,
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe; none if not given
     pub split: Option<Vec<i32>>,
     /// Whether routers look ahead, so that the CPU fetches experts early; measured if not given
@@ -190,7 +190,7 @@ impl Cuda {
             &store,
             &shared_layout,
             &dense,
-            &options,
+            options.prefill,
             &stream,
         )?;
         let mut cuda = Cuda {
@@ -275,7 +275,7 @@ impl Cuda {
             sequence_bytes: self.state.bytes(),
             slots_bytes: self.model.store.slots_bytes() as u64,
             other_bytes: 0,
-            margin_bytes: budget::MARGIN_BYTES,
+            margin_bytes: MARGIN_BYTES,
         };
         let known = held.context_bytes + held.sequence_bytes + held.slots_bytes;
         Ok(VramHeld {
@@ -290,17 +290,13 @@ impl Cuda {
         Box::new(move || usage.now().ok())
     }
 
-    /// See `Runner::prefill_chunk`.
-    pub fn prefill_chunk(&self) -> usize {
-        self.prefill.max_tokens()
-    }
-
     pub fn facts(&self) -> BackendFacts {
         BackendFacts {
             name: format!("cuda:{}", self.index),
             kernels: Some(format!(
-                "{}, {} {} for experts in RAM",
+                "{}, prefill {}, {} {} for experts in RAM",
                 self.device.facts().name,
+                self.options.prefill.precision.name(),
                 self.offload.isa().name(),
                 self.options.cpu_precision.name()
             )),
@@ -411,6 +407,7 @@ impl Cuda {
             return Ok(NextLogits::All(self.forward(&[id], 0..1, on_routing)?));
         }
         self.feed(1, |cuda| {
+            cuda.give_slots_back()?;
             cuda.settle_slots()?;
             cuda.step(id, Wanted::Best, on_routing)?;
             (cuda.decode).best(&cuda.model, &mut cuda.offload, wanted)
@@ -425,6 +422,7 @@ impl Cuda {
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<Vec<f32>> {
         let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
+        self.give_slots_back()?;
         self.settle_slots()?;
         for (i, &id) in ids.iter().enumerate() {
             let wanted = rows.contains(&i);

@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use super::device::Event;
 use super::{Cuda, Residency};
 use crate::backend::{BackendError, Result, SlotChange};
+use crate::planning::execution::{Room, WorkspaceMemory, workspace_memory};
 
 /// Slots by layer, and copies under way.
 #[derive(Default)]
@@ -52,38 +53,14 @@ impl Cuda {
             self.model.shape.moe.num_experts,
         );
         self.decode.forget_graphs();
+        self.prefill.forget_borrowed();
         self.slots = Slots::default();
         self.model
             .store
             .set_slots(&self.device, 0, &self.model.stream)?;
-        self.prefill.drop_workspace();
-        let budget = self.options.vram_bytes;
-        let mut room = self.usage.room(budget)?;
-        // Where few slots fit, prefill cannot borrow from them.
-        let workspace = self.prefill.workspace_bytes() as u64;
-        let all = (layers * experts) as u64 * self.model.store.slot_bytes();
-        let nothing = matches!(
-            self.options.residency,
-            Residency::Nothing | Residency::Exactly(_)
-        );
-        // As few as a placement names, however much room there is.
-        let few = match &self.options.residency {
-            Residency::Slots(contents) => {
-                let slots: usize = contents.iter().map(Vec::len).sum();
-                slots as u64 * self.model.store.slot_bytes() < workspace
-            }
-            _ => false,
-        };
-        if nothing || few || room.min(all) < 2 * workspace {
-            // Refused before it is taken: the budget is a ceiling at any moment.
-            if let Some(budget) = budget.filter(|_| room < workspace) {
-                let needed = budget - room + workspace;
-                return Err(BackendError::DoesNotFit { needed, budget });
-            }
-            self.prefill
-                .own_workspace(&self.device, &self.model.stream)?;
-            room = self.usage.room(budget)?;
-        }
+        self.prefill
+            .set_workspace(WorkspaceMemory::Slots, &self.device, &self.model.stream)?;
+        let room = self.take_workspace(layers * experts)?;
         let fitting = ((room / self.model.store.slot_bytes()) as usize).min(layers * experts);
         let wanted: Vec<Option<(usize, usize)>> = match &self.options.residency {
             Residency::Nothing => Vec::new(),
@@ -127,6 +104,36 @@ impl Cuda {
         self.model.stream.synchronize()
     }
 
+    /// Sets memory aside for prompts where they don't borrow it from slots: the bytes that are left.
+    fn take_workspace(&mut self, all: usize) -> Result<u64> {
+        let budget = self.options.vram_bytes;
+        let bytes = self.usage.room(budget)?;
+        let wanted_slots = match &self.options.residency {
+            Residency::Nothing => 0,
+            Residency::Exactly(experts) => experts.len(),
+            Residency::Slots(contents) => contents.iter().map(Vec::len).sum(),
+            Residency::Fill | Residency::Preferred(_) => all,
+        };
+        let room = Room {
+            bytes,
+            wanted_slots,
+            slot_bytes: self.model.store.slot_bytes(),
+            context_tokens: self.state.max_tokens,
+            chunk_tokens: self.options.prefill.chunk_tokens,
+        };
+        // Refused before it is taken: the budget is a ceiling at any moment.
+        let memory = workspace_memory(self.prefill.sizes(), &room).map_err(|missing| {
+            let budget = budget.unwrap_or(bytes);
+            BackendError::DoesNotFit {
+                needed: budget + missing,
+                budget,
+            }
+        })?;
+        self.prefill
+            .set_workspace(memory, &self.device, &self.model.stream)?;
+        self.usage.room(budget)
+    }
+
     /// Puts `[layer][slot]` experts into VRAM, as far as they fit: the number of slots that do.
     pub fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<usize> {
         self.copies.synchronize()?;
@@ -137,6 +144,9 @@ impl Cuda {
 
     /// Starts copies into slots; changes of slots that did not fit are passed over.
     pub fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
+        if !changes.is_empty() {
+            self.give_slots_back()?;
+        }
         let mut copies = Vec::with_capacity(changes.len());
         for change in changes {
             let Some(slot) = self.slots.find(change) else {

@@ -186,6 +186,8 @@ fn sides(args: &BenchArgs) -> anyhow::Result<[Side; 3]> {
         ))
         .into());
     }
+    // A name without a folder would be looked for in PATH.
+    let other = std::path::absolute(&other).with_context(|| other.display().to_string())?;
     let passed_on = passed_on(std::env::args_os().skip(1));
     let more: Vec<OsString> = args
         .against_flags

@@ -73,6 +73,7 @@ pub fn contexts(
             Unit::Runs,
         ),
         notes: Vec::new(),
+        began: Instant::now(),
     };
     let mut results = vec![Vec::new(); contenders.len()];
     let mut interrupted = false;
@@ -107,6 +108,8 @@ struct Bench<'a> {
     gpu: Option<NvmlGpu>,
     bar: ProgressBar,
     notes: Vec<String>,
+    /// With the monitor, but for milliseconds
+    began: Instant,
 }
 
 impl Bench<'_> {
@@ -124,6 +127,7 @@ impl Bench<'_> {
         let (prompt, forced) = text[..prompt_tokens + plan.forced_tokens()].split_at(prompt_tokens);
         let run = ContextRun {
             context_tokens: tokens,
+            started_ms: Some(1e3 * self.began.elapsed().as_secs_f64()),
             ..ContextRun::default()
         };
         results.iter_mut().for_each(|runs| runs.push(run.clone()));

@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn time_goes_to_contexts_by_their_length() {
-        let minutes = |n| Duration::from_secs(60 * n);
+        let minutes = |n: u64| Duration::from_secs(60 * n);
         let mut pace = Pace::new(&[32_768, 131_072], 11, Some(minutes(5)));
         let share = pace.share(0).unwrap().as_secs_f64();
         assert!((share - 60.0).abs() < 1.0, "{share}");

@@ -4,6 +4,7 @@ use crate::cli::ComputeArgs;
 use crate::commands::load;
 use crate::planning::PolicyConfig;
 use crate::planning::cost::{self, DecodeSituation, PrefillSituation};
+use crate::planning::execution::PrefillSettings;
 use crate::planning::footprint::{Footprint, KvDtype};
 use crate::planning::hardware::Hardware;
 use crate::planning::placement::{self, Placement};
@@ -17,6 +18,7 @@ pub struct Situation {
     kv_dtype: KvDtype,
     head: placement::Tier,
     slots: usize,
+    prefill: PrefillSettings,
 }
 
 /// What a run did at one context.
@@ -42,6 +44,7 @@ impl Situation {
             kv_dtype: KvDtype::F16,
             head: placement::Tier::Vram,
             slots: 0,
+            prefill: PrefillSettings::default(),
         }
     }
 }
@@ -66,6 +69,7 @@ pub fn situation(compute: &ComputeArgs, placement: &Placement) -> Situation {
             true => 0,
             false => placement.total_slots(),
         },
+        prefill: compute.prefill.settings(),
     }
 }
 
@@ -106,6 +110,7 @@ pub fn predict(
     let prefill = PrefillSituation {
         prompt_tokens: lengths.prompt_tokens as u64,
         slots: at.slots,
+        settings: at.prefill,
     };
     let prefill = cost::prefill(footprint, machine, prefill);
     let terms = decode.terms.into_iter();

@@ -67,6 +67,7 @@ pub fn plan(
         heads: &[placement::Tier::Vram],
         policy: None,
         routing: RoutingSource::Trace(&trace),
+        prefill: args.compute.prefill.settings(),
     })?;
     placement.vram_budget_bytes = vram_budget_bytes;
     let placement = Document::new(PLACEMENT, Some(engine.model_id().clone()), placement);

@@ -12,7 +12,7 @@ use clap::{Args, ValueEnum};
 use super::console::Console;
 use super::machine::{HERE, HardwareChoice};
 use super::{Failure, check_context, check_output, profile, say_if_replaced};
-use crate::cli::ModelArgs;
+use crate::cli::{ModelArgs, PrefillArgs};
 use crate::engine::footprint::footprint;
 use crate::formats::document::PLACEMENT;
 use crate::formats::{Document, ModelId};
@@ -91,6 +91,8 @@ pub struct PlanArgs {
     output: PathBuf,
     #[command(flatten)]
     model: ModelArgs,
+    #[command(flatten)]
+    prefill: PrefillArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -188,6 +190,7 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
         heads: args.head.tiers(),
         policy: args.policy,
         routing,
+        prefill: args.prefill.settings(),
     };
     let planner = Planner::new(&request).map_err(refused)?;
     let document = Document::new(PLACEMENT, Some(model_id), planner.plan().map_err(refused)?);

@@ -3,13 +3,15 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Term, Terms, at_rate, ms};
+use crate::planning::execution::{
+    PrefillPlan, PrefillSettings, PrefillSizes, WorkspaceMemory, prefill_plan,
+};
 use crate::planning::footprint::Footprint;
-use crate::planning::hardware::{Cpu, Hardware};
+use crate::planning::hardware::{Cpu, Gpu, Hardware};
+use crate::planning::precision::Precision;
 
-/// Whole-layer buffers that the experts stream through: one is computed, one is filled.
-const LAYER_BUFFERS: u64 = 2;
-/// Chunks that are tried, in tokens.
-const CHUNKS: [u64; 6] = [256, 512, 1024, 2048, 4096, 8192];
+/// What a prompt is cut into where the CPU computes it.
+const CPU_CHUNK_TOKENS: usize = 512;
 
 /// A whole prompt, chunk by chunk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,9 +31,10 @@ pub struct PrefillSituation {
     pub prompt_tokens: u64,
     /// Expert slots in VRAM, all layers together.
     pub slots: usize,
+    pub settings: PrefillSettings,
 }
 
-/// Predicts the prefill of a prompt with the chunk that makes it fastest.
+/// Predicts the prefill of a prompt that is cut as [`prefill_plan`] cuts it.
 ///
 /// A chunk streams every expert that is not resident past the GPU, one layer ahead of the
 /// computation: the slower of the two counts, and the first layer's copy hides behind nothing. The
@@ -39,77 +42,84 @@ pub struct PrefillSituation {
 /// tokens is cheaper with its experts on the CPU. Without a GPU a chunk costs the slower of reading
 /// the experts it meets and its arithmetic.
 pub fn prefill(f: &Footprint, hardware: &Hardware, at: PrefillSituation) -> PrefillPrediction {
-    let longest = at.prompt_tokens.max(1);
-    let chunks = CHUNKS
-        .into_iter()
-        .filter(|&chunk| chunk < longest)
-        .chain((longest <= CHUNKS[CHUNKS.len() - 1]).then_some(longest));
-    chunks
-        .map(|chunk| with_chunk(f, hardware, at, chunk))
-        .reduce(|best, next| match next.total_ms < best.total_ms {
-            true => next,
-            false => best,
-        })
-        .expect("the shortest chunk, or the prompt itself")
+    let tokens = at.prompt_tokens.max(1) as usize;
+    let plan = match &hardware.gpu {
+        Some(_) => {
+            let sizes = PrefillSizes::of(f, at.settings.precision);
+            let slots = WorkspaceMemory::Slots;
+            prefill_plan(&sizes, slots, at.slots, tokens, at.settings.chunk_tokens)
+        }
+        None => PrefillPlan {
+            chunk_tokens: tokens.min(CPU_CHUNK_TOKENS),
+            workspace_bytes: 0,
+            borrowed_slots: 0,
+        },
+    };
+    by_plan(f, hardware, at, plan)
 }
 
-fn with_chunk(
+/// Parts of a prompt's time that add up over its chunks.
+#[derive(Default)]
+struct Sums {
+    products_ms: f64,
+    attention_ms: f64,
+    waiting_ms: f64,
+    streams: bool,
+}
+
+fn by_plan(
     f: &Footprint,
     hardware: &Hardware,
     at: PrefillSituation,
-    chunk_tokens: u64,
+    plan: PrefillPlan,
 ) -> PrefillPrediction {
-    let buffers = LAYER_BUFFERS * f.num_experts as u64;
-    let activations = (chunk_tokens * f.prefill_bytes_per_token).div_ceil(f.expert_bytes.max(1));
-    let borrowed_slots = ((buffers + activations) as usize).min(at.slots);
+    let chunk_tokens = plan.chunk_tokens as u64;
+    let borrowed_slots = plan.borrowed_slots.min(at.slots);
     let resident = (at.slots - borrowed_slots) as f64 / f.total_experts().max(1) as f64;
-
-    let (mut compute_ms, mut waiting_ms) = (0.0, 0.0);
-    let mut start = 0;
-    let mut streams = false;
     let layer_bytes = f.num_experts as u64 * f.expert_bytes;
     let streamed_bytes = f.experts_bytes() as f64 * (1.0 - resident);
+    let mut sums = Sums::default();
+    let mut start = 0;
     while start < at.prompt_tokens {
         let tokens = chunk_tokens.min(at.prompt_tokens - start);
-        let context = start as f64 + tokens as f64 / 2.0;
-        let attention = tokens as f64 * context * f.attention_flops_per_context_token as f64;
-        let chunk_flops = tokens as f64 * f.flops_per_token as f64;
-        let on_cpu_ms = cpu_experts_ms(f, &hardware.cpu, tokens);
-        match &hardware.gpu {
-            Some(gpu) => {
-                let gpu_ms = chunk_flops / (gpu.gemm_tflops.value * 1e9)
-                    + attention / (gpu.attention_tflops.value * 1e9);
-                let stream_ms = ms(streamed_bytes, gpu.h2d_gb_s(layer_bytes));
-                streams |= stream_ms < on_cpu_ms;
-                compute_ms += gpu_ms;
-                waiting_ms += (stream_ms.min(on_cpu_ms) - gpu_ms).max(0.0);
-            }
-            None => {
-                let gflops = hardware.cpu.expert_kernel_gflops.value;
-                let flops_ms = (chunk_flops + attention) / (gflops * 1e6);
-                compute_ms += flops_ms;
-                waiting_ms += (on_cpu_ms - flops_ms).max(0.0);
-            }
-        }
+        add_chunk(
+            &mut sums,
+            f,
+            hardware,
+            at.settings.precision,
+            [start, tokens],
+            streamed_bytes,
+        );
         start += tokens;
     }
     let mut terms = Terms::default();
     let chunks = at.prompt_tokens.div_ceil(chunk_tokens);
     let flops = f.flops_per_token as f64 / 1e9;
     terms.add(
-        "compute",
-        compute_ms,
-        format!("{chunks} chunks of {chunk_tokens} tokens, {flops:.1} GFLOP a token"),
+        "matrix products",
+        sums.products_ms,
+        format!(
+            "{chunks} chunks of {chunk_tokens} tokens, {flops:.1} GFLOP a token, precision {}",
+            at.settings.precision.name()
+        ),
     );
-    let waits_for = match (&hardware.gpu, streams) {
+    terms.add(
+        "attention",
+        sums.attention_ms,
+        format!(
+            "{:.0} kFLOP a token and token of context",
+            f.attention_flops_per_context_token as f64 / 1e3
+        ),
+    );
+    let waits_for = match (&hardware.gpu, sums.streams) {
         (Some(gpu), true) => format!(
             "{} a chunk over PCIe",
             at_rate(streamed_bytes, gpu.h2d_gb_s(layer_bytes))
         ),
         _ => "on the CPU".into(),
     };
-    terms.add("waiting for experts", waiting_ms, waits_for);
-    if let (Some(gpu), true) = (&hardware.gpu, streams) {
+    terms.add("waiting for experts", sums.waiting_ms, waits_for);
+    if let (Some(gpu), true) = (&hardware.gpu, sums.streams) {
         let first = layer_bytes as f64 * (1.0 - resident);
         terms.read("first layer", first, gpu.h2d_gb_s(layer_bytes));
         let refilled = borrowed_slots as f64 * f.expert_bytes as f64;
@@ -119,7 +129,7 @@ fn with_chunk(
     PrefillPrediction {
         prompt_tokens: at.prompt_tokens,
         chunk_tokens,
-        borrowed_slots: if streams { borrowed_slots } else { 0 },
+        borrowed_slots: if sums.streams { borrowed_slots } else { 0 },
         terms: terms.0,
         total_ms,
         tok_s: match total_ms > 0.0 {
@@ -127,6 +137,50 @@ fn with_chunk(
             false => 0.0,
         },
     }
+}
+
+/// Adds the chunk of `tokens` tokens from `start` on.
+fn add_chunk(
+    sums: &mut Sums,
+    f: &Footprint,
+    hardware: &Hardware,
+    precision: Precision,
+    [start, tokens]: [u64; 2],
+    streamed_bytes: f64,
+) {
+    let context = start as f64 + tokens as f64 / 2.0;
+    let attention = tokens as f64 * context * f.attention_flops_per_context_token as f64;
+    let flops = tokens as f64 * f.flops_per_token as f64;
+    let on_cpu_ms = cpu_experts_ms(f, &hardware.cpu, tokens);
+    let (products_ms, attention_ms, experts_ms) = match &hardware.gpu {
+        Some(gpu) => {
+            let (products_ms, attention_ms) = gpu_ms(gpu, precision, flops, attention);
+            let layer_bytes = f.num_experts as u64 * f.expert_bytes;
+            let stream_ms = ms(streamed_bytes, gpu.h2d_gb_s(layer_bytes));
+            sums.streams |= stream_ms < on_cpu_ms;
+            (products_ms, attention_ms, stream_ms.min(on_cpu_ms))
+        }
+        None => {
+            let flops_per_ms = hardware.cpu.expert_kernel_gflops.value * 1e6;
+            (flops / flops_per_ms, attention / flops_per_ms, on_cpu_ms)
+        }
+    };
+    sums.products_ms += products_ms;
+    sums.attention_ms += attention_ms;
+    sums.waiting_ms += (experts_ms - products_ms - attention_ms).max(0.0);
+}
+
+/// Milliseconds of products and of attention. Rates are those of one f16 term; two terms take three
+/// products of a pair of matrices, and two where one factor, the cache, has one term.
+fn gpu_ms(gpu: &Gpu, precision: Precision, flops: f64, attention: f64) -> (f64, f64) {
+    let (products, attentions) = match precision {
+        Precision::Exact => (3.0, 2.0),
+        Precision::F16 => (1.0, 1.0),
+    };
+    (
+        products * flops / (gpu.gemm_tflops.value * 1e9),
+        attentions * attention / (gpu.attention_tflops.value * 1e9),
+    )
 }
 
 /// The routed experts of a chunk on the CPU: weights met at least once, or arithmetic.
@@ -153,7 +207,22 @@ mod tests {
         PrefillSituation {
             prompt_tokens,
             slots: 0,
+            settings: PrefillSettings::default(),
         }
+    }
+
+    fn with_chunk(
+        f: &Footprint,
+        hardware: &Hardware,
+        prompt: u64,
+        chunk_tokens: usize,
+    ) -> PrefillPrediction {
+        let plan = PrefillPlan {
+            chunk_tokens,
+            workspace_bytes: 0,
+            borrowed_slots: 0,
+        };
+        by_plan(f, hardware, without_slots(prompt), plan)
     }
 
     #[test]
@@ -167,12 +236,46 @@ mod tests {
             (&server, 131_072, [2590., 5180., 10_400., 17_300.]),
         ] {
             for (chunk, expected) in [2048, 4096, 8192, 16_384].into_iter().zip(by_chunk) {
-                let found = with_chunk(&f, hardware, without_slots(prompt), chunk);
+                let found = with_chunk(&f, hardware, prompt, chunk);
                 near(found.tok_s, expected, 0.012);
             }
         }
-        near(prefill(&f, &laptop, without_slots(4096)).tok_s, 2440., 0.01);
-        near(prefill(&f, &server, without_slots(4096)).tok_s, 5080., 0.01);
+        near(with_chunk(&f, &laptop, 4096, 4096).tok_s, 2440., 0.01);
+        near(with_chunk(&f, &server, 4096, 4096).tok_s, 5080., 0.01);
+    }
+
+    #[test]
+    fn two_terms_take_three_products_and_twice_the_attention() {
+        let f = qwen3_next_80b();
+        let terms = |precision| {
+            let at = PrefillSituation {
+                settings: PrefillSettings {
+                    precision,
+                    ..PrefillSettings::default()
+                },
+                slots: 7000,
+                ..without_slots(32_768)
+            };
+            prefill(&f, &server(), at).terms
+        };
+        let (one, two) = (terms(Precision::F16), terms(Precision::Exact));
+        near(two[0].ms, 3.0 * one[0].ms, 1e-9);
+        near(two[1].ms, 2.0 * one[1].ms, 1e-9);
+    }
+
+    #[test]
+    fn what_was_borrowed_is_copied_back_once() {
+        let f = qwen3_next_80b();
+        let at = PrefillSituation {
+            slots: 7000,
+            ..without_slots(32_768)
+        };
+        let p = prefill(&f, &server(), at);
+        assert_eq!(p.chunk_tokens, 16_384);
+        let refilled = p.terms.iter().find(|t| t.name == "slots refilled").unwrap();
+        let gb_s = server().gpu.unwrap().h2d_gb_s(f.expert_bytes);
+        let bytes = p.borrowed_slots as f64 * f.expert_bytes as f64;
+        near(refilled.ms, bytes / gb_s / 1e6, 1e-9);
     }
 
     #[test]
@@ -191,8 +294,8 @@ mod tests {
         let machine = Hardware::laptop_4090();
         let speed = |slots| {
             let at = PrefillSituation {
-                prompt_tokens: 32_768,
                 slots,
+                ..without_slots(32_768)
             };
             let p = prefill(&f, &machine, at);
             assert!(p.borrowed_slots <= slots);

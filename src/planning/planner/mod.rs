@@ -11,6 +11,7 @@ mod learnt;
 use thiserror::Error;
 
 use super::cost::{self, DecodePrediction, DecodeSituation, PrefillPrediction, PrefillSituation};
+use super::execution::PrefillSettings;
 use super::footprint::{Footprint, KvDtype};
 use super::hardware::{Hardware, HardwareError};
 use super::knapsack::{Solved, solve};
@@ -50,6 +51,7 @@ pub struct PlanRequest<'a> {
     /// None: the best of all candidates on the trace, or the default.
     pub policy: Option<PolicyConfig>,
     pub routing: RoutingSource<'a>,
+    pub prefill: PrefillSettings,
 }
 
 #[derive(Clone, Debug, Error, PartialEq)]
@@ -304,6 +306,7 @@ impl<'a> Planner<'a> {
         let at = PrefillSituation {
             prompt_tokens,
             slots,
+            settings: self.request.prefill,
         };
         cost::prefill(self.request.footprint, self.request.hardware, at)
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::*;
+use crate::planning::ShapeNumbers;
 use crate::planning::footprint::tests::qwen3_next_80b;
 use crate::planning::stats::RoutingStats;
 use crate::planning::trace::tests::synthetic;
@@ -19,16 +20,25 @@ fn request<'a>(footprint: &'a Footprint, hardware: &'a Hardware) -> PlanRequest<
         heads: &[Tier::Vram],
         policy: None,
         routing: RoutingSource::Unknown,
+        prefill: PrefillSettings::default(),
     }
 }
 
 /// A small model that a synthetic trace of 3 layers, 16 experts and k = 4 belongs to.
 fn small() -> Footprint {
+    let published = qwen3_next_80b();
     Footprint {
+        shape: ShapeNumbers {
+            num_attention_layers: 1,
+            num_delta_net_layers: 2,
+            num_experts: 16,
+            num_experts_per_tok: 4,
+            ..published.shape
+        },
         num_layers: 3,
         num_experts: 16,
         num_experts_per_tok: 4,
-        ..qwen3_next_80b()
+        ..published
     }
 }
 
@@ -155,8 +165,9 @@ fn experts_beyond_the_ram_budget_are_on_disk_and_cost_time() {
 fn a_trace_chooses_the_policy_and_validates_it_on_held_out_documents() {
     let trace = synthetic(3, 16, 4, 9, 90);
     let (f, laptop) = (small(), Hardware::laptop_4090());
+    let smallest = smallest_bytes(&f, 8192, KvDtype::F16, Tier::Vram);
     let plan = plan(&PlanRequest {
-        vram_budget_bytes: 2_800_000_000,
+        vram_budget_bytes: smallest + f.experts_bytes() / 2,
         routing: RoutingSource::Trace(&trace),
         ..request(&f, &laptop)
     })
@@ -325,8 +336,9 @@ fn a_plan_holds_the_curve_of_its_surroundings() {
 fn the_run_time_cache_hits_exactly_as_often_as_the_plan_simulated() {
     let trace = synthetic(3, 16, 4, 9, 90);
     let (f, laptop) = (small(), Hardware::laptop_4090());
+    let smallest = smallest_bytes(&f, 8192, KvDtype::F16, Tier::Vram);
     let plan = plan(&PlanRequest {
-        vram_budget_bytes: 2_800_000_000,
+        vram_budget_bytes: smallest + f.experts_bytes() / 2,
         routing: RoutingSource::Trace(&trace),
         ..request(&f, &laptop)
     })

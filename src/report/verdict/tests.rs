@@ -18,7 +18,7 @@ fn rule(paired: bool) -> Rule {
 /// sample by `noise`; the second side takes `slower` times as long.
 fn rounds(n: usize, noise: f64, slower: f64, rng: &mut ChaCha8Rng) -> (Vec<f64>, Vec<f64>) {
     let mut load: f64 = 1.0;
-    let mut sample = |load: f64, rng: &mut ChaCha8Rng| {
+    let sample = |load: f64, rng: &mut ChaCha8Rng| {
         let stall = if rng.random_bool(0.05) { 1.5 } else { 1.0 };
         load * stall * (1.0 + noise * (rng.random::<f64>() + rng.random::<f64>() - 1.0))
     };

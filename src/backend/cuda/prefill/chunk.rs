@@ -3,16 +3,19 @@
 use super::super::Cuda;
 use super::super::abi::Linear;
 use super::super::device::{Args, Geometry, args};
-use super::super::geometry::{self, MATMUL_SHARED_BYTES};
+use super::super::geometry;
 use super::super::state::LayerState;
 use super::super::weights::Mixer;
 use super::renew::Renewing;
 use super::{Group, RING};
 use crate::backend::Result;
+use crate::planning::Precision;
+use crate::planning::execution::Workspace;
 
 /// One chunk on its way.
 pub struct Chunk<'a> {
     pub cuda: &'a Cuda,
+    pub places: &'a Workspace,
     pub base: u64,
     pub tokens: usize,
     pub position: usize,
@@ -50,6 +53,24 @@ impl Chunk<'_> {
         self.base + place as u64
     }
 
+    /// Addresses of the f16 terms of a block's input and of their scales; 0 for a term that is absent.
+    fn terms(&self, high: usize, low: Option<usize>, scale: usize) -> [u64; 3] {
+        let low = low.map_or(0, |place| self.at(place));
+        [self.at(high), low, self.at(scale)]
+    }
+
+    fn precision(&self) -> Precision {
+        self.cuda.prefill.sizes.precision
+    }
+
+    /// The kernel of two terms or of one.
+    fn by_precision(&self, exact: &'static str, f16: &'static str) -> &'static str {
+        match self.precision() {
+            Precision::Exact => exact,
+            Precision::F16 => f16,
+        }
+    }
+
     fn multiprocessors(&self) -> usize {
         self.cuda.prefill.multiprocessors
     }
@@ -68,8 +89,8 @@ impl Chunk<'_> {
         let cuda = self.cuda;
         let stream = &cuda.model.stream;
         let dim = cuda.model.shape.hidden_size;
-        let from = cuda.prefill.embeddings.pointer(0).cast();
-        let hidden = self.at(cuda.prefill.places.hidden);
+        let from = cuda.prefill.host.embeddings.pointer(0).cast();
+        let hidden = self.at(self.places.hidden);
         // SAFETY: the embeddings stay as they are until the chunk's last wait.
         unsafe { stream.copy_to_device(hidden, from, 4 * self.tokens * dim)? };
         // Copies start once the workspace is ours: what came before may still use it.
@@ -114,9 +135,15 @@ impl Chunk<'_> {
     }
 
     fn linear(&self, [high, low, scale]: [u64; 3], w: &Linear, out: u64, add: bool) -> Result<()> {
+        let multiprocessors = self.multiprocessors();
         self.launch(
-            "prefill_linear",
-            geometry::matmul(w.rows as usize, self.tokens, self.multiprocessors()),
+            self.by_precision("prefill_linear", "prefill_linear_fast"),
+            geometry::matmul(
+                w.rows as usize,
+                self.tokens,
+                multiprocessors,
+                self.precision(),
+            ),
             args![high, low, scale, self.tokens as i32, *w, out, add as i32],
         )
     }
@@ -124,15 +151,15 @@ impl Chunk<'_> {
     /// `hidden += mixer(rms_norm(hidden))`
     fn mixer(&self, index: usize) -> Result<()> {
         let cuda = self.cuda;
-        let p = &cuda.prefill.places;
+        let p = self.places;
         let shape = &cuda.model.shape;
         let layer = &cuda.model.dense.layers[index];
         let dim = shape.hidden_size;
         let (t, start) = (self.tokens as i32, self.position as i32);
         let eps = shape.rms_norm_eps;
         let hidden = self.at(p.hidden);
-        let x = [p.high, p.low, p.scale].map(|place| self.at(place));
-        let wide = [p.wide_high, p.wide_low, p.wide_scale].map(|place| self.at(place));
+        let x = self.terms(p.high, p.low, p.scale);
+        let wide = self.terms(p.wide_high, p.wide_low, p.wide_scale);
         let projected = p.projected.map(|place| self.at(place));
         let (mixed, gated) = (self.at(p.mixed), self.at(p.gated));
         self.split(hidden, layer.input_norm, x, 0, self.tokens, dim)?;
@@ -228,8 +255,8 @@ impl Chunk<'_> {
                     ],
                 )?;
                 self.launch(
-                    "prefill_attention",
-                    geometry::prefill_attention(s, self.tokens),
+                    self.by_precision("prefill_attention", "prefill_attention_fast"),
+                    geometry::prefill_attention(s, self.tokens, self.precision()),
                     args![
                         q_high, q_low, q_scales, q, *cache, start, t, heads.0, heads.1, hd, mixed
                     ],
@@ -250,7 +277,7 @@ impl Chunk<'_> {
         mut renewing: Option<&mut Renewing<'_>>,
     ) -> Result<()> {
         let cuda = self.cuda;
-        let p = &cuda.prefill.places;
+        let p = self.places;
         let shape = &cuda.model.shape;
         let layer = &cuda.model.dense.layers[index];
         let stream = &cuda.model.stream;
@@ -259,7 +286,7 @@ impl Chunk<'_> {
         let k = shape.moe.num_experts_per_tok;
         let (t, e, top) = (self.tokens as i32, experts as i32, k as i32);
         let hidden = self.at(p.hidden);
-        let x = [p.high, p.low, p.scale].map(|place| self.at(place));
+        let x = self.terms(p.high, p.low, p.scale);
         let normed = self.at(p.normed);
         self.split(hidden, layer.expert_norm, x, normed, self.tokens, dim)?;
         let logits = self.at(p.logits);
@@ -290,10 +317,10 @@ impl Chunk<'_> {
                 gates
             ],
         )?;
-        let start = index * cuda.prefill.tokens * k;
+        let start = index * cuda.prefill.host.tokens * k;
         let bytes = 4 * self.tokens * k;
-        let host_ids = cuda.prefill.host_ids.pointer(start).cast();
-        let host_weights = cuda.prefill.host_weights.pointer(start).cast();
+        let host_ids = cuda.prefill.host.ids.pointer(start).cast();
+        let host_weights = cuda.prefill.host.weights.pointer(start).cast();
         // SAFETY: every layer has room for the largest chunk; read after the chunk's last wait, or after
         // that for the event.
         unsafe {
@@ -321,10 +348,10 @@ impl Chunk<'_> {
 
         let layout = cuda.model.store.layout;
         let shared = cuda.model.shared_layout;
-        let stride = cuda.prefill.expert_hidden_stride;
+        let stride = cuda.prefill.sizes.expert_stride();
         let all_rows = self.tokens * (k + 1);
         let h = self.at(p.expert_hidden);
-        let split_h = [p.expert_high, p.expert_low, p.expert_scale].map(|place| self.at(place));
+        let split_h = self.terms(p.expert_high, p.expert_low, p.expert_scale);
         let y = self.at(p.expert_out);
         let units = cuda.prefill.units.at(8 * index * (experts + 1));
         let table = |part: usize| {
@@ -349,8 +376,8 @@ impl Chunk<'_> {
                 let (first, count) = (first as i32, count as i32);
                 if part == 0 {
                     self.launch(
-                        "prefill_experts_up",
-                        geometry::tiles(stride.div_ceil(128), bound, MATMUL_SHARED_BYTES),
+                        self.by_precision("prefill_experts_up", "prefill_experts_up_fast"),
+                        geometry::prefill_experts_up(stride, bound, self.precision()),
                         args![
                             x[0],
                             x[1],
@@ -372,8 +399,8 @@ impl Chunk<'_> {
                     )
                 } else {
                     self.launch(
-                        "prefill_experts_down",
-                        geometry::prefill_experts_down(dim, self.tokens, bound),
+                        self.by_precision("prefill_experts_down", "prefill_experts_down_fast"),
+                        geometry::prefill_experts_down(dim, self.tokens, bound, self.precision()),
                         args![
                             split_h[0],
                             split_h[1],
@@ -443,9 +470,9 @@ impl Chunk<'_> {
 
     /// Where a ring buffer holds a group's expert, whose part there is `width` long.
     pub fn in_ring(&self, buffer: usize, group: &Group, expert: usize, width: usize) -> u64 {
-        let prefill = &self.cuda.prefill;
-        let offset = buffer * prefill.group_bytes + (expert - group.first) * width;
-        self.at(prefill.places.ring + offset)
+        let group_bytes = self.cuda.prefill.sizes.group_bytes();
+        let offset = buffer * group_bytes + (expert - group.first) * width;
+        self.at(self.places.ring + offset)
     }
 
     /// Has copies go as far ahead of the kernels as the ring allows.

@@ -3,61 +3,79 @@
 //! Experts that are not in VRAM pass through a ring of staging buffers, a group of neighbouring
 //! experts at a time: first gate and up of all groups of a layer, then down. A second stream copies
 //! as far ahead as the ring allows, so that the bus never waits for the kernels; with a few thousand
-//! tokens the bus bounds the speed. The memory for it, a few hundred MB, is borrowed from expert
-//! slots, whose experts come back afterwards.
+//! tokens the bus bounds the speed. How a prompt is cut, and whose memory its workspace takes, is
+//! computed by [`planning::execution`](crate::planning::execution), which plans call, too.
 //!
 //! In a prompt's last chunk slots may change to what the prompt taught, without any more copies over
 //! PCIe: see [`renew`].
 
 mod chunk;
-mod places;
 mod renew;
 
 use std::ops::Range;
 
+use super::Cuda;
 use super::abi::ExpertLayout;
 use super::device::{Buffer, Device, Event, Pinned, Stream};
-use super::store::ExpertStore;
+use super::store::{ExpertStore, Held};
 use super::weights::DenseWeights;
-use super::{Cuda, CudaOptions};
-use crate::backend::{ModelShape, OnRenewing, Result, Routing};
+use crate::backend::{BackendError, ModelShape, OnRenewing, Result, Routing};
+use crate::planning::execution::{
+    GROUP_EXPERTS, PrefillPlan, PrefillSettings, PrefillSizes, RING_GROUPS as RING, Workspace,
+    WorkspaceMemory, prefill_plan,
+};
 use chunk::Chunk;
-use places::{Places, stride};
-use renew::{Renewal, Renewing, most_kept};
-
-/// Tokens of the largest chunk, if memory allows: the more, the fewer times all experts cross the
-/// bus.
-const MAX_TOKENS: usize = 4096;
-
-/// Experts whose matrices are copied and computed together.
-const GROUP_EXPERTS: usize = 64;
-
-/// Groups under way. Three keep the bus busy; more ride out layers with long mixers.
-const RING: usize = 5;
+use renew::{Renewal, Renewing};
 
 pub struct Prefill {
-    tokens: usize,
+    settings: PrefillSettings,
+    sizes: PrefillSizes,
     multiprocessors: usize,
-    places: Places,
     /// `[layers, 2, E + 1]`: addresses of blobs for gate and up, and for down
     blobs: Buffer,
     host_blobs: Pinned<u64>,
     /// `[layers, E + 1]`: addresses of units
     units: Buffer,
-    embeddings: Pinned<f32>,
-    /// `[layers, tokens, k]`
-    host_ids: Pinned<i32>,
-    host_weights: Pinned<f32>,
+    /// What the host gives and gets of a chunk
+    host: HostBuffers,
     ready: Vec<Event>,
     free: Vec<Event>,
     /// A layer's routing is on the host
     routed: Event,
-    /// Experts of a layer that can be kept for slots
-    kept: usize,
-    expert_hidden_stride: usize,
-    group_bytes: usize,
-    /// The workspace, where it is not borrowed
+    /// The workspace, where it is not borrowed from slots
     own: Option<Buffer>,
+    /// Slots that the workspace of the chunks so far has the memory of
+    borrowed: Option<Borrowed>,
+}
+
+/// Host memory for chunks of up to `tokens`.
+struct HostBuffers {
+    tokens: usize,
+    /// `[tokens, D]`
+    embeddings: Pinned<f32>,
+    /// `[layers, tokens, k]`
+    ids: Pinned<i32>,
+    weights: Pinned<f32>,
+}
+
+impl HostBuffers {
+    fn new(device: &Device, shape: &ModelShape, tokens: usize) -> Result<Self> {
+        let picks = shape.num_layers() * tokens * shape.moe.num_experts_per_tok;
+        Ok(HostBuffers {
+            tokens,
+            embeddings: device.alloc_host(tokens * shape.hidden_size)?,
+            ids: device.alloc_host(picks)?,
+            weights: device.alloc_host(picks)?,
+        })
+    }
+}
+
+/// The memory of the last slots, in use as workspace.
+struct Borrowed {
+    address: u64,
+    bytes: usize,
+    /// What the slots held, and will hold again
+    held: Vec<Held>,
 }
 
 /// Experts `first .. first + count` of a layer, computed by one launch.
@@ -75,26 +93,18 @@ impl Prefill {
         store: &ExpertStore,
         shared_layout: &ExpertLayout,
         dense: &DenseWeights,
-        options: &CudaOptions,
+        settings: PrefillSettings,
         stream: &Stream,
     ) -> Result<Self> {
-        let layouts = [&store.layout, shared_layout];
         let (layers, experts) = (shape.num_layers(), shape.moe.num_experts);
-        let k = shape.moe.num_experts_per_tok;
-        let up_bytes = store.layout.down_offset;
-        let down_bytes = store.layout.blob_bytes - up_bytes;
-        let group = GROUP_EXPERTS.min(experts);
-        let group_bytes = group * (up_bytes.max(down_bytes) as usize);
-        let kept = most_kept(experts);
-        let areas = [RING * group_bytes, kept * store.layout.blob_bytes as usize];
-        // A chunk takes at most a quarter of the budget.
-        let budget = options.vram_bytes.unwrap_or(device.facts().total_bytes) as usize / 4;
-        let mut tokens = options.prefill_tokens.unwrap_or(MAX_TOKENS).max(1);
-        if options.prefill_tokens.is_none() {
-            while tokens > 256 && Places::new(shape, layouts, tokens, areas).bytes > budget {
-                tokens /= 2;
-            }
-        }
+        let sizes = PrefillSizes {
+            shape: shape.numbers(),
+            expert_bytes: store.layout.blob_bytes as usize,
+            expert_up_bytes: store.layout.down_offset as usize,
+            precision: settings.precision,
+        };
+        let widest = store.layout.intermediate.max(shared_layout.intermediate) as usize;
+        assert!(widest <= sizes.expert_stride(), "layouts are of this shape");
         let mut units = Vec::with_capacity(layers * (experts + 1));
         for (layer, dense) in store.layers.iter().zip(&dense.layers) {
             let stride = 4 * store.layout.num_units as u64;
@@ -107,63 +117,83 @@ impl Prefill {
                 .collect::<Result<Vec<_>>>()
         };
         Ok(Prefill {
-            tokens,
+            settings,
+            sizes,
             multiprocessors: device.facts().multiprocessors as usize,
-            places: Places::new(shape, layouts, tokens, areas),
             blobs: device.alloc(8 * layers * 2 * (experts + 1), stream)?,
             host_blobs: device.alloc_host(layers * 2 * (experts + 1))?,
             units: device.upload(&units, stream)?,
-            embeddings: device.alloc_host(tokens * shape.hidden_size)?,
-            host_ids: device.alloc_host(layers * tokens * k)?,
-            host_weights: device.alloc_host(layers * tokens * k)?,
+            host: HostBuffers::new(device, shape, 1)?,
             ready: events()?,
             free: events()?,
             routed: device.new_event()?,
-            kept,
-            expert_hidden_stride: stride(layouts),
-            group_bytes,
             own: None,
+            borrowed: None,
         })
     }
 
-    /// The most tokens of a chunk.
-    pub fn max_tokens(&self) -> usize {
-        self.tokens
+    pub fn sizes(&self) -> &PrefillSizes {
+        &self.sizes
     }
 
-    /// Bytes of the workspace.
-    pub fn workspace_bytes(&self) -> usize {
-        self.places.bytes
+    /// How a prompt of `tokens` is executed with so many slots.
+    pub fn plan(&self, slots: usize, tokens: usize) -> PrefillPlan {
+        let memory = match &self.own {
+            Some(buffer) => WorkspaceMemory::Own(buffer.bytes()),
+            None => WorkspaceMemory::Slots,
+        };
+        prefill_plan(
+            &self.sizes,
+            memory,
+            slots,
+            tokens,
+            self.settings.chunk_tokens,
+        )
     }
 
-    /// Takes memory of its own, where there are too few slots to borrow from.
-    pub fn own_workspace(&mut self, device: &Device, stream: &Stream) -> Result<()> {
-        if self.own.is_none() {
-            self.own = Some(device.alloc(self.places.bytes, stream)?);
+    /// Takes memory of its own for the workspace, or gives it back.
+    pub fn set_workspace(
+        &mut self,
+        memory: WorkspaceMemory,
+        device: &Device,
+        stream: &Stream,
+    ) -> Result<()> {
+        assert!(self.borrowed.is_none(), "slots have their memory");
+        self.own = None;
+        if let WorkspaceMemory::Own(bytes) = memory {
+            self.own = Some(device.alloc(bytes, stream)?);
         }
         Ok(())
     }
 
-    pub fn drop_workspace(&mut self) {
-        self.own = None;
+    /// Slots are about to be made anew: nothing is given back.
+    pub fn forget_borrowed(&mut self) {
+        self.borrowed = None;
     }
 
     /// What the router chose in `layer`, once that is on the host.
     fn routing(&self, layer: usize, tokens: usize, k: usize) -> Routing {
-        let start = layer * self.tokens * k;
+        let start = layer * self.host.tokens * k;
         let range = start..start + tokens * k;
-        let ids = &self.host_ids.as_slice()[range.clone()];
+        let ids = &self.host.ids.as_slice()[range.clone()];
         Routing {
             num_experts_per_tok: k,
             topk_ids: ids.iter().map(|&id| id as u16).collect(),
-            topk_weights: self.host_weights.as_slice()[range].to_vec(),
+            topk_weights: self.host.weights.as_slice()[range].to_vec(),
         }
     }
 }
 
 impl Cuda {
-    /// A chunk of any length, in pieces that fit the workspace. With `renews` slots may change in the
-    /// last of them.
+    /// Tokens of a chunk of a prompt of `tokens`.
+    pub fn prefill_chunk(&self, tokens: usize) -> usize {
+        self.prefill
+            .plan(self.model.store.num_slots(), tokens)
+            .chunk_tokens
+    }
+
+    /// A piece of a prompt, in chunks. With `renews` slots may change in the last of them. Where the
+    /// prompt ends, and logits are wanted, slots in use as workspace get their experts back.
     pub(super) fn prefill_all(
         &mut self,
         ids: &[u32],
@@ -171,43 +201,82 @@ impl Cuda {
         renews: bool,
         on_routing: &mut OnRenewing<'_>,
     ) -> Result<Vec<f32>> {
-        let size = self.prefill.tokens;
         self.finish_slots()?;
-        let (base, mut borrowed) = match &self.prefill.own {
-            Some(buffer) => (buffer.address(), Vec::new()),
-            None => self.model.store.borrow(self.prefill.workspace_bytes()),
-        };
-        if !borrowed.is_empty() {
-            self.model.store.publish(&self.model.stream)?;
+        let ends = renews || !rows.is_empty();
+        let plan = self.prefill.plan(self.model.store.num_slots(), ids.len());
+        let base = self.workspace(plan.workspace_bytes)?;
+        if self.prefill.host.tokens < plan.chunk_tokens {
+            let shape = &self.model.shape;
+            self.prefill.host = HostBuffers::new(&self.device, shape, plan.chunk_tokens)?;
         }
+        let places = Workspace::new(&self.prefill.sizes, plan.chunk_tokens);
         let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
         let mut renewed = false;
-        for (i, piece) in ids.chunks(size).enumerate() {
-            let first = i * size;
+        for (i, piece) in ids.chunks(plan.chunk_tokens).enumerate() {
+            let first = i * plan.chunk_tokens;
             let last = first + piece.len() == ids.len();
             let inside = |row: usize| row.clamp(first, first + piece.len()) - first;
             let rows = inside(rows.start)..inside(rows.end);
+            let chunk = (base, &places, piece);
             let renewals =
-                self.prefill_chunk_at(base, piece, rows, &mut logits, renews && last, on_routing)?;
+                self.prefill_chunk_at(chunk, rows, &mut logits, renews && last, on_routing)?;
             renewed |= !renewals.is_empty();
-            self.note_renewals(&renewals, &mut borrowed);
+            self.note_renewals(&renewals);
         }
-        for &(slot, (layer, expert)) in &borrowed {
-            self.model
-                .store
-                .fetch(layer, expert, slot, &self.model.stream)?;
+        if ends {
+            self.give_slots_back()?;
         }
-        if renewed || !borrowed.is_empty() {
+        if renewed {
             self.model.store.publish(&self.model.stream)?;
             self.model.stream.synchronize()?;
         }
         Ok(logits)
     }
 
+    /// The address of a workspace: its own, or that of the last slots, which then hold no experts
+    /// until [`give_slots_back`](Cuda::give_slots_back).
+    fn workspace(&mut self, bytes: usize) -> Result<u64> {
+        if let Some(own) = &self.prefill.own {
+            return match bytes <= own.bytes() {
+                true => Ok(own.address()),
+                false => Err(BackendError::Other(format!(
+                    "a prompt's shortest chunk needs {bytes} bytes on the GPU, {} are set aside;                      raise --vram",
+                    own.bytes()
+                ))),
+            };
+        }
+        match &self.prefill.borrowed {
+            Some(borrowed) if bytes <= borrowed.bytes => return Ok(borrowed.address),
+            Some(_) => self.give_slots_back()?,
+            None => {}
+        }
+        let (address, held) = self.model.store.borrow(bytes);
+        self.prefill.borrowed = Some(Borrowed {
+            address,
+            bytes,
+            held,
+        });
+        self.model.store.publish(&self.model.stream)?;
+        Ok(address)
+    }
+
+    /// Slots in use as workspace get their experts back.
+    pub(super) fn give_slots_back(&mut self) -> Result<()> {
+        let Some(borrowed) = self.prefill.borrowed.take() else {
+            return Ok(());
+        };
+        for (slot, (layer, expert)) in borrowed.held {
+            self.model
+                .store
+                .fetch(layer, expert, slot, &self.model.stream)?;
+        }
+        self.model.store.publish(&self.model.stream)?;
+        self.model.stream.synchronize()
+    }
+
     fn prefill_chunk_at(
         &mut self,
-        base: u64,
-        ids: &[u32],
+        (base, places, ids): (u64, &Workspace, &[u32]),
         rows: Range<usize>,
         logits: &mut Vec<f32>,
         renews: bool,
@@ -216,14 +285,15 @@ impl Cuda {
         let dim = self.model.shape.hidden_size;
         let position = self.state.position;
         // The last chunk's copies from here are done: every chunk ends with a wait.
-        let embeddings = &mut self.prefill.embeddings.as_mut_slice()[..ids.len() * dim];
+        let embeddings = &mut self.prefill.host.embeddings.as_mut_slice()[..ids.len() * dim];
         for (&id, out) in ids.iter().zip(embeddings.chunks_exact_mut(dim)) {
             let id = id as usize;
             self.embed_tokens.dequantize_rows(id..id + 1, out);
         }
-        let groups = self.plan_groups(base)?;
+        let groups = self.plan_groups(base + places.ring as u64)?;
         let chunk = Chunk {
             cuda: self,
+            places,
             base,
             tokens: ids.len(),
             position,
@@ -232,7 +302,7 @@ impl Cuda {
         chunk.run(&groups, renewing.as_mut())?;
         let renewals = renewing.map(|renewing| renewing.renewals);
         for row in rows {
-            let hidden = base + (self.prefill.places.hidden + 4 * row * dim) as u64;
+            let hidden = base + (places.hidden + 4 * row * dim) as u64;
             let row = (self.decode).head_of(&self.model, &mut self.offload, hidden)?;
             logits.extend_from_slice(row);
         }
@@ -251,14 +321,15 @@ impl Cuda {
         Ok(Vec::new())
     }
 
-    /// Cuts every layer's experts into groups, and says where each expert will be found.
-    fn plan_groups(&mut self, base: u64) -> Result<Vec<Vec<Group>>> {
+    /// Cuts every layer's experts into groups, and says where each expert will be found: those that
+    /// stream, in the ring.
+    fn plan_groups(&mut self, ring: u64) -> Result<Vec<Vec<Group>>> {
         let (layers, experts) = (
             self.model.shape.num_layers(),
             self.model.shape.moe.num_experts,
         );
         let prefill = &mut self.prefill;
-        let ring = base + prefill.places.ring as u64;
+        let group_bytes = prefill.sizes.group_bytes();
         let layout = self.model.store.layout;
         let (up_bytes, blob_bytes) = (layout.down_offset as u64, layout.blob_bytes as u64);
         let blobs = prefill.host_blobs.as_mut_slice();
@@ -294,7 +365,7 @@ impl Cuda {
                     let resident = self.model.store.resident(layer, e);
                     (up[e], down[e]) = match group.ring {
                         Some(buffers) if resident == 0 => {
-                            let buffer = buffers.map(|b| ring + (b * prefill.group_bytes) as u64);
+                            let buffer = buffers.map(|b| ring + (b * group_bytes) as u64);
                             let i = (e - group.first) as u64;
                             let down_at = buffer[1] + i * (blob_bytes - up_bytes);
                             (buffer[0] + i * up_bytes, down_at.wrapping_sub(up_bytes))

@@ -8,15 +8,9 @@
 //! instead of the old ones when they are given back: as many copies, one more if a slot was empty.
 
 use super::super::Cuda;
-use super::super::store::Held;
 use super::Group;
 use super::chunk::Chunk;
 use crate::backend::{OnRenewing, Result, SlotChange};
-
-/// Experts of a layer that there is room to keep, of `experts`: 64 of 512, which are 107 MB.
-pub fn most_kept(experts: usize) -> usize {
-    (experts / 8).max(4).min(experts)
-}
 
 /// A slot's new expert.
 pub struct Renewal {
@@ -58,7 +52,7 @@ impl Chunk<'_> {
         let routing = prefill.routing(layer, self.tokens, model.shape.moe.num_experts_per_tok);
         let streams = groups.iter().any(|group| group.ring.is_some());
         let at_most = match streams && slots.of_layer(layer) > 0 {
-            true => prefill.kept,
+            true => prefill.sizes.kept_experts(),
             false => 0,
         };
         let changes = (renewing.on_renewing)(layer, self.position, &routing, at_most);
@@ -116,20 +110,24 @@ impl Chunk<'_> {
     }
 
     fn aside(&self, place: usize) -> u64 {
-        let prefill = &self.cuda.prefill;
         let bytes = self.cuda.model.store.layout.blob_bytes as usize;
-        self.at(prefill.places.kept + place * bytes)
+        self.at(self.places.kept + place * bytes)
     }
 }
 
 impl Cuda {
     /// Makes known on the host what slots hold now, or will hold once they are given back.
-    pub(super) fn note_renewals(&mut self, renewals: &[Renewal], borrowed: &mut Vec<Held>) {
+    pub(super) fn note_renewals(&mut self, renewals: &[Renewal]) {
         for Renewal { change, slot, lent } in renewals {
             let expert = (change.layer, change.expert);
             if *lent {
-                borrowed.retain(|(other, _)| other != slot);
-                borrowed.push((*slot, expert));
+                let borrowed = self
+                    .prefill
+                    .borrowed
+                    .as_mut()
+                    .expect("its slots are in use");
+                borrowed.held.retain(|(other, _)| other != slot);
+                borrowed.held.push((*slot, expert));
             } else {
                 self.model.store.evict(*slot);
                 self.model.store.arrived(change.layer, change.expert, *slot);
