@@ -1,6 +1,8 @@
 //! Tells the program what built it, for its records, and compiles the kernels.
 //!
 //! Feature `cuda`: each `kernels/*.cu` becomes a fatbin by nvcc, listed in `$OUT_DIR/fatbins.rs`.
+//! `kernels/*_sm90.cu` use what only compute capability 9.0 has: they are compiled for sm_90a alone, where
+//! kernels for Hopper are asked for, and left out of the emulator.
 //! Feature `emulate`: the same files become a static library by g++, with `kernels/emulate/`.
 //! Without them, a Rust toolchain is all it takes.
 //!
@@ -48,6 +50,11 @@ mod sources {
             .collect();
         paths.sort();
         paths
+    }
+
+    /// Whether `path` uses instructions that only compute capability 9.0 has.
+    pub fn is_for_hopper(path: &Path) -> bool {
+        stem(path).ends_with("_sm90")
     }
 
     /// `linear` of `kernels/linear.cu`.
@@ -144,12 +151,17 @@ mod cuda {
     use std::path::PathBuf;
     use std::process::Command;
 
-    use crate::sources::{compile_changed, fail, hash_file, list, out_dir, run, stem};
+    use crate::sources::{
+        compile_changed, fail, hash_file, is_for_hopper, list, out_dir, run, stem,
+    };
 
     /// Ampere (A100; 30 series), Ada, Hopper, consumer Blackwell. The PTX serves every other GPU from
     /// Ampere on, compiled by the driver.
     const ARCHITECTURES: &[&str] = &["80", "86", "89", "90", "120"];
     const PTX: &str = "80";
+    /// Of `*_sm90.cu`.
+    const HOPPER: &str = "-gencode=arch=compute_90a,code=sm_90a";
+    const FLAGS: [&str; 4] = ["-fatbin", "-std=c++17", "-O3", "-Ikernels"];
 
     pub fn compile() {
         for name in ["MOECTL_NVCC", "MOECTL_CUDA_ARCH", "CUDA_HOME"] {
@@ -161,16 +173,24 @@ mod cuda {
             Ok(out) => fail(&format!("{} --version: {}", nvcc.display(), out.status)),
             Err(error) => fail(&format!("{}: {error}", nvcc.display())),
         };
-        let flags = flags();
+        let architectures = architectures();
+        let targets = targets(&architectures);
         let mut shared = DefaultHasher::new();
-        (&version, &flags).hash(&mut shared);
+        (&version, &FLAGS, &targets, HOPPER).hash(&mut shared);
         for header in list("kernels", "cuh") {
             hash_file(&header, &mut shared);
         }
-        let sources = list("kernels", "cu");
+        let mut sources = list("kernels", "cu");
+        let hopper = architectures.is_empty() || architectures.iter().any(|a| a.starts_with("90"));
+        sources.retain(|source| hopper || !is_for_hopper(source));
         compile_changed(&sources, &shared, "fatbins", "fatbin", |source, output| {
             let mut command = Command::new(&nvcc);
-            command.args(&flags).arg("-o").arg(output).arg(source);
+            command.args(FLAGS);
+            match is_for_hopper(source) {
+                true => command.arg(HOPPER),
+                false => command.args(&targets),
+            };
+            command.arg("-o").arg(output).arg(source);
             run(command, source)
         });
         write_list(&sources);
@@ -196,24 +216,21 @@ mod cuda {
             })
     }
 
-    fn flags() -> Vec<String> {
-        let mut flags: Vec<String> = ["-fatbin", "-std=c++17", "-O3", "-Ikernels"]
-            .map(String::from)
-            .to_vec();
+    /// What `MOECTL_CUDA_ARCH` names; empty for all.
+    fn architectures() -> Vec<String> {
         let restricted = std::env::var("MOECTL_CUDA_ARCH").unwrap_or_default();
-        let chosen: Vec<&str> = restricted
-            .split(',')
-            .map(str::trim)
-            .filter(|arch| !arch.is_empty())
-            .collect();
-        let all = chosen.is_empty();
-        for arch in if all { ARCHITECTURES } else { &chosen } {
-            flags.push(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
+        let named = restricted.split(',').map(str::trim);
+        named.filter(|a| !a.is_empty()).map(String::from).collect()
+    }
+
+    /// Machine code to make, for `named` architectures or all.
+    fn targets(named: &[String]) -> Vec<String> {
+        let target = |of: &str, code: &str| format!("-gencode=arch=compute_{of},code={code}_{of}");
+        if !named.is_empty() {
+            return named.iter().map(|arch| target(arch, "sm")).collect();
         }
-        if all {
-            flags.push(format!("-gencode=arch=compute_{PTX},code=compute_{PTX}"));
-        }
-        flags
+        let all = ARCHITECTURES.iter().map(|arch| target(arch, "sm"));
+        all.chain([target(PTX, "compute")]).collect()
     }
 
     /// `FATBINS`: name and bytes of each, aligned as the driver's structures want.
@@ -240,7 +257,7 @@ mod emulate {
     use std::hash::{DefaultHasher, Hash};
     use std::path::PathBuf;
 
-    use crate::sources::{compile_changed, fail, hash_file, list, run, stem};
+    use crate::sources::{compile_changed, fail, hash_file, is_for_hopper, list, run, stem};
 
     pub fn compile() {
         let arch = std::env::var("CARGO_CFG_TARGET_ARCH").unwrap_or_default();
@@ -268,6 +285,7 @@ mod emulate {
             }
         }
         let mut sources = list("kernels", "cu");
+        sources.retain(|source| !is_for_hopper(source));
         sources.push(PathBuf::from("kernels/emulate/emulator.cpp"));
         let objects = compile_changed(&sources, &shared, "emulate", "o", |source, output| {
             let mut unit = PathBuf::from(source);

@@ -234,6 +234,19 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+/* What the launch asked for. */
+__device__ __forceinline__ uint32_t dynamic_smem_bytes() {
+  uint32_t bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
+}
+
+/* A barrier among THREADS threads of the block, whole warps; ids 1 .. 15. */
+template <int THREADS>
+__device__ __forceinline__ void group_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(THREADS) : "memory");
+}
+
 /* Programmatic dependent launch: a kernel launched early waits here until the kernels before it
    have finished and their writes are visible. Every thread of every kernel that reads what another
    kernel wrote calls it first. */
@@ -259,6 +272,17 @@ __device__ __forceinline__ float warp_max(float x) {
   for (int offset = 16; offset > 0; offset /= 2)
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, offset));
   return x;
+}
+
+/* Two f16, rounded to nearest; for numbers in f16's range, at less cost than pack_f16. */
+__device__ __forceinline__ uint32_t round_f16x2(float low, float high) {
+#ifdef MOECTL_EMULATE
+  return pack_f16(low, high);
+#else
+  uint32_t z;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(z) : "f"(high), "f"(low));
+  return z;
+#endif
 }
 
 /* Two f16 in each: x - y. */

@@ -455,6 +455,10 @@ inline void store_release_system(uint32_t *flag, uint32_t value) {
   __atomic_store_n(flag, value, __ATOMIC_RELEASE);
 }
 
+inline uint32_t dynamic_smem_bytes() { return emulate::shared_memory_bytes; }
+template <int THREADS>
+inline void group_sync(int id, EMULATE_HERE) { emulate::group_barrier(id, THREADS, file, line); }
+
 inline void cp_async16(void *shared, const void *global, bool valid, EMULATE_HERE) {
   emulate::check_aligned(shared, 16, "cp_async16 to", file, line);
   emulate::check_aligned(global, 16, "cp_async16 from", file, line);

@@ -96,6 +96,7 @@ constexpr int warpSize = 32;
 namespace emulate {
 
 extern uint8_t *shared_memory;
+extern unsigned shared_memory_bytes;
 
 /* Runs `entry(argument)` as every thread of the grid. */
 void run(const char *kernel, void (*entry)(void *), void *argument, dim3 grid, dim3 block,
@@ -119,6 +120,9 @@ extern int lane_id;
 
 /* __syncthreads and its kin; the sum of `value` over all threads. */
 int barrier(int value, const char *name, const char *file, int line);
+
+/* bar.sync among `threads` threads of the block, whole warps; ids 1 .. 15. */
+void group_barrier(int id, int threads, const char *file, int line);
 
 void cp_async(void *to, const void *from, bool valid);
 void cp_async_commit();

@@ -42,6 +42,7 @@ moectl_emulate_switch:
 namespace emulate {
 
 uint8_t *shared_memory;
+unsigned shared_memory_bytes;
 Lane *self;
 int lane_id;
 
@@ -94,6 +95,12 @@ bool reverse, trace;
 int arrived; /* at the block's barrier */
 int barrier_sum, barrier_result;
 Fiber *first_arrived;
+
+/* Barriers among some of the block's threads, by id. */
+struct GroupBarrier {
+  int arrived;
+  uint32_t waiting[MAX_THREADS / WARP]; /* lanes, by warp */
+} group_barriers[16];
 
 const char *kernel_name = "(none)";
 void (*kernel_entry)(void *);
@@ -222,6 +229,7 @@ void release_barrier() {
 void run_block() {
   alive = num_threads;
   arrived = barrier_sum = 0;
+  memset(group_barriers, 0, sizeof group_barriers);
   runnable_warps = 0;
   for (int w = 0; w < num_warps; w++) {
     int lanes = num_threads - w * WARP;
@@ -304,6 +312,23 @@ int barrier(int value, const char *name, const char *file, int line) {
   return barrier_result;
 }
 
+void group_barrier(int id, int threads, const char *file, int line) {
+  Fiber &fiber = *current;
+  if (id < 1 || id > 15 || threads % WARP || threads > num_threads)
+    fail(file, line, "group_sync: barrier %d of %d threads in a block of %d", id, threads, num_threads);
+  fiber.mask = 0xffffffffu;
+  fiber.name = "group_sync";
+  fiber.file = file;
+  fiber.line = line;
+  GroupBarrier &barrier = group_barriers[id];
+  barrier.waiting[fiber.warp] |= 1u << fiber.lane;
+  if (++barrier.arrived < threads) return yield();
+  for (int w = 0; w < num_warps; w++)
+    if (barrier.waiting[w]) set_runnable(w, barrier.waiting[w]);
+  barrier = {};
+  warps[fiber.warp].runnable &= ~(1u << fiber.lane);
+}
+
 void cp_async(void *to, const void *from, bool valid) {
   memset(to, 0xCD, 16);
   current->copies.push_back({to, from, valid, current->group});
@@ -353,6 +378,7 @@ void run(const char *kernel, void (*entry)(void *), void *argument, dim3 grid, d
   num_warps = (num_threads + WARP - 1) / WARP;
   size_t rounded = (smem_bytes + 15) / 16 * 16;
   shared_memory = shared_end - rounded;
+  shared_memory_bytes = smem_bytes;
   uint64_t num_blocks = (uint64_t)grid.x * grid.y * grid.z;
   for (uint64_t i = 0; i < num_blocks; i++) {
     uint64_t b = reverse ? num_blocks - 1 - i : i;

@@ -110,3 +110,13 @@ pub struct SlotChange {
 /// choice) and answers with changes of that layer's slots, no more than the last argument allows. It
 /// allows none where the experts are not at hand on the device.
 pub type OnRenewing<'a> = dyn FnMut(usize, usize, &Routing, usize) -> Vec<SlotChange> + 'a;
+
+/// What each GPU kernel takes, in microseconds, all its launches together.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KernelTimes {
+    /// Of a decode step
+    pub decode_us: Vec<(&'static str, f64)>,
+    /// Of a chunk of so many tokens at the end of the context
+    pub prefill_tokens: usize,
+    pub prefill_us: Vec<(&'static str, f64)>,
+}

@@ -15,8 +15,8 @@ use thiserror::Error;
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
 use crate::backend::{
-    self, BackendError, BackendFacts, DecodeTimes, KvDtype, LoadRates, ModelShape, ModelWeights,
-    NextLogits, VramHeld, VramMeter,
+    self, BackendError, BackendFacts, DecodeTimes, KernelTimes, KvDtype, LoadRates, ModelShape,
+    ModelWeights, NextLogits, VramHeld, VramMeter,
 };
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::hardware::GpuProbe;
@@ -351,8 +351,8 @@ impl Engine {
         Ok(self.runner.measure(&self.model_id.id)?)
     }
 
-    /// Microseconds of each GPU kernel of a decode step; the sequence starts over.
-    pub fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+    /// What each GPU kernel takes; the sequence starts over.
+    pub fn kernel_times(&mut self) -> Result<KernelTimes> {
         self.tokens.clear();
         Ok(self.runner.kernel_times()?)
     }

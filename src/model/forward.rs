@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use crate::backend::{
-    Backend, BackendError, BackendFacts, DecodeTimes, LoadRates, NextLogits, OnRenewing, Result,
-    Routing, SlotChange, Tuning, VramHeld, VramMeter,
+    Backend, BackendError, BackendFacts, DecodeTimes, KernelTimes, LoadRates, NextLogits,
+    OnRenewing, Result, Routing, SlotChange, Tuning, VramHeld, VramMeter,
 };
 
 use crate::hardware::GpuProbe;
@@ -144,10 +144,9 @@ pub trait Runner: Send {
         Ok(None)
     }
 
-    /// Microseconds that each GPU kernel of a decode step takes, all its launches together; the
-    /// sequence starts over.
-    fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
-        Ok(Vec::new())
+    /// What each GPU kernel takes; the sequence starts over.
+    fn kernel_times(&mut self) -> Result<KernelTimes> {
+        Ok(KernelTimes::default())
     }
 }
 
@@ -321,7 +320,7 @@ impl Runner for crate::backend::cuda::Cuda {
         self.measure(model).map(Some)
     }
 
-    fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
+    fn kernel_times(&mut self) -> Result<KernelTimes> {
         self.kernel_times()
     }
 }

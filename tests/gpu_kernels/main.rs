@@ -12,6 +12,7 @@ mod prefill;
 mod prefill_experts;
 mod router;
 mod sample;
+mod speed;
 
 #[path = "../gpu/mod.rs"]
 mod gpu;

@@ -71,6 +71,9 @@ macro_rules! args {
 }
 pub(crate) use args;
 
+/// The compute capability that kernels in `*_sm90.cu` are for, and no other runs.
+pub const HOPPER: (u32, u32) = (9, 0);
+
 /// Facts about a device.
 #[derive(Clone, Debug)]
 pub struct DeviceFacts {

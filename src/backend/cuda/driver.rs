@@ -7,7 +7,7 @@ use std::sync::Mutex;
 
 use cudarc::driver::sys::{self, CUresult};
 
-use super::device::{Args, DeviceFacts, Driver, Geometry, Handle};
+use super::device::{Args, DeviceFacts, Driver, Geometry, HOPPER, Handle};
 use crate::backend::{BackendError, Result};
 
 mod fatbins {
@@ -112,6 +112,9 @@ impl Gpu {
             facts: facts(device)?,
         };
         for (name, image) in fatbins::FATBINS {
+            if name.ends_with("_sm90") && gpu.facts.compute_capability != HOPPER {
+                continue;
+            }
             let mut module = ptr::null_mut();
             // SAFETY: the image is a whole fatbin that nvcc wrote.
             let loaded = unsafe { sys::cuModuleLoadData(&mut module, image.as_ptr().cast()) };

@@ -31,6 +31,7 @@ mod prefill;
 mod slots;
 pub mod state;
 mod store;
+pub mod variants;
 mod weights;
 
 use std::ops::Range;
@@ -48,8 +49,8 @@ pub use super::Residency;
 use super::cpu::offload::Offload;
 use super::cpu::{CpuPrecision, Progress};
 use super::{
-    BackendError, BackendFacts, DecodeTimes, KvDtype, ModelShape, ModelWeights, NextLogits,
-    OnRenewing, Result, Routing, VramHeld, VramMeter,
+    BackendError, BackendFacts, DecodeTimes, KernelTimes, KvDtype, ModelShape, ModelWeights,
+    NextLogits, OnRenewing, Result, Routing, VramHeld, VramMeter,
 };
 use crate::formats::Matrix;
 use crate::planning::execution::{MARGIN_BYTES, PrefillSettings};
@@ -255,12 +256,18 @@ impl Cuda {
         self.state.clear(&self.model.stream)
     }
 
-    /// See [`Decode::kernel_times`]; the sequence starts over.
-    pub fn kernel_times(&mut self) -> Result<Vec<(&'static str, f64)>> {
-        let times = self.decode.kernel_times(&self.model, &self.state)?;
+    /// What each kernel of a decode step and of a chunk of a prompt takes; the sequence starts over.
+    pub fn kernel_times(&mut self) -> Result<KernelTimes> {
+        let decode_us = self.decode.kernel_times(&self.model, &self.state)?;
         self.decode.forget_graphs();
+        let (prefill_tokens, prefill_us) = self.prefill_kernel_times()?;
+        self.give_slots_back()?;
         self.state.clear(&self.model.stream)?;
-        Ok(times)
+        Ok(KernelTimes {
+            decode_us,
+            prefill_tokens,
+            prefill_us,
+        })
     }
 
     /// Bytes that this process holds on the device, by the driver's figure.

@@ -270,10 +270,15 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
 fn kernel_times(engine: &mut Engine, console: &Console) -> anyhow::Result<()> {
     if console.verbose {
         let times = engine.kernel_times()?;
-        let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
-        console.detail(format!(
-            "kernels of a step: {}",
+        let list = |times: &[(&str, f64)]| {
+            let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
             lines.collect::<Vec<_>>().join(", ")
+        };
+        console.detail(format!("kernels of a step: {}", list(&times.decode_us)));
+        console.detail(format!(
+            "kernels of a chunk of {} tokens: {}",
+            times.prefill_tokens,
+            list(&times.prefill_us)
         ));
     }
     Ok(())

@@ -5,6 +5,7 @@ use super::super::abi::Linear;
 use super::super::device::{Args, Geometry, args};
 use super::super::geometry;
 use super::super::state::LayerState;
+use super::super::variants;
 use super::super::weights::Mixer;
 use super::renew::Renewing;
 use super::{Group, RING};
@@ -72,13 +73,24 @@ impl Chunk<'_> {
     }
 
     fn multiprocessors(&self) -> usize {
-        self.cuda.prefill.multiprocessors
+        self.cuda.prefill.facts.multiprocessors as usize
     }
 
     fn launch(&self, kernel: &'static str, geometry: Geometry, args: Args) -> Result<()> {
+        let stream = &self.cuda.model.stream;
         // SAFETY: arguments are those of the kernels in `kernels/`, in order; addresses are in the
         // workspace, the model and the sequence, which outlive the wait at the chunk's end.
-        unsafe { self.cuda.model.stream.launch(kernel, geometry, args, false) }
+        let launch = || unsafe { stream.launch(kernel, geometry, args, false) };
+        let Some(times) = &self.cuda.prefill.kernel_times else {
+            return launch();
+        };
+        stream.record(&times.start)?;
+        launch()?;
+        stream.record(&times.end)?;
+        stream.synchronize()?;
+        let us = 1e3 * f64::from(times.end.ms_since(&times.start)?);
+        times.add(kernel, us);
+        Ok(())
     }
 
     pub fn run(
@@ -199,9 +211,11 @@ impl Chunk<'_> {
                         taps
                     ],
                 )?;
+                let facts = &cuda.prefill.facts;
+                let rule = variants::prefill_delta_rule(s, self.tokens, self.precision(), facts);
                 self.launch(
-                    "prefill_delta_rule",
-                    geometry::prefill_delta_rule(s),
+                    rule.name,
+                    rule.geometry,
                     args![
                         q, k, v, decay, beta, memory, mixed, t, heads.0, heads.1, dims.0, dims.1
                     ],
@@ -254,9 +268,13 @@ impl Chunk<'_> {
                         hd
                     ],
                 )?;
+                let int8 = cache.format != 0;
+                let facts = &cuda.prefill.facts;
+                let attention =
+                    variants::prefill_attention(s, self.tokens, int8, self.precision(), facts);
                 self.launch(
-                    self.by_precision("prefill_attention", "prefill_attention_fast"),
-                    geometry::prefill_attention(s, self.tokens, self.precision()),
+                    attention.name,
+                    attention.geometry,
                     args![
                         q_high, q_low, q_scales, q, *cache, start, t, heads.0, heads.1, hd, mixed
                     ],

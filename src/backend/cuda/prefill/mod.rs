@@ -12,11 +12,12 @@
 mod chunk;
 mod renew;
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Cuda;
 use super::abi::ExpertLayout;
-use super::device::{Buffer, Device, Event, Pinned, Stream};
+use super::device::{Buffer, Device, DeviceFacts, Event, Pinned, Stream};
 use super::store::{ExpertStore, Held};
 use super::weights::DenseWeights;
 use crate::backend::{BackendError, ModelShape, OnRenewing, Result, Routing};
@@ -30,7 +31,7 @@ use renew::{Renewal, Renewing};
 pub struct Prefill {
     settings: PrefillSettings,
     sizes: PrefillSizes,
-    multiprocessors: usize,
+    facts: DeviceFacts,
     /// `[layers, 2, E + 1]`: addresses of blobs for gate and up, and for down
     blobs: Buffer,
     host_blobs: Pinned<u64>,
@@ -46,6 +47,25 @@ pub struct Prefill {
     own: Option<Buffer>,
     /// Slots that the workspace of the chunks so far has the memory of
     borrowed: Option<Borrowed>,
+    /// Present while kernels are timed, one after the other
+    kernel_times: Option<LaunchTimer>,
+}
+
+/// What each kernel took, all its launches together.
+struct LaunchTimer {
+    start: Event,
+    end: Event,
+    us: RefCell<Vec<(&'static str, f64)>>,
+}
+
+impl LaunchTimer {
+    fn add(&self, kernel: &'static str, us: f64) {
+        let mut all = self.us.borrow_mut();
+        match all.iter_mut().find(|(name, _)| *name == kernel) {
+            Some((_, sum)) => *sum += us,
+            None => all.push((kernel, us)),
+        }
+    }
 }
 
 /// Host memory for chunks of up to `tokens`.
@@ -119,7 +139,7 @@ impl Prefill {
         Ok(Prefill {
             settings,
             sizes,
-            multiprocessors: device.facts().multiprocessors as usize,
+            facts: device.facts(),
             blobs: device.alloc(8 * layers * 2 * (experts + 1), stream)?,
             host_blobs: device.alloc_host(layers * 2 * (experts + 1))?,
             units: device.upload(&units, stream)?,
@@ -129,6 +149,7 @@ impl Prefill {
             routed: device.new_event()?,
             own: None,
             borrowed: None,
+            kernel_times: None,
         })
     }
 
@@ -190,6 +211,31 @@ impl Cuda {
         self.prefill
             .plan(self.model.store.num_slots(), tokens)
             .chunk_tokens
+    }
+
+    /// Microseconds of each kernel of a chunk, the last of a prompt that fills the context, and its tokens;
+    /// kernels run one after the other, and what streams is waited for between them. The sequence is lost.
+    pub(super) fn prefill_kernel_times(&mut self) -> Result<(usize, Vec<(&'static str, f64)>)> {
+        let context = self.state.max_tokens;
+        let tokens = self.prefill_chunk(context);
+        let vocab = self.model.shape.vocab_size as u32;
+        // As far apart as random ones, so that routers pick many experts.
+        let ids: Vec<u32> = (0..tokens as u32)
+            .map(|i| i.wrapping_mul(2_654_435_761) % vocab)
+            .collect();
+        self.state.position = context - tokens;
+        self.prefill.kernel_times = Some(LaunchTimer {
+            start: self.device.new_event()?,
+            end: self.device.new_event()?,
+            us: RefCell::default(),
+        });
+        let result = self.prefill_all(&ids, 0..0, false, &mut |_, _, _, _| Vec::new());
+        let times = self.prefill.kernel_times.take();
+        result?;
+        Ok((
+            tokens,
+            times.map_or(Vec::new(), |times| times.us.into_inner()),
+        ))
     }
 
     /// A piece of a prompt, in chunks. With `renews` slots may change in the last of them. Where the
