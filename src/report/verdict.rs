@@ -248,7 +248,7 @@ impl Rule {
         let fails = rise > KL_RISE_NATS && share > self.threshold;
         checks.push(single("mean_kl_nats", "nats", old_kl, new_kl, share, fails));
         let worse_by = now.perplexity / old.perplexity - 1.0;
-        let fails = !(worse_by <= PERPLEXITY_RISE);
+        let fails = worse_by.is_nan() || worse_by > PERPLEXITY_RISE;
         checks.push(single(
             "perplexity",
             "perplexity",
