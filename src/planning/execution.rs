@@ -27,6 +27,55 @@ pub const RING_GROUPS: usize = 5;
 /// Buffers start on this many bytes.
 const ALIGN: usize = 256;
 
+/// The longest chunk of which only the experts that were picked come to the GPU, the CPU computing
+/// some of them. Longer ones pick nearly all experts, and their copies run ahead of the routers instead.
+pub const MAX_PICKED_TOKENS: usize = 2048;
+
+/// At which experts that are not in VRAM come to the GPU, or are computed in RAM, both at once.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ShareRates {
+    pub pcie_gb_s: f64,
+    /// Experts with few tokens, bound by reading their weights
+    pub cpu_gb_s: f64,
+    /// Experts with many tokens, bound by arithmetic
+    pub cpu_gflops: f64,
+}
+
+impl Default for ShareRates {
+    /// A laptop's, where nothing was measured.
+    fn default() -> Self {
+        ShareRates {
+            pcie_gb_s: 25.0,
+            cpu_gb_s: 50.0,
+            cpu_gflops: 400.0,
+        }
+    }
+}
+
+/// Which of a layer's picked experts that are not in VRAM the CPU computes: those with the fewest
+/// tokens, as many as it ends with no later than the others' copies.
+///
+/// - `missing`: experts and their numbers of tokens
+/// - `bytes`, `flops`: of one expert, and of one token in it
+pub fn picks_for_cpu(
+    mut missing: Vec<(u16, u32)>,
+    rates: &ShareRates,
+    bytes: usize,
+    flops: u64,
+) -> Vec<u16> {
+    missing.sort_unstable_by_key(|&(expert, tokens)| (tokens, expert));
+    let copy_ns = bytes as f64 / rates.pcie_gb_s;
+    let read_ns = bytes as f64 / rates.cpu_gb_s;
+    let (mut cpu_ns, mut left) = (0.0, missing.len());
+    let fits = |&&(_, tokens): &&(u16, u32)| {
+        cpu_ns += read_ns.max(f64::from(tokens) * flops as f64 / rates.cpu_gflops);
+        left -= 1;
+        cpu_ns <= left as f64 * copy_ns
+    };
+    let for_cpu = missing.iter().take_while(fits);
+    for_cpu.map(|&(expert, _)| expert).collect()
+}
+
 /// What a user may choose of a prompt's execution.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PrefillSettings {
@@ -77,6 +126,11 @@ impl PrefillSizes {
     pub fn kept_experts(&self) -> usize {
         let experts = self.shape.num_experts as usize;
         (experts / 8).max(4).min(experts)
+    }
+
+    /// Arithmetic of one routed expert for one token.
+    pub fn expert_flops(&self) -> u64 {
+        6 * self.shape.hidden_size * self.shape.moe_intermediate_size
     }
 
     fn total_experts(&self) -> usize {
@@ -439,6 +493,22 @@ mod tests {
         );
         let smallest = Workspace::new(&sizes, MIN_CHUNK_TOKENS).bytes as u64;
         assert_eq!(memory(smallest - 1, 24_576), Err(1));
+    }
+
+    #[test]
+    fn the_cpu_computes_the_least_picked_experts_until_the_copies_are_over() {
+        let rates = ShareRates {
+            pcie_gb_s: 10.0,
+            cpu_gb_s: 20.0,
+            cpu_gflops: 1.0,
+        };
+        // A copy takes 100 ns; the CPU 50 ns, or 10 a token.
+        let for_cpu = |missing: &[(u16, u32)]| picks_for_cpu(missing.to_vec(), &rates, 1000, 10);
+        assert!(for_cpu(&[]).is_empty());
+        assert!(for_cpu(&[(7, 1)]).is_empty(), "a single one is copied");
+        assert_eq!(for_cpu(&[(7, 3), (2, 1), (5, 2)]), [2, 5]);
+        assert_eq!(for_cpu(&[(0, 9), (1, 9), (2, 9), (3, 9)]), [0, 1]);
+        assert!(for_cpu(&[(0, 100), (1, 99)]).is_empty());
     }
 
     #[test]

@@ -39,6 +39,8 @@ impl Expert {
 #[derive(Default)]
 pub struct Buffers {
     groups: Vec<Group>,
+    /// Of each expert that has a group
+    group_of: Vec<u32>,
     /// Tokens of all groups, and the weight of each there
     tokens: Vec<u32>,
     weights: Vec<f32>,
@@ -60,59 +62,61 @@ struct Group {
     first_block: usize,
 }
 
+/// One token's choice of one expert; the number of experts stands for the shared one.
+#[derive(Clone, Copy, Debug)]
+pub struct Pick {
+    pub token: u32,
+    pub expert: u16,
+    pub weight: f32,
+}
+
 impl Buffers {
-    /// Sorts tokens by expert; the shared expert comes last and takes every token.
-    fn group(&mut self, experts: &[Expert], shared: &Expert, routing: &Routing, gates: &[f32]) {
-        let k = routing.num_experts_per_tok;
+    /// Sorts picks, which come in ascending order of tokens, by expert; `count` experts in all, of
+    /// which `expert(i)` is one.
+    fn group<'a>(
+        &mut self,
+        count: usize,
+        expert: impl Fn(usize) -> &'a Expert,
+        picks: impl Iterator<Item = Pick> + Clone,
+    ) {
         self.groups.clear();
-        self.groups.extend((0..=experts.len()).map(|expert| Group {
+        self.groups.extend((0..count).map(|expert| Group {
             expert,
             first_token: 0,
             tokens: 0,
             first_block: 0,
         }));
-        for &id in &routing.topk_ids {
-            self.groups[usize::from(id)].tokens += 1;
+        for pick in picks.clone() {
+            self.groups[usize::from(pick.expert)].tokens += 1;
         }
-        self.groups[experts.len()].tokens = gates.len();
+        self.groups.retain(|group| group.tokens > 0);
         let (mut token, mut block) = (0, 0);
-        for group in &mut self.groups {
-            let expert = experts.get(group.expert).unwrap_or(shared);
+        self.group_of.resize(count, 0);
+        for (i, group) in self.groups.iter_mut().enumerate() {
             (group.first_token, group.first_block) = (token, block);
             token += group.tokens;
-            block += group.tokens * expert.blocks();
+            block += group.tokens * expert(group.expert).blocks();
+            self.group_of[group.expert] = i as u32;
         }
         self.tokens.resize(token, 0);
         self.weights.resize(token, 0.0);
         self.hidden.resize(block, [0.0; TILE_COLS]);
 
         // Tokens go in ascending order, so `first_token` serves as the place to write next.
-        let mut put = |group: &mut Group, token: usize, weight: f32| {
-            self.tokens[group.first_token] = token as u32;
-            self.weights[group.first_token] = weight;
+        for pick in picks {
+            let group = &mut self.groups[self.group_of[usize::from(pick.expert)] as usize];
+            self.tokens[group.first_token] = pick.token;
+            self.weights[group.first_token] = pick.weight;
             group.first_token += 1;
-        };
-        for (i, (&id, &weight)) in routing
-            .topk_ids
-            .iter()
-            .zip(&routing.topk_weights)
-            .enumerate()
-        {
-            put(&mut self.groups[usize::from(id)], i / k, weight);
-        }
-        for (token, &gate) in gates.iter().enumerate() {
-            put(&mut self.groups[experts.len()], token, gate);
         }
         for group in &mut self.groups {
             group.first_token -= group.tokens;
         }
-        self.groups.retain(|g| g.tokens > 0);
 
         self.jobs.clear();
         for (i, group) in self.groups.iter().enumerate() {
-            let expert = experts.get(group.expert).unwrap_or(shared);
-            self.jobs
-                .extend((0..expert.blocks()).map(|block| (i as u32, block as u32)));
+            let blocks = 0..expert(group.expert).blocks() as u32;
+            self.jobs.extend(blocks.map(|block| (i as u32, block)));
         }
     }
 }
@@ -136,7 +140,58 @@ pub fn add_experts(
     buffers: &mut Buffers,
     out: &mut [f32],
 ) -> Result<()> {
-    buffers.group(experts, shared, routing, gates);
+    let k = routing.num_experts_per_tok;
+    let shared_id = experts.len() as u16;
+    let expert = |id: usize| experts.get(id).unwrap_or(shared);
+    let routed = (routing.topk_ids.iter().zip(&routing.topk_weights)).enumerate();
+    let routed = routed.map(|(i, (&expert, &weight))| Pick {
+        token: (i / k) as u32,
+        expert,
+        weight,
+    });
+    let of_all = gates.iter().enumerate().map(|(token, &weight)| Pick {
+        token: token as u32,
+        expert: shared_id,
+        weight,
+    });
+    buffers.group(experts.len() + 1, expert, routed.chain(of_all));
+    add_groups(pool, isa, expert, gates.len(), x, all_tokens, buffers, out)
+}
+
+/// `out += sum over picks of weight * expert(x)`, of routed experts alone; picks in ascending order
+/// of tokens.
+///
+/// - `x`: `[T]` normed tokens, integer form included if any matrix reads it
+/// - `all_tokens`: 0, 1, 2, .. at least T of them
+/// - `out`: `[T, hidden_size]`
+#[allow(clippy::too_many_arguments)]
+pub fn add_picks(
+    pool: &mut Pool,
+    isa: Isa,
+    experts: &[Expert],
+    picks: &[Pick],
+    x: &Activations,
+    all_tokens: &[u32],
+    buffers: &mut Buffers,
+    out: &mut [f32],
+) -> Result<()> {
+    let expert = |id: usize| &experts[id];
+    buffers.group(experts.len(), expert, picks.iter().copied());
+    add_groups(pool, isa, expert, x.tokens, x, all_tokens, buffers, out)
+}
+
+/// The groups' experts, each with all of its tokens.
+#[allow(clippy::too_many_arguments)]
+fn add_groups<'a>(
+    pool: &mut Pool,
+    isa: Isa,
+    expert: impl Fn(usize) -> &'a Expert + Sync,
+    token_count: usize,
+    x: &Activations,
+    all_tokens: &[u32],
+    buffers: &mut Buffers,
+    out: &mut [f32],
+) -> Result<()> {
     let Buffers {
         groups,
         tokens,
@@ -144,8 +199,14 @@ pub fn add_experts(
         jobs,
         hidden,
         hidden_integers,
+        ..
     } = buffers;
-    let expert_of = |group: &Group| experts.get(group.expert).unwrap_or(shared);
+    let expert_of = |group: &Group| expert(group.expert);
+    let Some(first) = groups.first() else {
+        return Ok(());
+    };
+    let down = &expert_of(first).down;
+    let (rows, tile_rows) = (down.rows, down.tile_rows());
     let integers = (groups.iter()).find_map(|g| expert_of(g).down.reads_integers());
     hidden_integers.resize(isa, hidden.len(), integers);
 
@@ -170,11 +231,8 @@ pub fn add_experts(
         })?;
     }
 
-    let token_count = gates.len();
-    let rows = shared.down.rows;
     assert_eq!(out.len(), token_count * rows);
     let out = Parts::new(out);
-    let tile_rows = shared.down.tile_rows();
     let at_once = down_rows_at_once(token_count, tile_rows, pool.threads());
     pool.run(tile_rows.div_ceil(at_once), &|job| {
         let job_rows = job * at_once..tile_rows.min((job + 1) * at_once);

@@ -20,7 +20,8 @@ use std::sync::atomic::Ordering;
 
 use super::CpuPrecision;
 use super::activations::{Activations, Block, IntegerBlocks};
-pub use super::experts::Expert;
+use super::experts::{Buffers, add_picks};
+pub use super::experts::{Expert, Pick};
 use super::isa::Isa;
 use super::layout::{TILE_COLS, Tile};
 use super::linear::{Linear, Weights, add_product};
@@ -139,6 +140,16 @@ pub struct Offload {
     up: Vec<Block>,
     hidden_integers: IntegerBlocks,
     progress: Progress,
+    many: Many,
+}
+
+/// Buffers for picks of many tokens.
+#[derive(Default)]
+struct Many {
+    x: Activations,
+    /// 0, 1, 2, ..
+    all_tokens: Vec<u32>,
+    buffers: Buffers,
 }
 
 impl Offload {
@@ -155,6 +166,7 @@ impl Offload {
             up: Vec::new(),
             hidden_integers: IntegerBlocks::default(),
             progress: Progress::new(pool.threads()),
+            many: Many::default(),
             pool,
         })
     }
@@ -248,6 +260,48 @@ impl Offload {
         result?
     }
 
+    /// Adds to `out`, `[T, D]`, what `picks` ask of `experts`, each of which meets all of its tokens at
+    /// once; picks in ascending order of tokens.
+    ///
+    /// - `x`: `[T, D]`, normed
+    ///
+    /// # Errors
+    /// A panic in a worker.
+    pub fn add_picks(
+        &mut self,
+        experts: &[Expert],
+        picks: &[Pick],
+        x: &[f32],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let Some(first) = experts.first() else {
+            return Ok(());
+        };
+        let (cols, isa) = (first.gate.cols, self.isa);
+        let tokens = x.len() / cols;
+        let have = self.many.all_tokens.len();
+        (self.many.all_tokens).extend(have as u32..tokens.max(have) as u32);
+        let Many {
+            x: activations,
+            all_tokens,
+            buffers,
+        } = &mut self.many;
+        let integers = first.gate.reads_integers();
+        activations.fill(&mut self.pool, isa, tokens, cols, integers, &|t, row| {
+            row.copy_from_slice(&x[t * cols..(t + 1) * cols]);
+        })?;
+        add_picks(
+            &mut self.pool,
+            isa,
+            experts,
+            picks,
+            activations,
+            all_tokens,
+            buffers,
+            out,
+        )
+    }
+
     /// `out = linear norm(hidden)`: the output head of one token.
     ///
     /// - `hidden`, `scale`: `[D]`, the norm's scale as a factor
@@ -294,7 +348,7 @@ mod tests {
 
     use super::*;
     use crate::backend::Routing;
-    use crate::backend::cpu::experts::{Buffers, add_experts};
+    use crate::backend::cpu::experts::add_experts;
     use crate::backend::cpu::tests::{random_nf4, random_vector};
 
     fn layer(count: usize, dim: usize, inner: usize) -> Vec<ExpertWeights> {

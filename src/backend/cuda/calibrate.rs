@@ -69,7 +69,8 @@ impl Cuda {
         self.apply(tuning)?;
         self.forget_sequences()?;
         self.take_times();
-        self.notes = vec![format!(
+        self.notes = vec![self.share_rates_note()];
+        self.notes.push(format!(
             "of missing experts the GPU reads {share}% over PCIe{}; graphs of a step: {parts} \
              (median of steps: {})",
             if ahead {
@@ -78,11 +79,11 @@ impl Cuda {
                 ""
             },
             tried.join("; ")
-        )];
+        ));
         Ok(Some(tuning))
     }
 
-    fn is_too_small_to_time(&self) -> bool {
+    pub(super) fn is_too_small_to_time(&self) -> bool {
         let layers = self.model.shape.num_layers() as u64;
         let experts = self.model.shape.moe.num_experts as u64;
         layers * experts * self.model.store.slot_bytes() < MIN_EXPERT_BYTES

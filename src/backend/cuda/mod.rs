@@ -220,6 +220,9 @@ impl Cuda {
         };
         cuda.point_at_active()?;
         cuda.fill_slots()?;
+        if !cuda.is_too_small_to_time() {
+            cuda.measure_share_rates()?;
+        }
         cuda.calibrate()?;
         Ok(cuda)
     }

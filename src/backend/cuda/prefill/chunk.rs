@@ -1,21 +1,32 @@
 //! The kernels of one chunk, layer by layer.
 
-use super::super::Cuda;
 use super::super::abi::Linear;
-use super::super::device::{Args, Geometry, args};
+use super::super::decode::Model;
+use super::super::device::{Args, Geometry, Stream, args};
 use super::super::geometry;
-use super::super::state::LayerState;
+use super::super::slots::Slots;
+use super::super::state::{LayerState, StatePool};
 use super::super::variants;
 use super::super::weights::Mixer;
 use super::renew::Renewing;
-use super::{Group, RING};
+use super::{Group, Prefill, RING};
 use crate::backend::Result;
 use crate::planning::Precision;
 use crate::planning::execution::Workspace;
 
+/// What a chunk works with, apart from the workers that compute experts in RAM.
+#[derive(Clone, Copy)]
+pub struct Parts<'a> {
+    pub prefill: &'a Prefill,
+    pub model: &'a Model,
+    pub states: &'a StatePool,
+    pub slots: &'a Slots,
+    pub copies: &'a Stream,
+}
+
 /// One chunk on its way.
 pub struct Chunk<'a> {
-    pub cuda: &'a Cuda,
+    pub cuda: Parts<'a>,
     pub places: &'a Workspace,
     pub base: u64,
     pub tokens: usize,
@@ -55,17 +66,17 @@ impl Chunk<'_> {
     }
 
     /// Addresses of the f16 terms of a block's input and of their scales; 0 for a term that is absent.
-    fn terms(&self, high: usize, low: Option<usize>, scale: usize) -> [u64; 3] {
+    pub fn terms(&self, high: usize, low: Option<usize>, scale: usize) -> [u64; 3] {
         let low = low.map_or(0, |place| self.at(place));
         [self.at(high), low, self.at(scale)]
     }
 
-    fn precision(&self) -> Precision {
+    pub fn precision(&self) -> Precision {
         self.cuda.prefill.sizes.precision
     }
 
     /// The kernel of two terms or of one.
-    fn by_precision(&self, exact: &'static str, f16: &'static str) -> &'static str {
+    pub fn by_precision(&self, exact: &'static str, f16: &'static str) -> &'static str {
         match self.precision() {
             Precision::Exact => exact,
             Precision::F16 => f16,
@@ -76,7 +87,7 @@ impl Chunk<'_> {
         self.cuda.prefill.facts.multiprocessors as usize
     }
 
-    fn launch(&self, kernel: &'static str, geometry: Geometry, args: Args) -> Result<()> {
+    pub fn launch(&self, kernel: &'static str, geometry: Geometry, args: Args) -> Result<()> {
         let stream = &self.cuda.model.stream;
         // SAFETY: arguments are those of the kernels in `kernels/`, in order; addresses are in the
         // workspace, the model and the sequence, which outlive the wait at the chunk's end.
@@ -98,17 +109,7 @@ impl Chunk<'_> {
         groups: &[Vec<Group>],
         mut renewing: Option<&mut Renewing<'_>>,
     ) -> Result<()> {
-        let cuda = self.cuda;
-        let stream = &cuda.model.stream;
-        let dim = cuda.model.shape.hidden_size;
-        let from = cuda.prefill.host.embeddings.pointer(0).cast();
-        let hidden = self.at(self.places.hidden);
-        // SAFETY: the embeddings stay as they are until the chunk's last wait.
-        unsafe { stream.copy_to_device(hidden, from, 4 * self.tokens * dim)? };
-        // Copies start once the workspace is ours: what came before may still use it.
-        for event in &cuda.prefill.free {
-            stream.record(event)?;
-        }
+        self.begin()?;
         let mut uses = Uses::new(groups);
         for layer in 0..groups.len() {
             self.mixer(layer)?;
@@ -117,9 +118,25 @@ impl Chunk<'_> {
         Ok(())
     }
 
+    /// Brings the embeddings, and lets copies start: the workspace is ours.
+    pub fn begin(&self) -> Result<()> {
+        let cuda = self.cuda;
+        let stream = &cuda.model.stream;
+        let dim = cuda.model.shape.hidden_size;
+        let from = cuda.prefill.host.embeddings.pointer(0).cast();
+        let hidden = self.at(self.places.hidden);
+        // SAFETY: the embeddings stay as they are until the chunk's last wait.
+        unsafe { stream.copy_to_device(hidden, from, 4 * self.tokens * dim)? };
+        // What came before may still use the workspace until here.
+        for event in &cuda.prefill.free {
+            stream.record(event)?;
+        }
+        Ok(())
+    }
+
     /// `x`, or its norm, as two f16 and a scale per row; the norm also in f32 if asked for.
     #[allow(clippy::too_many_arguments)]
-    fn split(
+    pub fn split(
         &self,
         x: u64,
         norm: u64,
@@ -161,7 +178,7 @@ impl Chunk<'_> {
     }
 
     /// `hidden += mixer(rms_norm(hidden))`
-    fn mixer(&self, index: usize) -> Result<()> {
+    pub fn mixer(&self, index: usize) -> Result<()> {
         let cuda = self.cuda;
         let p = self.places;
         let shape = &cuda.model.shape;
@@ -284,14 +301,8 @@ impl Chunk<'_> {
         }
     }
 
-    /// `hidden += sum_k weight_k * expert_k(rms_norm(hidden)) + shared expert`
-    fn experts(
-        &self,
-        index: usize,
-        groups: &[Vec<Group>],
-        uses: &mut Uses,
-        mut renewing: Option<&mut Renewing<'_>>,
-    ) -> Result<()> {
+    /// Norm, router and choice of a layer, which are on their way to the host then.
+    pub fn route(&self, index: usize) -> Result<()> {
         let cuda = self.cuda;
         let p = self.places;
         let shape = &cuda.model.shape;
@@ -343,6 +354,33 @@ impl Chunk<'_> {
             stream.copy_to_host(host_ids, ids, bytes)?;
             stream.copy_to_host(host_weights, weights, bytes)?;
         }
+        Ok(())
+    }
+
+    /// `hidden += sum_k weight_k * expert_k(rms_norm(hidden)) + shared expert`
+    fn experts(
+        &self,
+        index: usize,
+        groups: &[Vec<Group>],
+        uses: &mut Uses,
+        mut renewing: Option<&mut Renewing<'_>>,
+    ) -> Result<()> {
+        let cuda = self.cuda;
+        let p = self.places;
+        let shape = &cuda.model.shape;
+        let stream = &cuda.model.stream;
+        let dim = shape.hidden_size;
+        let experts = shape.moe.num_experts;
+        let k = shape.moe.num_experts_per_tok;
+        let (t, e, top) = (self.tokens as i32, experts as i32, k as i32);
+        let hidden = self.at(p.hidden);
+        let x = self.terms(p.high, p.low, p.scale);
+        let (ids, weights, gates) = (
+            self.at(p.topk_ids),
+            self.at(p.topk_weights),
+            self.at(p.gates),
+        );
+        self.route(index)?;
         if renewing.is_some() {
             stream.record(&cuda.prefill.routed)?;
         }
@@ -504,7 +542,7 @@ impl Chunk<'_> {
     /// Copies a part of a group's missing experts into its ring buffer.
     fn stream_in(&self, layer: usize, group: &Group, part: usize) -> Result<()> {
         let cuda = self.cuda;
-        let copies = &cuda.copies;
+        let copies = cuda.copies;
         let blob_bytes = cuda.model.store.layout.blob_bytes as usize;
         let (offset, width) = self.part(part);
         let Some(buffer) = group.ring.map(|buffers| buffers[part]) else {

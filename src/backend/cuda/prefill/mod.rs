@@ -10,6 +10,8 @@
 //! PCIe: see [`renew`].
 
 mod chunk;
+mod picked;
+mod rates;
 mod renew;
 
 use std::cell::RefCell;
@@ -22,10 +24,11 @@ use super::store::{ExpertStore, Held};
 use super::weights::DenseWeights;
 use crate::backend::{BackendError, Executor, ModelShape, OnRenewing, Result, Routing};
 use crate::planning::execution::{
-    GROUP_EXPERTS, PrefillPlan, PrefillSettings, PrefillSizes, RING_GROUPS as RING, Workspace,
-    WorkspaceMemory, prefill_plan,
+    GROUP_EXPERTS, MAX_PICKED_TOKENS, PrefillPlan, PrefillSettings, PrefillSizes,
+    RING_GROUPS as RING, ShareRates, Workspace, WorkspaceMemory, prefill_plan,
 };
-use chunk::Chunk;
+use chunk::{Chunk, Parts};
+use picked::PickedHost;
 use renew::{Renewal, Renewing};
 
 pub struct Prefill {
@@ -47,6 +50,9 @@ pub struct Prefill {
     own: Option<Buffer>,
     /// Slots that the workspace of the chunks so far has the memory of
     borrowed: Option<Borrowed>,
+    /// Of a short chunk: the host's lists, once there was one, and what they are made by
+    picked: Option<PickedHost>,
+    rates: ShareRates,
     /// Present while kernels are timed, one after the other
     kernel_times: Option<LaunchTimer>,
 }
@@ -149,6 +155,8 @@ impl Prefill {
             routed: device.new_event()?,
             own: None,
             borrowed: None,
+            picked: None,
+            rates: ShareRates::default(),
             kernel_times: None,
         })
     }
@@ -329,17 +337,16 @@ impl Cuda {
             let id = id as usize;
             self.embed_tokens.dequantize_rows(id..id + 1, out);
         }
-        let groups = self.plan_groups(base + places.ring as u64)?;
-        let chunk = Chunk {
-            cuda: self,
-            places,
-            base,
-            tokens: ids.len(),
-            position,
+        let picked = ids.len() <= MAX_PICKED_TOKENS && !self.model.store.all_resident();
+        let renewals = match picked {
+            true => Some(self.picked_chunk(base, places, ids.len(), renews, on_routing)?),
+            false => {
+                let groups = self.plan_groups(base + places.ring as u64)?;
+                let mut renewing = renews.then(|| Renewing::new(on_routing));
+                (self.chunk(base, places, ids.len())).run(&groups, renewing.as_mut())?;
+                renewing.map(|renewing| renewing.renewals)
+            }
         };
-        let mut renewing = renews.then(|| Renewing::new(on_routing));
-        chunk.run(&groups, renewing.as_mut())?;
-        let renewals = renewing.map(|renewing| renewing.renewals);
         for row in rows {
             let hidden = base + (places.hidden + 4 * row * dim) as u64;
             let row = (self.decode).head_of(&self.model, &mut self.offload, hidden)?;
@@ -358,6 +365,55 @@ impl Cuda {
             on_routing(layer, position, &routing, 0);
         }
         Ok(Vec::new())
+    }
+
+    /// Kernels of a chunk of which only picked experts come to the GPU: what slots hold then.
+    fn picked_chunk(
+        &mut self,
+        base: u64,
+        places: &Workspace,
+        tokens: usize,
+        renews: bool,
+        on_routing: &mut OnRenewing<'_>,
+    ) -> Result<Vec<Renewal>> {
+        let mut host = match self.prefill.picked.take() {
+            Some(host) if host.tokens >= tokens => host,
+            _ => PickedHost::new(&self.device, &self.model.shape, tokens)?,
+        };
+        let mut renewing = Renewing::new(on_routing);
+        let chunk = Chunk {
+            cuda: Parts {
+                prefill: &self.prefill,
+                model: &self.model,
+                states: &self.states,
+                slots: &self.slots,
+                copies: &self.copies,
+            },
+            places,
+            base,
+            tokens,
+            position: self.states.active().position,
+        };
+        chunk.run_picked(&mut self.offload, &mut host, &mut renewing, renews)?;
+        let renewals = renewing.renewals;
+        self.prefill.picked = Some(host);
+        Ok(renewals)
+    }
+
+    fn chunk<'a>(&'a self, base: u64, places: &'a Workspace, tokens: usize) -> Chunk<'a> {
+        Chunk {
+            cuda: Parts {
+                prefill: &self.prefill,
+                model: &self.model,
+                states: &self.states,
+                slots: &self.slots,
+                copies: &self.copies,
+            },
+            places,
+            base,
+            tokens,
+            position: self.states.active().position,
+        }
     }
 
     /// Cuts every layer's experts into groups, and says where each expert will be found: those that

@@ -9,8 +9,8 @@
 
 use super::super::Cuda;
 use super::Group;
-use super::chunk::Chunk;
-use crate::backend::{OnRenewing, Result, SlotChange};
+use super::chunk::{Chunk, Parts};
+use crate::backend::{OnRenewing, Result, Routing, SlotChange};
 
 /// A slot's new expert.
 pub struct Renewal {
@@ -26,7 +26,7 @@ pub struct Renewing<'a> {
     on_renewing: &'a mut OnRenewing<'a>,
     pub renewals: Vec<Renewal>,
     /// Experts of the present layer and their slots, in the order of their places aside
-    kept: Vec<(usize, usize)>,
+    pub kept: Vec<(usize, usize)>,
 }
 
 impl<'a> Renewing<'a> {
@@ -42,20 +42,33 @@ impl<'a> Renewing<'a> {
 impl Chunk<'_> {
     /// Waits until the layer's routing is on the host, tells of it, and asks for changes.
     pub fn ask(&self, layer: usize, groups: &[Group], renewing: &mut Renewing<'_>) -> Result<()> {
-        let Cuda {
+        let Parts { prefill, model, .. } = self.cuda;
+        prefill.routed.synchronize()?;
+        let routing = prefill.routing(layer, self.tokens, model.shape.moe.num_experts_per_tok);
+        let streams = groups.iter().any(|group| group.ring.is_some());
+        self.ask_for(layer, &routing, streams, renewing);
+        Ok(())
+    }
+
+    /// Tells of a layer's routing, and asks for changes if its missing experts stream in.
+    pub fn ask_for(
+        &self,
+        layer: usize,
+        routing: &Routing,
+        streams: bool,
+        renewing: &mut Renewing<'_>,
+    ) {
+        let Parts {
             prefill,
             model,
             slots,
             ..
         } = self.cuda;
-        prefill.routed.synchronize()?;
-        let routing = prefill.routing(layer, self.tokens, model.shape.moe.num_experts_per_tok);
-        let streams = groups.iter().any(|group| group.ring.is_some());
         let at_most = match streams && slots.of_layer(layer) > 0 {
             true => prefill.sizes.kept_experts(),
             false => 0,
         };
-        let changes = (renewing.on_renewing)(layer, self.position, &routing, at_most);
+        let changes = (renewing.on_renewing)(layer, self.position, routing, at_most);
         renewing.kept.clear();
         for change in changes.into_iter().take(at_most) {
             assert_eq!(change.layer, layer, "slots of the layer that was asked for");
@@ -72,7 +85,6 @@ impl Chunk<'_> {
             }
             renewing.renewals.push(Renewal { change, slot, lent });
         }
-        Ok(())
     }
 
     /// Keeps aside what a ring buffer holds of new experts.
@@ -97,6 +109,21 @@ impl Chunk<'_> {
         Ok(())
     }
 
+    /// Keeps aside an expert that lies whole at `from`, if a slot is to have it.
+    pub fn keep_whole(&self, expert: usize, from: u64, renewing: &Renewing<'_>) -> Result<()> {
+        let bytes = self.cuda.model.store.layout.blob_bytes as usize;
+        for (place, _) in renewing
+            .kept
+            .iter()
+            .enumerate()
+            .filter(|(_, k)| k.0 == expert)
+        {
+            // SAFETY: both in the workspace, where each place has room for a blob.
+            unsafe { (self.cuda.model.stream).copy_on_device(self.aside(place), from, bytes)? };
+        }
+        Ok(())
+    }
+
     /// Moves what was kept into its slots, behind the kernels that read what was there.
     pub fn move_in(&self, renewing: &Renewing<'_>) -> Result<()> {
         let model = &self.cuda.model;
@@ -109,7 +136,7 @@ impl Chunk<'_> {
         Ok(())
     }
 
-    fn aside(&self, place: usize) -> u64 {
+    pub fn aside(&self, place: usize) -> u64 {
         let bytes = self.cuda.model.store.layout.blob_bytes as usize;
         self.at(self.places.kept + place * bytes)
     }
