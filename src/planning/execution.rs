@@ -278,8 +278,12 @@ impl Workspace {
         self.expert_high = at.take(2 * rows * stride);
         self.expert_low = low(at, 2 * rows * stride);
         self.expert_scale = at.floats(rows);
-        // The products of down take the place of what gate and up gave, which was split by then.
-        self.expert_hidden = at.0;
+        // Of a long chunk the products of down take the place of what gate and up gave, which was split by
+        // then; of a short one, whose experts come batch by batch, there is both at once.
+        self.expert_hidden = match t <= MAX_PICKED_TOKENS {
+            true => at.floats(rows * stride),
+            false => at.0,
+        };
         self.expert_out = at.0;
         at.floats(rows * dim.max(stride));
     }

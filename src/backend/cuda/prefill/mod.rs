@@ -264,7 +264,7 @@ impl Cuda {
             let last = first + piece.len() == ids.len();
             let inside = |row: usize| row.clamp(first, first + piece.len()) - first;
             let rows = inside(rows.start)..inside(rows.end);
-            let chunk = (base, &places, piece);
+            let chunk = (base, &places, plan.chunk_tokens, piece);
             let renewals =
                 self.prefill_chunk_at(chunk, rows, &mut logits, renews && last, on_routing)?;
             renewed |= !renewals.is_empty();
@@ -323,7 +323,7 @@ impl Cuda {
 
     fn prefill_chunk_at(
         &mut self,
-        (base, places, ids): (u64, &Workspace, &[u32]),
+        (base, places, chunk_tokens, ids): (u64, &Workspace, usize, &[u32]),
         rows: Range<usize>,
         logits: &mut Vec<f32>,
         renews: bool,
@@ -337,7 +337,7 @@ impl Cuda {
             let id = id as usize;
             self.embed_tokens.dequantize_rows(id..id + 1, out);
         }
-        let picked = ids.len() <= MAX_PICKED_TOKENS && !self.model.store.all_resident();
+        let picked = chunk_tokens <= MAX_PICKED_TOKENS && !self.model.store.all_resident();
         let renewals = match picked {
             true => Some(self.picked_chunk(base, places, ids.len(), renews, on_routing)?),
             false => {
