@@ -75,3 +75,82 @@ pub fn prefill_delta_rule(
         },
     }
 }
+
+/// Products of prefill with one f16 term: on Hopper those of wgmma, which need this much shared memory.
+const WGMMA_SHARED_BYTES: u32 = 99_392;
+
+/// Of three variants the one for `precision` on this device.
+fn product(
+    [exact, portable, hopper]: [&'static str; 3],
+    geometry: Geometry,
+    precision: Precision,
+    facts: &DeviceFacts,
+) -> Kernel {
+    match precision {
+        Precision::F16 if facts.compute_capability == HOPPER => Kernel {
+            name: hopper,
+            geometry: Geometry {
+                shared_bytes: WGMMA_SHARED_BYTES,
+                ..geometry
+            },
+        },
+        Precision::F16 => Kernel {
+            name: portable,
+            geometry,
+        },
+        Precision::Exact => Kernel {
+            name: exact,
+            geometry,
+        },
+    }
+}
+
+/// A dense product with a matrix of `rows` for `tokens`; arguments of `prefill_linear`.
+pub fn prefill_linear(
+    rows: usize,
+    tokens: usize,
+    precision: Precision,
+    facts: &DeviceFacts,
+) -> Kernel {
+    let names = [
+        "prefill_linear",
+        "prefill_linear_fast",
+        "prefill_linear_sm90",
+    ];
+    let multiprocessors = facts.multiprocessors as usize;
+    let geometry = geometry::matmul(rows, tokens, multiprocessors, precision);
+    product(names, geometry, precision, facts)
+}
+
+/// Gate and up of experts; arguments of `prefill_experts_up`.
+pub fn prefill_experts_up(
+    stride: usize,
+    bound: usize,
+    precision: Precision,
+    facts: &DeviceFacts,
+) -> Kernel {
+    let names = [
+        "prefill_experts_up",
+        "prefill_experts_up_fast",
+        "prefill_experts_up_sm90",
+    ];
+    let geometry = geometry::prefill_experts_up(stride, bound, precision);
+    product(names, geometry, precision, facts)
+}
+
+/// Down of experts; arguments of `prefill_experts_down`.
+pub fn prefill_experts_down(
+    rows: usize,
+    tokens: usize,
+    bound: usize,
+    precision: Precision,
+    facts: &DeviceFacts,
+) -> Kernel {
+    let names = [
+        "prefill_experts_down",
+        "prefill_experts_down_fast",
+        "prefill_experts_down_sm90",
+    ];
+    let geometry = geometry::prefill_experts_down(rows, tokens, bound, precision);
+    product(names, geometry, precision, facts)
+}
