@@ -164,49 +164,83 @@ fn speed_of_the_delta_rule() {
         });
         let k = gpu.random(tokens * s.key_dim(), |rng| 0.9 * rng.gauss() * key_scale);
         let v = gpu.random(tokens * s.value_dim(), Rng::gauss);
-        let heads = tokens * s.num_value_heads;
-        let decay = gpu.random(heads, |rng| 1.0 - 0.05 * rng.uniform());
-        let beta = gpu.random(heads, Rng::uniform);
+        let gates = tokens * s.num_value_heads;
+        let decay = gpu.random(gates, |rng| 1.0 - 0.05 * rng.uniform());
+        let beta = gpu.random(gates, Rng::uniform);
+        let heads = (s.num_key_heads as i32, s.num_value_heads as i32);
+        let (count, dk, dv) = (tokens as i32, dk as i32, s.value_head_dim as i32);
+        let [q, k, v, decay, beta] = [&q, &k, &v, &decay, &beta].map(Buffer::address);
+        let o = gpu.nans(tokens * s.value_dim());
+        let state_bytes = 4 * s.value_dim() * s.key_head_dim;
         let recurrent = Kernel {
             name: "prefill_delta_rule",
             geometry: geometry::prefill_delta_rule(s),
         };
-        let exact = variants::prefill_delta_rule(s, tokens, Precision::Exact, &facts);
-        let fast = variants::prefill_delta_rule(s, tokens, Precision::F16, &facts);
-        let mut expected: Vec<f32> = Vec::new();
-        for (kernel, tolerance) in [(recurrent, 0.0), (exact, 1e-5), (fast, 3e-3)] {
-            let launch = |state: &Buffer, o: &Buffer| {
+        let token_by_token = |state: &Buffer| {
+            args![
+                q,
+                k,
+                v,
+                decay,
+                beta,
+                state.address(),
+                o.address(),
+                count,
+                heads.0,
+                heads.1,
+                dk,
+                dv
+            ]
+        };
+        let state = gpu.zeros(state_bytes);
+        gpu.launch(recurrent.name, recurrent.geometry, token_by_token(&state));
+        let expected: Vec<f32> = gpu.down(&o);
+        let ms = gpu.time(recurrent, || token_by_token(&state));
+        println!(
+            "{tokens:>6} tokens, one by one {ms:>8.3} ms, {:>6.1} ns each",
+            1e6 * ms / tokens as f64
+        );
+        for (precision, tolerance) in [(Precision::Exact, 1e-5), (Precision::F16, 3e-3)] {
+            let [prepare, chunks] =
+                variants::prefill_delta_chunks(s, tokens, precision, &facts).expect("it fits");
+            let scratch_bytes = geometry::delta_scratch_bytes(s, precision);
+            let scratch_buffer = gpu.zeros(tokens.div_ceil(64) * scratch_bytes);
+            let scratch = scratch_buffer.address();
+            let prepare_args = || {
                 args![
-                    q.address(),
-                    k.address(),
-                    v.address(),
-                    decay.address(),
-                    beta.address(),
-                    state.address(),
-                    o.address(),
-                    tokens as i32,
-                    s.num_key_heads as i32,
-                    s.num_value_heads as i32,
-                    dk as i32,
-                    s.value_head_dim as i32
+                    q, k, decay, beta, scratch, 0i32, count, heads.0, heads.1, dk
                 ]
             };
-            let state = gpu.zeros(4 * s.value_dim() * dk);
-            let o = gpu.nans(tokens * s.value_dim());
-            gpu.launch(kernel.name, kernel.geometry, launch(&state, &o));
-            let found: Vec<f32> = gpu.down(&o);
-            if expected.is_empty() {
-                expected.clone_from(&found);
-            }
-            let off = distance(&found, &expected);
-            let ms = gpu.time(kernel, || launch(&state, &o));
+            let state = gpu.zeros(state_bytes);
+            let chunk_args = || {
+                args![
+                    v,
+                    scratch,
+                    state.address(),
+                    o.address(),
+                    0i32,
+                    count,
+                    heads.0,
+                    heads.1,
+                    dk,
+                    dv
+                ]
+            };
+            gpu.launch(prepare.name, prepare.geometry, prepare_args());
+            gpu.launch(chunks.name, chunks.geometry, chunk_args());
+            let off = distance(&gpu.down(&o), &expected);
+            let times = [
+                gpu.time(prepare, prepare_args),
+                gpu.time(chunks, chunk_args),
+            ];
             println!(
-                "{tokens:>6} tokens {:<28} {} B shared {ms:>8.3} ms, {:>6.1} ns a token, off by {off:.1e}",
-                kernel.name,
-                kernel.geometry.shared_bytes,
-                1e6 * ms / tokens as f64
+                "{tokens:>6} tokens, {precision:?} chunks: {:>8.3} ms to prepare, {:>8.3} ms, {:>6.1} ns \
+                 a token together, off by {off:.1e}",
+                times[0],
+                times[1],
+                1e6 * (times[0] + times[1]) / tokens as f64
             );
-            assert!(off <= tolerance, "{} differs", kernel.name);
+            assert!(off <= tolerance, "{precision:?} differs");
         }
     }
 }

@@ -60,7 +60,7 @@ impl Chunk<'_> {
         [self.at(high), low, self.at(scale)]
     }
 
-    fn precision(&self) -> Precision {
+    pub fn precision(&self) -> Precision {
         self.cuda.prefill.sizes.precision
     }
 
@@ -76,7 +76,7 @@ impl Chunk<'_> {
         self.cuda.prefill.facts.multiprocessors as usize
     }
 
-    fn launch(&self, kernel: &'static str, geometry: Geometry, args: Args) -> Result<()> {
+    pub fn launch(&self, kernel: &'static str, geometry: Geometry, args: Args) -> Result<()> {
         let stream = &self.cuda.model.stream;
         // SAFETY: arguments are those of the kernels in `kernels/`, in order; addresses are in the
         // workspace, the model and the sequence, which outlive the wait at the chunk's end.
@@ -211,13 +211,7 @@ impl Chunk<'_> {
                         taps
                     ],
                 )?;
-                self.launch(
-                    "prefill_delta_rule",
-                    geometry::prefill_delta_rule(s),
-                    args![
-                        q, k, v, decay, beta, memory, mixed, t, heads.0, heads.1, dims.0, dims.1
-                    ],
-                )?;
+                self.delta_rule([q, k, v, decay, beta], memory, mixed)?;
                 self.launch(
                     "prefill_gated_norm",
                     geometry::rows((self.tokens * s.num_value_heads).div_ceil(8), 256),
