@@ -320,9 +320,12 @@ pub fn prefill_attention(s: &AttentionShape, tokens: usize, precision: Precision
 /// One f16 term, for compute capability 9.0 and head_dim 256.
 pub fn prefill_attention_sm90(s: &AttentionShape, tokens: usize, int8: bool) -> Geometry {
     let group = s.num_attention_heads / s.num_key_value_heads.max(1);
-    let shared = if int8 { 232_448 } else { 197_632 };
+    let (block, shared) = match int8 {
+        false => (384, 197_632),
+        true => (512, 232_448),
+    };
     Geometry {
-        block: [384, 1],
+        block: [block, 1],
         ..tiles(
             (tokens * group).div_ceil(128),
             s.num_key_value_heads,
