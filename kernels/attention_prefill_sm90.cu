@@ -3,12 +3,12 @@ prefill_attention_fast on Hopper's warpgroup products, for head_dim 256. Same ar
 rounding: queries one f16, probabilities rounded to f16, int8 caches turned into f16.
 
 prefill_attention_sm90: f16 caches.  prefill_attention_sm90_int8: int8 caches.
-  launch: grid (ceil(T G / 128), Hkv), block 384,
+  launch: grid (ceil(T G / 128), Hkv), block 384 (f16) or 512 (int8),
           dynamic shared memory 197,632 (f16) or 232,448 bytes (int8)
 
 A block has 128 rows, (token, head) pairs of a KV head, and goes through the keys 64 at a time. Two
-warpgroups multiply, 64 rows each, their outputs in registers; the third copies K and V tiles into two
-stages each. The score product of a tile runs beside the output product of the tile before it, and one
+warpgroups multiply, 64 rows each, their outputs in registers; a third copies K and V tiles into two
+stages each (int8: a third K, a fourth V, and both turn them into f16). The score product of a tile runs beside the output product of the tile before it, and one
 warpgroup's softmax beside the other's products.
 
 mma.sync reads each operand from shared memory once per 16 rows, which takes as long as the products;
@@ -25,6 +25,7 @@ constexpr int KEYS = 64;  /* of a tile */
 constexpr int STAGES = 2; /* of K, and of V */
 constexpr int GROUP = 128; /* threads of a warpgroup */
 constexpr int THREADS = 3 * GROUP;
+constexpr int THREADS_INT8 = 4 * GROUP; /* another copying one */
 
 constexpr int Q_PANEL = ROWS * PANEL_ROW, TILE_PANEL = KEYS * PANEL_ROW; /* bytes */
 constexpr int TILE = PANELS * TILE_PANEL;
@@ -75,9 +76,11 @@ struct Work {
 struct Item {
   bool is_v;
   int tile;
-  __device__ Item(int i, int tiles) {
-    is_v = i > 0 && (i % 2 == 0 || i == 2 * tiles - 1);
-    tile = i == 0 ? 0 : is_v ? (i == 2 * tiles - 1 ? tiles - 1 : i / 2 - 1) : (i + 1) / 2;
+  __device__ Item(bool is_v, int tile) : is_v(is_v), tile(tile) {}
+  /* Number i of the order. */
+  static __device__ Item in_order(int i, int tiles) {
+    const bool is_v = i > 0 && (i % 2 == 0 || i == 2 * tiles - 1);
+    return {is_v, i == 0 ? 0 : is_v ? (i == 2 * tiles - 1 ? tiles - 1 : i / 2 - 1) : (i + 1) / 2};
   }
   __device__ int stage() const { return tile % STAGES; }
   __device__ uint32_t phase() const { return tile / STAGES & 1; }
@@ -100,7 +103,7 @@ __device__ __forceinline__ void produce(uint8_t *smem, Barriers *barriers, const
   const int64_t at = (int64_t)work.kv_head * cache.capacity * HD + first * HD + chunk * 8;
   const int to = chunk / 8 * TILE_PANEL;
   for (int i = 0; i < 2 * tiles; i++) {
-    const Item item(i, tiles);
+    const Item item = Item::in_order(i, tiles);
     wait_until_free(barriers, item);
     const uint16_t *from = (const uint16_t *)(item.is_v ? cache.v : cache.k) + at;
     const int key = item.tile * KEYS + first;
@@ -114,53 +117,48 @@ __device__ __forceinline__ void produce(uint8_t *smem, Barriers *barriers, const
     cp_async_commit();
     if (i == 0) continue;
     cp_async_wait<1>();
-    announce(barriers, Item(i - 1, tiles));
+    announce(barriers, Item::in_order(i - 1, tiles));
   }
   cp_async_wait<0>();
-  announce(barriers, Item(2 * tiles - 1, tiles));
+  announce(barriers, Item::in_order(2 * tiles - 1, tiles));
 }
 
-/* Tiles arrive as int8, one ahead, and are turned into f16 here. */
+/* Two warpgroups, one for K and one for V: a tile arrives as int8 and is turned into f16 here. */
 __device__ __forceinline__ void produce_int8(uint8_t *smem, Barriers *barriers, const KvCache &cache,
-                                             const Work &work) {
+                                             const Work &work, bool is_v) {
   constexpr int CHUNKS = HD / 16, STEP = GROUP / CHUNKS; /* of a row; keys of a pass */
   const int tid = threadIdx.x % GROUP, chunk = tid % CHUNKS, first = tid / CHUNKS;
-  const int tiles = work.tiles();
+  const int tiles = work.tiles(), sync = 3 + is_v;
   const int64_t first_row = (int64_t)work.kv_head * cache.capacity;
-  uint8_t *raw = smem + RAW_AT, *raw_scales = raw + 2 * RAW_TILE;
+  const uint8_t *rows = (const uint8_t *)(is_v ? cache.v : cache.k) + first_row * HD + first * HD + chunk * 16;
+  const uint16_t *row_scales = (is_v ? cache.v_scales : cache.k_scales) + first_row * (HD / SCALE_BLOCK);
+  uint8_t *raw = smem + RAW_AT + is_v * (RAW_TILE + RAW_SCALES), *raw_scales = raw + RAW_TILE;
 
-  auto ask = [&](int i) {
-    const Item item(i, tiles);
-    const int64_t row = first_row + item.tile * KEYS;
-    const uint8_t *from = (const uint8_t *)(item.is_v ? cache.v : cache.k) + row * HD;
-    const uint16_t *scales = (item.is_v ? cache.v_scales : cache.k_scales) + row * (HD / SCALE_BLOCK);
-    const int left = work.num_keys - item.tile * KEYS;
-    uint8_t *to = raw + i % 2 * RAW_TILE;
+  auto ask = [&](int tile) {
+    const int left = work.num_keys - tile * KEYS;
+    const uint8_t *from = rows + (int64_t)tile * KEYS * HD;
+    uint8_t *to = raw + first * HD + chunk * 16;
 #pragma unroll
     for (int n = 0; n < KEYS / STEP; n++) {
-      const int key = first + n * STEP, offset = key * HD + chunk * 16;
-      cp_async16(to + offset, key < left ? from + offset : from, key < left);
+      const bool valid = first + n * STEP < left;
+      cp_async16(to + n * STEP * HD, valid ? from + n * STEP * HD : rows, valid);
     }
-    if (tid < KEYS)
-      cp_async16(raw_scales + i % 2 * RAW_SCALES + tid * 16, tid < left ? scales + tid * 8 : scales,
-                 tid < left);
+    if (tid < KEYS) {
+      const uint16_t *scales = row_scales + (int64_t)tile * KEYS * (HD / SCALE_BLOCK);
+      cp_async16(raw_scales + tid * 16, tid < left ? scales + tid * 8 : row_scales, tid < left);
+    }
     cp_async_commit();
   };
 
   ask(0);
-  for (int i = 0; i < 2 * tiles; i++) {
-    const Item item(i, tiles);
-    if (i + 1 < 2 * tiles) {
-      ask(i + 1);
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    group_sync<GROUP>(3); /* everybody's part of the int8 tile is there */
+  for (int j = 0; j < tiles; j++) {
+    const Item item(is_v, j);
     wait_until_free(barriers, item);
+    cp_async_wait<0>();
+    group_sync<GROUP>(sync); /* everybody's part of the int8 tile is there */
     uint8_t *tile = tile_of(smem, item) + chunk / 4 * TILE_PANEL;
-    const uint8_t *from = raw + i % 2 * RAW_TILE + chunk * 16;
-    const uint16_t *scales = (const uint16_t *)(raw_scales + i % 2 * RAW_SCALES) + chunk / 2;
+    const uint8_t *from = raw + chunk * 16;
+    const uint16_t *scales = (const uint16_t *)raw_scales + chunk / 2;
 #pragma unroll 2
     for (int n = 0; n < KEYS / STEP; n++) {
       const int key = first + n * STEP;
@@ -178,7 +176,8 @@ __device__ __forceinline__ void produce_int8(uint8_t *smem, Barriers *barriers, 
       *(uint4 *)(tile + panel_chunk(key, at + 1)) = make_uint4(y[4], y[5], y[6], y[7]);
     }
     announce(barriers, item);
-    group_sync<GROUP>(3); /* nobody reads this int8 tile any more */
+    group_sync<GROUP>(sync); /* nobody reads this int8 tile any more */
+    if (j + 1 < tiles) ask(j + 1);
   }
 }
 
@@ -254,11 +253,21 @@ __device__ __forceinline__ void multiply_keys(float (&s)[KEYS / 2], uint64_t q, 
     wgmma_m64n64(s, descriptor_at(q, j / 4 * Q_PANEL + j % 4 * 32),
                  descriptor_at(k, j / 4 * TILE_PANEL + j % 4 * 32), j > 0);
 }
+/* NARROW: half of head_dim at a time, because with 512 threads ptxas takes no product that needs more than
+   128 registers. */
+template <bool NARROW>
 __device__ __forceinline__ void multiply_values(float (&o)[HD / 2], const uint32_t (&p)[KEYS / 16][4],
                                                 uint64_t v) {
 #pragma unroll
-  for (int j = 0; j < KEYS / 16; j++)
-    wgmma_m64n256_v(o, p[j], descriptor_at(v, j * 16 * PANEL_ROW), 1);
+  for (int j = 0; j < KEYS / 16; j++) {
+    const uint64_t rows = descriptor_at(v, j * 16 * PANEL_ROW);
+    if (NARROW) {
+      wgmma_m64n128_v(*(float(*)[HD / 4])o, p[j], rows, 1);
+      wgmma_m64n128_v(*(float(*)[HD / 4])(o + HD / 4), p[j], descriptor_at(rows, 2 * TILE_PANEL), 1);
+    } else {
+      wgmma_m64n256_v(o, p[j], rows, 1);
+    }
+  }
 }
 
 /* A warp has finished its part of a tile. */
@@ -266,10 +275,10 @@ __device__ __forceinline__ void release(uint64_t *barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
+template <bool NARROW>
 __device__ __forceinline__ void consume(uint8_t *smem, Barriers *barriers, const uint16_t *queries,
                                         const float *q_scales, const float *q, int start_position,
-                                        int num_heads, const Work &work, float *out) {
-  const int group = uniform(threadIdx.x / GROUP) - 1; /* warpgroup 0 copies */
+                                        int num_heads, const Work &work, int group, float *out) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x % GROUP / 32, g = lane / 4, t = lane % 4;
   const int tiles = work.tiles();
   load_queries(smem + Q_AT, queries, work, num_heads, group * 64);
@@ -313,7 +322,7 @@ __device__ __forceinline__ void consume(uint8_t *smem, Barriers *barriers, const
     wgmma_commit();
     barrier_wait(&barriers->v_full[before], (j - 1) / STAGES & 1);
     wgmma_fence();
-    multiply_values(o, p, descriptor_at(v_at, before * TILE));
+    multiply_values<NARROW>(o, p, descriptor_at(v_at, before * TILE));
     wgmma_commit();
     wgmma_wait<1>();
     pin(s);
@@ -337,7 +346,7 @@ __device__ __forceinline__ void consume(uint8_t *smem, Barriers *barriers, const
   }
   barrier_wait(&barriers->v_full[(tiles - 1) % STAGES], (tiles - 1) / STAGES & 1);
   wgmma_fence();
-  multiply_values(o, p, descriptor_at(v_at, (tiles - 1) % STAGES * TILE));
+  multiply_values<NARROW>(o, p, descriptor_at(v_at, (tiles - 1) % STAGES * TILE));
   wgmma_commit();
   wgmma_wait<0>();
   pin(o);
@@ -382,13 +391,15 @@ __device__ __forceinline__ void attend(uint8_t *smem, const uint16_t *queries, c
   wait_for_previous_kernels();
   const Work work(tokens, start_position, num_heads, num_kv_heads);
   if (work.first_row >= work.num_rows) return;
-  if (threadIdx.x < GROUP) {
-    give_registers<INT8 ? 56 : 40>();
-    if (INT8) produce_int8(smem, barriers, cache, work);
+  const int group = uniform(threadIdx.x / GROUP);
+  constexpr int COPYING = INT8 ? 2 : 1;
+  if (group < COPYING) {
+    give_registers<INT8 ? 48 : 40>();
+    if (INT8) produce_int8(smem, barriers, cache, work, group == 1);
     else produce(smem, barriers, cache, work);
   } else {
-    take_registers<INT8 ? 224 : 232>();
-    consume(smem, barriers, queries, q_scales, q, start_position, num_heads, work, out);
+    take_registers<INT8 ? 208 : 232>();
+    consume<INT8>(smem, barriers, queries, q_scales, q, start_position, num_heads, work, group - COPYING, out);
   }
 }
 
@@ -400,7 +411,7 @@ KERNEL __launch_bounds__(THREADS, 1)
   attend<false>(smem, q_high, q_scales, q, cache, start_position, tokens, num_heads, num_kv_heads, out);
 }
 
-KERNEL __launch_bounds__(THREADS, 1)
+KERNEL __launch_bounds__(THREADS_INT8, 1)
     prefill_attention_sm90_int8(const uint16_t *q_high, const uint16_t *, const float *q_scales,
                                 const float *q, KvCache cache, int start_position, int tokens,
                                 int num_heads, int num_kv_heads, int, float *out) {

@@ -19,7 +19,7 @@ prefill_linear_fast  the same from `high` alone (low may be null)
     BF16_ROWS and F32_ROWS take x from high and low, too, with f32 FMAs; the fast variant then adds low
     if it is there.
 */
-#include "matmul.cuh"
+#include "linear_prefill.cuh"
 
 /* ---- prefill_split ---- */
 
@@ -106,75 +106,18 @@ KERNEL prefill_split(const float *x, const float *norm_scale, float eps, uint16_
 
 /* ---- prefill_linear ---- */
 
-template <bool EXACT>
-__device__ __forceinline__ void linear_block(uint8_t *smem, const uint16_t *high, const uint16_t *low,
-                                             const float *row_scale, int tokens, const Linear &w,
-                                             float *out, int add) {
-  typedef MatmulSmem<EXACT> Smem;
-  launch_next_kernel();
-  if (w.format == NF4_TILES) fill_matmul_table<EXACT>(smem);
-  const int per_tile = tokens_per_tile(tokens, gridDim.y);
-  const int first_token = blockIdx.y * per_tile;
-  const TokenTile x = {high, low, min(per_tile, tokens - first_token), w.kblocks, w.kblocks};
-  float *scales = (float *)(smem + Smem::SCALES);
-  int32_t *sources = (int32_t *)(smem + Smem::SOURCES);
-  wait_for_previous_kernels();
-  if (x.count <= 0) return;
-  if ((int)threadIdx.x < x.count) {
-    scales[threadIdx.x] = row_scale[first_token + threadIdx.x];
-    sources[threadIdx.x] = first_token + threadIdx.x;
-  }
-  __syncthreads();
-
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int row_blocks = (w.rows + MATMUL_ROWS - 1) / MATMUL_ROWS;
-
-  if (w.format != NF4_TILES) {
-    for (int row_block = blockIdx.x; row_block < row_blocks; row_block += gridDim.x) {
-      const int row = row_block * MATMUL_ROWS + threadIdx.x;
-      const uint8_t *weights = row < w.rows ? row_of(w.weights, w.format, row, w.kblocks) : nullptr;
-      for (int first = 0; first < x.count; first += ROW_TOKENS) {
-        float sum[ROW_TOKENS];
-        multiply_row(sum, weights, w.format, x, sources, first);
-#pragma unroll
-        for (int j = 0; j < ROW_TOKENS; j++) {
-          if (first + j >= x.count || !weights) continue;
-          float *to = out + (int64_t)(first_token + first + j) * w.rows + row;
-          float value = sum[j] * scales[first + j];
-          *to = add ? *to + value : value;
-        }
-      }
-    }
-    return;
-  }
-
-  auto weights = [&](int row_block) {
-    const int tile_row = row_block * MATMUL_WARPS + warp;
-    const uint8_t *tiles = w.weights + (int64_t)tile_row * w.kblocks * TILE_BYTES;
-    return WeightTiles{tiles + lane_codes(0), 0, tile_row * TILE_ROWS < w.rows};
-  };
-  auto store = [&](int row_block, const Accumulators &acc) {
-    const int tile_row = row_block * MATMUL_WARPS + warp;
-    const int row = tile_row * TILE_ROWS + lane / 4 * 4;
-    if (row < w.rows)
-      store_accumulators(acc, out + (int64_t)first_token * w.rows + row, w.rows, w.rows - row, x.count,
-                         w.units[tile_row], scales, add);
-  };
-  multiply<EXACT, false>(smem, x, blockIdx.x, row_blocks, gridDim.x, weights, store);
-}
-
 KERNEL __launch_bounds__(MATMUL_THREADS, 1)
 prefill_linear(const uint16_t *high, const uint16_t *low, const float *row_scale, int tokens, Linear w,
                float *out, int add) {
   DYNAMIC_SMEM(smem);
-  linear_block<true>(smem, high, low, row_scale, tokens, w, out, add);
+  linear_block<MmaProducts<true>>(smem, high, low, row_scale, tokens, w, out, add);
 }
 
 KERNEL __launch_bounds__(MATMUL_THREADS, 1)
 prefill_linear_fast(const uint16_t *high, const uint16_t *low, const float *row_scale, int tokens,
                     Linear w, float *out, int add) {
   DYNAMIC_SMEM(smem);
-  linear_block<false>(smem, high, low, row_scale, tokens, w, out, add);
+  linear_block<MmaProducts<false>>(smem, high, low, row_scale, tokens, w, out, add);
 }
 
 EXPORT(prefill_split)

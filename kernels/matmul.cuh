@@ -306,6 +306,20 @@ __device__ __forceinline__ void multiply(uint8_t *smem, const TokenTile &x, int 
   }
 }
 
+/* What the kernels' blocks take their products from: here mma.sync, in wgmma_products.cuh wgmma. */
+template <bool EXACT>
+struct MmaProducts {
+  static constexpr int SCALES = MatmulSmem<EXACT>::SCALES, SOURCES = MatmulSmem<EXACT>::SOURCES;
+
+  static __device__ __forceinline__ void fill_table(uint8_t *smem) { fill_matmul_table<EXACT>(smem); }
+
+  template <bool TWO_MATRICES, typename Weights, typename Store>
+  static __device__ __forceinline__ void run(uint8_t *smem, const TokenTile &x, int first, int end,
+                                             int step, Weights weights, Store store) {
+    multiply<EXACT, TWO_MATRICES>(smem, x, first, end, step, weights, store);
+  }
+};
+
 /* out[0..4] (+)= v, of which `count` exist. */
 __device__ __forceinline__ void store_rows(float *out, float4 v, int count, bool aligned, int add) {
   if (aligned) {

@@ -2,7 +2,8 @@
 The router of prefill: chunks of T tokens, k of E experts.
 
 prefill_router  normed [T, D] f32 -> logits [T, E] f32
-    f32 FMAs from column 0 on, so that the choice of experts is the f32 reference's up to rounding.
+    The choice of experts is the f32 reference's up to rounding. BF16_ROWS: on tensor cores, x as the sum of
+    three bf16, which has all of f32's bits and range; others: f32 FMAs.
     launch: grid (ceil(T / 128), ceil(E / n)), block (256), smem 0. n = 128 if those blocks are at least
     as many as 3/4 of the SMs, else 64; the kernel sees by grid.y which.
 prefill_topk    logits -> topk_ids, topk_weights [T, k]: best first, equal ones in order of id;
@@ -121,13 +122,136 @@ __device__ __forceinline__ void router_block(RouterStep (&steps)[2], const float
   }
 }
 
-KERNEL __launch_bounds__(256, 2)
+/* ---- BF16_ROWS ---- */
+
+constexpr int BF16_COLS = 32; /* of a step */
+constexpr int TERMS = 3;
+
+/* Rows of 32 bf16, whose chunks of 16 bytes are moved so that eight rows' are in different banks. */
+struct Bf16Step {
+  uint8_t x[TERMS][ROUTER_TOKENS * BF16_COLS * 2];
+  uint8_t w[128 * BF16_COLS * 2];
+};
+__device__ __forceinline__ int bf16_chunk(int row, int chunk) {
+  return row * BF16_COLS * 2 + (chunk ^ (row >> 1 & 3)) * 16;
+}
+
+/* Takes the largest bf16 not above |x|, with x's sign, out of x. What is left has 8 bits less. */
+__device__ __forceinline__ uint32_t take_bf16(float &x) {
+  const uint32_t bits = __float_as_uint(x) & 0xffff0000u;
+  x -= __uint_as_float(bits);
+  return bits >> 16;
+}
+
+/* Logits of 128 tokens and 64 * HALVES experts: a warp has 32 tokens and half of the experts. */
+template <int HALVES>
+__device__ __forceinline__ void router_block_bf16(Bf16Step &step, const float *normed, const Linear &router,
+                                                  float *logits, int tokens, int first_token,
+                                                  int first_expert) {
+  constexpr int PAIRS = 2 * HALVES; /* of n-tiles of 8 experts, of a warp */
+  const int cols = router.cols, num_experts = router.rows;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  /* A thread brings 16 columns of token tid / 2, and of expert tid / 2. */
+  const int r = threadIdx.x / 2, half = threadIdx.x % 2 * 16;
+  const float *x = normed + (int64_t)min(first_token + r, tokens - 1) * cols;
+  const bool has_expert = r < 64 * HALVES;
+  const uint8_t *w =
+      router.weights + (int64_t)min(first_expert + r, num_experts - 1) * router.kblocks * TILE_COLS * 2;
+  float4 next_x[4];
+  uint4 next_w[2] = {};
+  auto load = [&](int c) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) next_x[i] = load_columns(x, c + half + 4 * i, cols);
+    if (!has_expert) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) next_w[i] = *(const uint4 *)(w + 2 * (c + half) + 16 * i);
+  };
+  auto store = [&]() {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int at = bf16_chunk(r, half / 8 + i);
+      float v[8] = {next_x[2 * i].x,     next_x[2 * i].y,     next_x[2 * i].z,     next_x[2 * i].w,
+                    next_x[2 * i + 1].x, next_x[2 * i + 1].y, next_x[2 * i + 1].z, next_x[2 * i + 1].w};
+#pragma unroll
+      for (int term = 0; term < TERMS; term++) {
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const uint32_t low = take_bf16(v[2 * j]);
+          words[j] = low | take_bf16(v[2 * j + 1]) << 16;
+        }
+        *(uint4 *)(step.x[term] + at) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+      if (has_expert) *(uint4 *)(step.w + at) = next_w[i];
+    }
+  };
+
+  const int token0 = warp / 2 * 32, expert0 = warp % 2 * 32 * HALVES;
+  float acc[2][2 * PAIRS][4] = {};
+  const int end = router.kblocks * TILE_COLS;
+  load(0);
+  for (int c = 0; c < end; c += BF16_COLS) {
+    __syncthreads(); /* nobody reads the step before */
+    store();
+    __syncthreads();
+    if (c + BF16_COLS < end) load(c + BF16_COLS);
+    uint32_t a[2][TERMS][BF16_COLS / 16][4];
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+      for (int term = 0; term < TERMS; term++)
+#pragma unroll
+        for (int k = 0; k < BF16_COLS / 16; k++)
+          ldmatrix_x4(a[m][term][k],
+                      step.x[term] + bf16_chunk(token0 + 16 * m + lane % 16, 2 * k + lane / 16));
+    /* Sums of a step start from zero, because an MMA rounds its accumulators towards zero. */
+#pragma unroll
+    for (int n = 0; n < PAIRS; n++) {
+      float part[2][2][4] = {};
+#pragma unroll
+      for (int k = 0; k < BF16_COLS / 16; k++) {
+        uint32_t b[4];
+        ldmatrix_x4(b, step.w + bf16_chunk(expert0 + 16 * n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+#pragma unroll
+        for (int term = TERMS - 1; term >= 0; term--)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            mma_bf16(part[i / 2][i % 2], a[i / 2][term][k], b[i % 2 * 2], b[i % 2 * 2 + 1]);
+      }
+#pragma unroll
+      for (int i = 0; i < 16; i++)
+        acc[i / 8][2 * n + i / 4 % 2][i % 4] += part[i / 8][i / 4 % 2][i % 4];
+    }
+  }
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < 2; m++)
+#pragma unroll
+    for (int n = 0; n < 2 * PAIRS; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int token = first_token + token0 + 16 * m + g + e / 2 * 8;
+        const int id = first_expert + expert0 + 8 * n + 2 * t + e % 2;
+        if (token < tokens && id < num_experts) logits[(int64_t)token * num_experts + id] = acc[m][n][e];
+      }
+}
+
+/* ---- the kernel ---- */
+
+KERNEL __launch_bounds__(256)
 prefill_router(const float *normed, Linear router, float *logits, int tokens) {
-  __shared__ RouterStep steps[2];
+  __shared__ __align__(16) uint8_t smem[sizeof(Bf16Step)];
+  static_assert(2 * sizeof(RouterStep) <= sizeof(Bf16Step), "either fits");
+  RouterStep(&steps)[2] = *(RouterStep(*)[2])smem;
   launch_next_kernel();
   wait_for_previous_kernels();
   const int first_token = blockIdx.x * ROUTER_TOKENS;
-  if ((int)gridDim.y == (router.rows + 127) / 128)
+  const bool wide = (int)gridDim.y == (router.rows + 127) / 128;
+  if (router.format == BF16_ROWS && wide)
+    router_block_bf16<2>(*(Bf16Step *)smem, normed, router, logits, tokens, first_token, blockIdx.y * 128);
+  else if (router.format == BF16_ROWS)
+    router_block_bf16<1>(*(Bf16Step *)smem, normed, router, logits, tokens, first_token, blockIdx.y * 64);
+  else if (wide)
     router_block<2>(steps, normed, router, logits, tokens, first_token, blockIdx.y * 128);
   else
     router_block<1>(steps, normed, router, logits, tokens, first_token, blockIdx.y * 64);

@@ -113,6 +113,62 @@ __device__ __forceinline__ void wgmma_m64n256_v(float (&d)[128], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
+/* The same for B [16, 128]. */
+__device__ __forceinline__ void wgmma_m64n128_v(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),
+        "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),
+        "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),
+        "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
+        "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+/* d (+)= A X^T: A [64, 16] from registers, X [N rows, 16] from shared memory; overloads for N 8 .. 64. */
+#define WGMMA_R4 "%0, %1, %2, %3"
+#define WGMMA_D4 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define WGMMA_R8 WGMMA_R4 ", %4, %5, %6, %7"
+#define WGMMA_D8 WGMMA_D4, "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define WGMMA_R12 WGMMA_R8 ", %8, %9, %10, %11"
+#define WGMMA_D12 WGMMA_D8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
+#define WGMMA_R16 WGMMA_R12 ", %12, %13, %14, %15"
+#define WGMMA_D16 WGMMA_D12, "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define WGMMA_R20 WGMMA_R16 ", %16, %17, %18, %19"
+#define WGMMA_D20 WGMMA_D16, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19])
+#define WGMMA_R24 WGMMA_R20 ", %20, %21, %22, %23"
+#define WGMMA_D24 WGMMA_D20, "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
+#define WGMMA_R28 WGMMA_R24 ", %24, %25, %26, %27"
+#define WGMMA_D28 WGMMA_D24, "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27])
+#define WGMMA_R32 WGMMA_R28 ", %28, %29, %30, %31"
+#define WGMMA_D32 WGMMA_D28, "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define WGMMA_ROWS(N, REGISTERS, A0, A1, A2, A3, B, ACCUMULATE)                                       \
+  __device__ __forceinline__ void wgmma_rows(float (&d)[REGISTERS], const uint32_t (&a)[4],           \
+                                             uint64_t b, int accumulate) {                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ACCUMULATE ", 0;\n"                            \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" WGMMA_R##REGISTERS "}, "    \
+                 "{%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 0;\n}"                     \
+                 : WGMMA_D##REGISTERS                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));              \
+  }
+WGMMA_ROWS(8, 4, 4, 5, 6, 7, 8, 9)
+WGMMA_ROWS(16, 8, 8, 9, 10, 11, 12, 13)
+WGMMA_ROWS(24, 12, 12, 13, 14, 15, 16, 17)
+WGMMA_ROWS(32, 16, 16, 17, 18, 19, 20, 21)
+WGMMA_ROWS(40, 20, 20, 21, 22, 23, 24, 25)
+WGMMA_ROWS(48, 24, 24, 25, 26, 27, 28, 29)
+WGMMA_ROWS(56, 28, 28, 29, 30, 31, 32, 33)
+WGMMA_ROWS(64, 32, 32, 33, 34, 35, 36, 37)
+
 /* ---- barriers in shared memory ---- */
 
 __device__ __forceinline__ void barrier_init(uint64_t *barrier, uint32_t arrivals) {

@@ -350,10 +350,13 @@ inline void need_all_lanes(uint32_t group, const char *name) {
   if (group != 0xffffffffu) fail(__FILE__, __LINE__, "%s with lanes missing: %08x", name, group);
 }
 
+inline float bf16_bits_to_f32(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
+
 /* in[0..4]: A, in[4..6]: B, in[6..10]: C; out: C + A B. */
+template <float to_f32(uint16_t)>
 inline void combine_mma(Lane *lanes, uint32_t group) {
   typedef float Row __attribute__((vector_size(32)));
-  need_all_lanes(group, "mma_f16");
+  need_all_lanes(group, "mma");
   float a[16][16];
   union {
     Row row[16];
@@ -363,12 +366,12 @@ inline void combine_mma(Lane *lanes, uint32_t group) {
     for (int t = 0; t < 4; t++) {
       const uint32_t *in = lanes[4 * g + t].in;
       for (int half = 0; half < 2; half++) {
-        a[g][2 * t + half] = f16_to_f32((uint16_t)(in[0] >> (16 * half)));
-        a[g + 8][2 * t + half] = f16_to_f32((uint16_t)(in[1] >> (16 * half)));
-        a[g][2 * t + 8 + half] = f16_to_f32((uint16_t)(in[2] >> (16 * half)));
-        a[g + 8][2 * t + 8 + half] = f16_to_f32((uint16_t)(in[3] >> (16 * half)));
-        b.at[2 * t + half][g] = f16_to_f32((uint16_t)(in[4] >> (16 * half)));
-        b.at[2 * t + 8 + half][g] = f16_to_f32((uint16_t)(in[5] >> (16 * half)));
+        a[g][2 * t + half] = to_f32((uint16_t)(in[0] >> (16 * half)));
+        a[g + 8][2 * t + half] = to_f32((uint16_t)(in[1] >> (16 * half)));
+        a[g][2 * t + 8 + half] = to_f32((uint16_t)(in[2] >> (16 * half)));
+        a[g + 8][2 * t + 8 + half] = to_f32((uint16_t)(in[3] >> (16 * half)));
+        b.at[2 * t + half][g] = to_f32((uint16_t)(in[4] >> (16 * half)));
+        b.at[2 * t + 8 + half][g] = to_f32((uint16_t)(in[5] >> (16 * half)));
         c.at[g][2 * t + half] = __uint_as_float(in[6 + half]);
         c.at[g + 8][2 * t + half] = __uint_as_float(in[8 + half]);
       }
@@ -418,14 +421,23 @@ inline void ldmatrix(uint32_t (&r)[4], const void *row, const char *name, const 
 }
 }  // namespace emulate
 
-inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATE_HERE) {
-  uint32_t *in = emulate::self->in;
+namespace emulate {
+inline void mma(Combine *combine, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                const char *name, const char *file, int line) {
+  uint32_t *in = self->in;
   memcpy(in, a, sizeof a);
   in[4] = b0;
   in[5] = b1;
   memcpy(in + 6, c, sizeof c);
-  emulate::collective(emulate::combine_mma, 0xffffffffu, "mma_f16", file, line);
-  memcpy(c, emulate::self->out, sizeof c);
+  collective(combine, 0xffffffffu, name, file, line);
+  memcpy(c, self->out, sizeof c);
+}
+}  // namespace emulate
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATE_HERE) {
+  emulate::mma(emulate::combine_mma<f16_to_f32>, c, a, b0, b1, "mma_f16", file, line);
+}
+inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, EMULATE_HERE) {
+  emulate::mma(emulate::combine_mma<emulate::bf16_bits_to_f32>, c, a, b0, b1, "mma_bf16", file, line);
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], const void *row, EMULATE_HERE) {
   emulate::ldmatrix<false>(r, row, "ldmatrix_x4", file, line);

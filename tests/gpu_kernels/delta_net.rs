@@ -4,7 +4,7 @@ use moectl::backend::DeltaNetShape;
 use moectl::backend::cuda::abi::Step;
 use moectl::backend::cuda::device::Buffer;
 use moectl::backend::cuda::geometry;
-use moectl::backend::cuda::variants::Kernel;
+use moectl::backend::cuda::variants;
 use moectl::planning::Precision;
 
 use crate::{EPS, Gpu, Rng, args, check, check_by, rms_norm, sigmoid, silu};
@@ -151,19 +151,97 @@ impl<'a> Reference<'a> {
     }
 }
 
-/// The variants that work in chunks, with one and two of them in shared memory, and how exact they are.
-fn chunk_kernels(s: &DeltaNetShape) -> Vec<(Kernel, f64)> {
-    let variant = |precision: Precision, stages: usize| {
-        let (name, tolerance) = match precision {
-            Precision::Exact => ("prefill_delta_chunks", TOLERANCE),
-            Precision::F16 => ("prefill_delta_chunks_fast", TOLERANCE_FAST),
-        };
-        let geometry = geometry::prefill_delta_chunks(s, precision, stages);
-        (Kernel { name, geometry }, tolerance)
+/// The rule in chunks, with one or two of them in shared memory, and so many tokens a range.
+#[derive(Debug)]
+struct InChunks {
+    precision: Precision,
+    stages: usize,
+    range: usize,
+}
+
+fn chunk_variants() -> Vec<InChunks> {
+    let variant = |precision, stages, range| InChunks {
+        precision,
+        stages,
+        range,
     };
-    let both = [Precision::Exact, Precision::F16].into_iter();
-    both.flat_map(|precision| [variant(precision, 1), variant(precision, 2)])
-        .collect()
+    vec![
+        variant(Precision::Exact, 1, 1024),
+        variant(Precision::Exact, 2, 64),
+        variant(Precision::F16, 1, 64),
+        variant(Precision::F16, 2, 1024),
+    ]
+}
+
+impl InChunks {
+    fn tolerance(&self) -> f64 {
+        match self.precision {
+            Precision::Exact => TOLERANCE,
+            Precision::F16 => TOLERANCE_FAST,
+        }
+    }
+}
+
+/// Outputs and state after `t` tokens; q, k, v, decay and beta as `prefill_delta_rule` has them.
+fn in_chunks(
+    gpu: &Gpu,
+    s: &DeltaNetShape,
+    variant: &InChunks,
+    t: usize,
+    [q, k, v, decay, beta]: [&Buffer; 5],
+    state: &[f32],
+) -> (Vec<f32>, Vec<f32>) {
+    let InChunks {
+        precision,
+        stages,
+        range,
+    } = *variant;
+    let heads = (s.num_key_heads as i32, s.num_value_heads as i32);
+    let (dk, dv) = (s.key_head_dim as i32, s.value_head_dim as i32);
+    let (state, o) = (gpu.up(state), gpu.nans(t * s.value_dim()));
+    let chunks = t.min(range).div_ceil(geometry::DELTA_CHUNK);
+    let floats = chunks * geometry::delta_scratch_bytes(s, precision) / 4;
+    let scratch = gpu.nans(floats);
+    let names = variants::prefill_delta_chunks(s, t, precision, &gpu.device.facts())
+        .expect("a chunk fits")
+        .map(|kernel| kernel.name);
+    for first in (0..t).step_by(range) {
+        let tokens = range.min(t - first);
+        let (first, count) = (first as i32, tokens as i32);
+        gpu.launch(
+            names[0],
+            geometry::prefill_delta_prepare(s, tokens, precision),
+            args![
+                q.address(),
+                k.address(),
+                decay.address(),
+                beta.address(),
+                scratch.address(),
+                first,
+                count,
+                heads.0,
+                heads.1,
+                dk
+            ],
+        );
+        gpu.launch(
+            names[1],
+            geometry::prefill_delta_chunks(s, precision, stages),
+            args![
+                v.address(),
+                scratch.address(),
+                state.address(),
+                o.address(),
+                first,
+                count,
+                heads.0,
+                heads.1,
+                dk,
+                dv
+            ],
+        );
+    }
+    (gpu.down(&o), gpu.down(&state))
 }
 
 fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers: bool, seed: u64) {
@@ -225,42 +303,14 @@ fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers
                 taps as i32
             ],
         );
-        let before: Vec<f32> = gpu.down(&state);
-        let rule = |kernel: Kernel, state: &Buffer| {
-            let o = gpu.nans(t * s.value_dim());
-            gpu.launch(
-                kernel.name,
-                kernel.geometry,
-                args![
-                    q.address(),
-                    k.address(),
-                    v.address(),
-                    decay.address(),
-                    beta.address(),
-                    state.address(),
-                    o.address(),
-                    t as i32,
-                    heads.0,
-                    heads.1,
-                    heads.2,
-                    heads.3
-                ],
-            );
-            o
-        };
-        for (kernel, tolerance) in chunk_kernels(s) {
-            let state = gpu.up(&before);
-            let o: Vec<f32> = gpu.down(&rule(kernel, &state));
-            let what = format!("{what}, {} {}", kernel.name, kernel.geometry.shared_bytes);
+        for variant in chunk_variants() {
+            let inputs = [&q, &k, &v, &decay, &beta];
+            let (o, state) = in_chunks(gpu, s, &variant, t, inputs, &gpu.down(&state));
+            let what = format!("{what}, {variant:?}");
+            let tolerance = variant.tolerance();
             // Terms may cancel, and here they are added in another order than in the definition.
-            check_by(
-                &format!("{what}: o"),
-                &o,
-                &traces.o,
-                tolerance,
-                traces.largest_sum,
-            );
-            let state: Vec<f32> = gpu.down(&state);
+            let largest = traces.largest_sum;
+            check_by(&format!("{what}: o"), &o, &traces.o, tolerance, largest);
             check(
                 &format!("{what}: state"),
                 &state,
@@ -268,11 +318,25 @@ fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers
                 tolerance,
             );
         }
-        let recurrent = Kernel {
-            name: "prefill_delta_rule",
-            geometry: geometry::prefill_delta_rule(s),
-        };
-        let o = rule(recurrent, &state);
+        let o = gpu.nans(t * s.value_dim());
+        gpu.launch(
+            "prefill_delta_rule",
+            geometry::prefill_delta_rule(s),
+            args![
+                q.address(),
+                k.address(),
+                v.address(),
+                decay.address(),
+                beta.address(),
+                state.address(),
+                o.address(),
+                t as i32,
+                heads.0,
+                heads.1,
+                heads.2,
+                heads.3
+            ],
+        );
         gpu.launch(
             "prefill_gated_norm",
             geometry::rows((t * value_heads).div_ceil(8), 256),

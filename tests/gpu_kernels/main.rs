@@ -21,10 +21,12 @@ use bytemuck::{Pod, Zeroable};
 use half::bf16;
 use moectl::backend::cpu::layout::{TILE_COLS, TILE_ROWS, Tile, column, pack_tile_row};
 use moectl::backend::cuda::abi::{self, ExpertLayout, Format};
-use moectl::backend::cuda::device::{Args, Buffer, Device, Geometry, Stream};
+use moectl::backend::cuda::device::{Args, Buffer, Device, DeviceFacts, Geometry, Stream};
 use moectl::backend::cuda::geometry;
+use moectl::backend::cuda::variants::Kernel;
 use moectl::formats::Bytes;
 use moectl::formats::nf4::{Absmax, CODE_BOOK, Nf4Matrix};
+use moectl::planning::Precision;
 
 pub const EPS: f32 = 1e-6;
 
@@ -109,6 +111,27 @@ impl Gpu {
         unsafe { self.stream.launch(kernel, geometry, args, false).unwrap() };
         self.stream.synchronize().unwrap();
     }
+}
+
+/// The kernels that `choose` names: exact, the portable one of one f16 per factor, and the device's own.
+pub fn variants_of(
+    gpu: &Gpu,
+    choose: impl Fn(Precision, &DeviceFacts) -> Kernel,
+) -> Vec<(Kernel, Precision)> {
+    let own = gpu.device.facts();
+    let portable = DeviceFacts {
+        compute_capability: (8, 0),
+        ..own.clone()
+    };
+    let mut variants = vec![
+        (choose(Precision::Exact, &own), Precision::Exact),
+        (choose(Precision::F16, &portable), Precision::F16),
+    ];
+    let best = choose(Precision::F16, &own);
+    if best.name != variants[1].0.name {
+        variants.push((best, Precision::F16));
+    }
+    variants
 }
 
 /// Small, fast and the same everywhere.

@@ -4,12 +4,13 @@ use half::f16;
 use moectl::backend::cuda::abi::Format;
 use moectl::backend::cuda::device::Buffer;
 use moectl::backend::cuda::geometry;
+use moectl::backend::cuda::variants;
 use moectl::planning::Precision;
 
 use crate::router::top_k;
 use crate::{
     EPS, FORMATS, Gpu, KINDS, Kind, Matrix, Rng, args, check, check_by, fits, rms_norm, sigmoid,
-    wide,
+    variants_of, wide,
 };
 
 /// Two f16 per value lose 2^-22 of the token's largest; products are summed in f32.
@@ -168,22 +169,21 @@ fn linear_of_every_format_and_size() {
                             y
                         })
                         .collect();
-                    let matmul = |precision| {
-                        geometry::matmul(rows, tokens, gpu.multiprocessors(), precision)
-                    };
-                    let (exact, f16) = (matmul(Precision::Exact), matmul(Precision::F16));
-                    for (kernel, geometry, low, tolerance) in [
-                        ("prefill_linear", exact, s.low.address(), TOLERANCE),
-                        ("prefill_linear_fast", f16, 0, TOLERANCE_FAST_SUM),
-                    ] {
+                    for (kernel, precision) in variants_of(&gpu, |precision, facts| {
+                        variants::prefill_linear(rows, tokens, precision, facts)
+                    }) {
+                        let (low, tolerance) = match precision {
+                            Precision::Exact => (s.low.address(), TOLERANCE),
+                            Precision::F16 => (0, TOLERANCE_FAST_SUM),
+                        };
                         let out = if add {
                             gpu.up(&before)
                         } else {
                             gpu.nans(tokens * rows)
                         };
                         gpu.launch(
-                            kernel,
-                            geometry,
+                            kernel.name,
+                            kernel.geometry,
                             args![
                                 s.high.address(),
                                 low,
@@ -197,7 +197,7 @@ fn linear_of_every_format_and_size() {
                         let found: Vec<f32> = gpu.down(&out);
                         for (t, expected) in expected.iter().enumerate() {
                             let found = &found[t * rows..(t + 1) * rows];
-                            let what = format!("{kernel} {what}: {t}");
+                            let what = format!("{} {what}: {t}", kernel.name);
                             // Terms may cancel, which one f16 each does not survive as two do.
                             let x = wide(&x[t * cols..(t + 1) * cols]);
                             let largest = expected.iter().fold(0.0f64, |max, y| max.max(y.abs()));

@@ -2,10 +2,11 @@
 
 use moectl::backend::cuda::abi::Format;
 use moectl::backend::cuda::geometry;
+use moectl::backend::cuda::variants;
 use moectl::planning::Precision;
 
 use crate::prefill::{TOKENS, TOLERANCE, TOLERANCE_FAST, split, tokens_of_all_kinds};
-use crate::{Experts, FORMATS, Gpu, Rng, args, check, wide};
+use crate::{Experts, FORMATS, Gpu, Rng, args, check, variants_of, wide};
 
 struct MoeCase {
     tokens: usize,
@@ -193,23 +194,33 @@ fn run_experts(gpu: &Gpu, case: &MoeCase, seed: u64) {
             expected_hidden.push(h);
         }
     }
-    for (suffix, precision, tolerance) in [
-        ("", Precision::Exact, TOLERANCE),
-        ("_fast", Precision::F16, TOLERANCE_FAST),
-    ] {
+    // Of one precision, up and down of the same device.
+    let up = |bound| {
+        variants_of(gpu, |precision, facts| {
+            variants::prefill_experts_up(stride, bound, precision, facts)
+        })
+    };
+    let down = |rows, bound| {
+        variants_of(gpu, |precision, facts| {
+            variants::prefill_experts_down(rows, tokens, bound, precision, facts)
+        })
+    };
+    for (variant, (kernel, precision)) in up(1).into_iter().enumerate() {
+        let suffix = kernel.name.trim_start_matches("prefill_experts_up");
+        let tolerance = match precision {
+            Precision::Exact => TOLERANCE,
+            Precision::F16 => TOLERANCE_FAST,
+        };
         let is_fast = precision == Precision::F16;
         let h = gpu.nans(all_rows * stride);
         for (first, count, bound) in groups {
             if count == 0 {
                 continue;
             }
+            let (kernel, _) = up(bound)[variant];
             gpu.launch(
-                if is_fast {
-                    "prefill_experts_up_fast"
-                } else {
-                    "prefill_experts_up"
-                },
-                geometry::prefill_experts_up(stride, bound, precision),
+                kernel.name,
+                kernel.geometry,
                 args![
                     split_x.high.address(),
                     split_x.low.address(),
@@ -256,13 +267,10 @@ fn run_experts(gpu: &Gpu, case: &MoeCase, seed: u64) {
                 if count == 0 {
                     continue;
                 }
+                let (kernel, _) = down(row_count, bound)[variant];
                 gpu.launch(
-                    if is_fast {
-                        "prefill_experts_down_fast"
-                    } else {
-                        "prefill_experts_down"
-                    },
-                    geometry::prefill_experts_down(row_count, tokens, bound, precision),
+                    kernel.name,
+                    kernel.geometry,
                     args![
                         split_h.high.address(),
                         split_h.low.address(),

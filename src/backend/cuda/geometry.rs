@@ -201,16 +201,47 @@ pub fn prefill_delta_rule(s: &DeltaNetShape) -> Geometry {
     }
 }
 
-/// The same in chunks, with one or two in shared memory; see [`super::variants`].
-pub fn prefill_delta_chunks(s: &DeltaNetShape, precision: Precision, stages: usize) -> Geometry {
+/// Tokens of a chunk of the delta rule.
+pub const DELTA_CHUNK: usize = 64;
+
+/// Bytes of keys and queries of a key head's chunk, and of what else a value head's has.
+fn delta_images(s: &DeltaNetShape, precision: Precision) -> [usize; 2] {
     let terms = match precision {
         Precision::Exact => 2,
         Precision::F16 => 1,
     };
-    let bytes = terms * (256 * s.key_head_dim + 16_384) + 10_496;
+    [256 * terms * s.key_head_dim, (2 + terms) * 8192 + 768]
+}
+
+/// Scratch memory of one chunk of the delta rule.
+pub fn delta_scratch_bytes(s: &DeltaNetShape, precision: Precision) -> usize {
+    let [keys, head] = delta_images(s, precision);
+    s.num_key_heads * keys + s.num_value_heads * head
+}
+
+/// What the chunks of `tokens` need beside the state.
+pub fn prefill_delta_prepare(s: &DeltaNetShape, tokens: usize, precision: Precision) -> Geometry {
+    let [keys, head] = delta_images(s, precision);
     Geometry {
-        block: [192, 1],
-        ..tiles(s.value_head_dim / 32, s.num_value_heads, stages * bytes)
+        block: [128, 1],
+        ..tiles(
+            tokens.div_ceil(DELTA_CHUNK),
+            s.num_key_heads,
+            keys + head + 512,
+        )
+    }
+}
+
+/// One chunk after the other, with one or two in shared memory; see [`super::variants`].
+pub fn prefill_delta_chunks(s: &DeltaNetShape, precision: Precision, stages: usize) -> Geometry {
+    let [keys, head] = delta_images(s, precision);
+    Geometry {
+        block: [128, 1],
+        ..tiles(
+            s.value_head_dim / 32,
+            s.num_value_heads,
+            stages * (keys + head + 9216),
+        )
     }
 }
 
@@ -289,9 +320,12 @@ pub fn prefill_attention(s: &AttentionShape, tokens: usize, precision: Precision
 /// One f16 term, for compute capability 9.0 and head_dim 256.
 pub fn prefill_attention_sm90(s: &AttentionShape, tokens: usize, int8: bool) -> Geometry {
     let group = s.num_attention_heads / s.num_key_value_heads.max(1);
-    let shared = if int8 { 232_448 } else { 197_632 };
+    let (block, shared) = match int8 {
+        false => (384, 197_632),
+        true => (512, 232_448),
+    };
     Geometry {
-        block: [384, 1],
+        block: [block, 1],
         ..tiles(
             (tokens * group).div_ceil(128),
             s.num_key_value_heads,

@@ -46,32 +46,111 @@ pub fn prefill_attention(
     Kernel { name, geometry }
 }
 
-/// From this many tokens on, a chunk of 64 costs less than one token after the other.
-const FEWEST_CHUNK_TOKENS: usize = 32;
-
-/// The recurrence of a gated delta net over `tokens`, whose state is f32 in either precision. The
-/// arguments are those of `prefill_delta_rule`.
-pub fn prefill_delta_rule(
+/// The delta rule in chunks of 64 tokens, for a range of `tokens`: first what needs no state, then one
+/// chunk after the other; `None` where shared memory is too small for it. `prefill_delta_rule` does the
+/// same token by token.
+pub fn prefill_delta_chunks(
     s: &DeltaNetShape,
     tokens: usize,
     precision: Precision,
     facts: &DeviceFacts,
-) -> Kernel {
+) -> Option<[Kernel; 2]> {
     let fits = |stages: usize| {
         let geometry = geometry::prefill_delta_chunks(s, precision, stages);
         (geometry.shared_bytes as usize <= geometry::most_shared_bytes(facts)).then_some(geometry)
     };
-    match fits(2).or_else(|| fits(1)) {
-        Some(geometry) if tokens >= FEWEST_CHUNK_TOKENS => Kernel {
-            name: match precision {
-                Precision::Exact => "prefill_delta_chunks",
-                Precision::F16 => "prefill_delta_chunks_fast",
+    let chunks = fits(2).or_else(|| fits(1))?;
+    let names = match precision {
+        Precision::Exact => ["prefill_delta_prepare", "prefill_delta_chunks"],
+        Precision::F16 => ["prefill_delta_prepare_f16", "prefill_delta_chunks_f16"],
+    };
+    Some([
+        Kernel {
+            name: names[0],
+            geometry: geometry::prefill_delta_prepare(s, tokens, precision),
+        },
+        Kernel {
+            name: names[1],
+            geometry: chunks,
+        },
+    ])
+}
+
+/// Products of prefill with one f16 term: on Hopper those of wgmma, which need this much shared memory.
+const WGMMA_SHARED_BYTES: u32 = 99_392;
+
+/// Of three variants the one for `precision` on this device.
+fn product(
+    [exact, portable, hopper]: [&'static str; 3],
+    geometry: Geometry,
+    precision: Precision,
+    facts: &DeviceFacts,
+) -> Kernel {
+    match precision {
+        Precision::F16 if facts.compute_capability == HOPPER => Kernel {
+            name: hopper,
+            geometry: Geometry {
+                shared_bytes: WGMMA_SHARED_BYTES,
+                ..geometry
             },
+        },
+        Precision::F16 => Kernel {
+            name: portable,
             geometry,
         },
-        _ => Kernel {
-            name: "prefill_delta_rule",
-            geometry: geometry::prefill_delta_rule(s),
+        Precision::Exact => Kernel {
+            name: exact,
+            geometry,
         },
     }
+}
+
+/// A dense product with a matrix of `rows` for `tokens`; arguments of `prefill_linear`.
+pub fn prefill_linear(
+    rows: usize,
+    tokens: usize,
+    precision: Precision,
+    facts: &DeviceFacts,
+) -> Kernel {
+    let names = [
+        "prefill_linear",
+        "prefill_linear_fast",
+        "prefill_linear_sm90",
+    ];
+    let multiprocessors = facts.multiprocessors as usize;
+    let geometry = geometry::matmul(rows, tokens, multiprocessors, precision);
+    product(names, geometry, precision, facts)
+}
+
+/// Gate and up of experts; arguments of `prefill_experts_up`.
+pub fn prefill_experts_up(
+    stride: usize,
+    bound: usize,
+    precision: Precision,
+    facts: &DeviceFacts,
+) -> Kernel {
+    let names = [
+        "prefill_experts_up",
+        "prefill_experts_up_fast",
+        "prefill_experts_up_sm90",
+    ];
+    let geometry = geometry::prefill_experts_up(stride, bound, precision);
+    product(names, geometry, precision, facts)
+}
+
+/// Down of experts; arguments of `prefill_experts_down`.
+pub fn prefill_experts_down(
+    rows: usize,
+    tokens: usize,
+    bound: usize,
+    precision: Precision,
+    facts: &DeviceFacts,
+) -> Kernel {
+    let names = [
+        "prefill_experts_down",
+        "prefill_experts_down_fast",
+        "prefill_experts_down_sm90",
+    ];
+    let geometry = geometry::prefill_experts_down(rows, tokens, bound, precision);
+    product(names, geometry, precision, facts)
 }

@@ -75,14 +75,6 @@ impl Chunk<'_> {
         self.cuda.prefill.sizes.precision
     }
 
-    /// The kernel of two terms or of one.
-    pub fn by_precision(&self, exact: &'static str, f16: &'static str) -> &'static str {
-        match self.precision() {
-            Precision::Exact => exact,
-            Precision::F16 => f16,
-        }
-    }
-
     fn multiprocessors(&self) -> usize {
         self.cuda.prefill.facts.multiprocessors as usize
     }
@@ -164,15 +156,12 @@ impl Chunk<'_> {
     }
 
     fn linear(&self, [high, low, scale]: [u64; 3], w: &Linear, out: u64, add: bool) -> Result<()> {
-        let multiprocessors = self.multiprocessors();
+        let facts = &self.cuda.prefill.facts;
+        let kernel =
+            variants::prefill_linear(w.rows as usize, self.tokens, self.precision(), facts);
         self.launch(
-            self.by_precision("prefill_linear", "prefill_linear_fast"),
-            geometry::matmul(
-                w.rows as usize,
-                self.tokens,
-                multiprocessors,
-                self.precision(),
-            ),
+            kernel.name,
+            kernel.geometry,
             args![high, low, scale, self.tokens as i32, *w, out, add as i32],
         )
     }
@@ -228,13 +217,7 @@ impl Chunk<'_> {
                         taps
                     ],
                 )?;
-                self.launch(
-                    "prefill_delta_rule",
-                    geometry::prefill_delta_rule(s),
-                    args![
-                        q, k, v, decay, beta, memory, mixed, t, heads.0, heads.1, dims.0, dims.1
-                    ],
-                )?;
+                self.delta_rule([q, k, v, decay, beta], memory, mixed)?;
                 self.launch(
                     "prefill_gated_norm",
                     geometry::rows((self.tokens * s.num_value_heads).div_ceil(8), 256),
@@ -422,6 +405,7 @@ impl Chunk<'_> {
             };
             picks.div_ceil(128) + count + shared
         };
+        let facts = &cuda.prefill.facts;
         for part in 0..2 {
             if part == 1 {
                 self.split(h, 0, split_h, 0, all_rows, stride)?;
@@ -429,9 +413,11 @@ impl Chunk<'_> {
             let compute = |first: usize, count: usize, bound: usize| {
                 let (first, count) = (first as i32, count as i32);
                 if part == 0 {
+                    let kernel =
+                        variants::prefill_experts_up(stride, bound, self.precision(), facts);
                     self.launch(
-                        self.by_precision("prefill_experts_up", "prefill_experts_up_fast"),
-                        geometry::prefill_experts_up(stride, bound, self.precision()),
+                        kernel.name,
+                        kernel.geometry,
                         args![
                             x[0],
                             x[1],
@@ -452,9 +438,16 @@ impl Chunk<'_> {
                         ],
                     )
                 } else {
+                    let kernel = variants::prefill_experts_down(
+                        dim,
+                        self.tokens,
+                        bound,
+                        self.precision(),
+                        facts,
+                    );
                     self.launch(
-                        self.by_precision("prefill_experts_down", "prefill_experts_down_fast"),
-                        geometry::prefill_experts_down(dim, self.tokens, bound, self.precision()),
+                        kernel.name,
+                        kernel.geometry,
                         args![
                             split_h[0],
                             split_h[1],

@@ -10,6 +10,7 @@
 //! PCIe: see [`renew`].
 
 mod chunk;
+mod delta_rule;
 mod picked;
 mod rates;
 mod renew;

@@ -7,7 +7,7 @@
 //! host here, since it chooses the order: experts in VRAM, then batch after batch, then the shared expert.
 
 use super::super::device::{Device, Pinned, Stream, args};
-use super::super::geometry;
+use super::super::{geometry, variants};
 use super::RING;
 use super::chunk::Chunk;
 use super::renew::Renewing;
@@ -294,10 +294,11 @@ impl Chunk<'_> {
         let offsets = self.at(p.tile_offsets);
         let (e, d, s) = (experts as i32, dim as i32, stride as i32);
         let (group, groups) = (first as i32, count as i32);
-        let precision = self.precision();
+        let (precision, facts) = (self.precision(), &cuda.prefill.facts);
+        let kernel = variants::prefill_experts_up(stride, tiles, precision, facts);
         self.launch(
-            self.by_precision("prefill_experts_up", "prefill_experts_up_fast"),
-            geometry::prefill_experts_up(stride, tiles, precision),
+            kernel.name,
+            kernel.geometry,
             args![
                 x[0], x[1], x[2], rows, all_tiles, offsets, blobs, units, layout, shared, e, d,
                 group, groups, h, s
@@ -318,9 +319,10 @@ impl Chunk<'_> {
         ];
         self.split(skip(h, 4 * stride), 0, part, 0, row_count, stride)?;
         let y = self.at(p.expert_out);
+        let kernel = variants::prefill_experts_down(dim, self.tokens, tiles, precision, facts);
         self.launch(
-            self.by_precision("prefill_experts_down", "prefill_experts_down_fast"),
-            geometry::prefill_experts_down(dim, self.tokens, tiles, precision),
+            kernel.name,
+            kernel.geometry,
             args![
                 all[0], all[1], all[2], all_tiles, offsets, blobs, units, layout, shared, e, d, s,
                 group, groups, 0i32, d, y
