@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::{
-    bench, completions, doctor, plan, profile, pull, quantize, report, run, synth,
+    bench, completions, doctor, plan, profile, pull, quantize, report, run, serve, synth,
 };
 use crate::engine::{BackendChoice, GpuOptions, Residency};
 use crate::planning::execution::PrefillSettings;
@@ -49,6 +49,7 @@ pub enum Command {
     Profile(profile::ProfileArgs),
     Plan(plan::PlanArgs),
     Run(run::RunArgs),
+    Serve(serve::ServeArgs),
     Bench(bench::BenchArgs),
     Report(report::ReportArgs),
     Doctor(doctor::DoctorArgs),

@@ -1,7 +1,8 @@
 //! What a person sees beside the result: notes and progress on stderr, or nothing.
 
-use std::cell::Cell;
 use std::io::{self, IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use console::Term;
@@ -11,12 +12,13 @@ use serde::Serialize;
 use crate::cli::OutputArgs;
 
 /// The way to the user, as `--json`, `-q` and `-v` ask for it.
+#[derive(Clone)]
 pub struct Console {
     pub json: bool,
     pub quiet: bool,
     pub verbose: bool,
     /// A file was asked for on standard output
-    stdout_taken: Cell<bool>,
+    stdout_taken: Arc<AtomicBool>,
 }
 
 impl Console {
@@ -25,7 +27,7 @@ impl Console {
             json: args.json,
             quiet: args.quiet,
             verbose: args.verbose,
-            stdout_taken: Cell::new(false),
+            stdout_taken: Arc::default(),
         }
     }
 
@@ -45,7 +47,7 @@ impl Console {
 
     /// Leaves stdout to a file that goes there: tables go to stderr, `--json` prints nothing more.
     pub fn keep_stdout_free(&self) {
-        self.stdout_taken.set(true);
+        self.stdout_taken.store(true, Ordering::Relaxed);
     }
 
     /// The result, on stdout.
@@ -53,7 +55,7 @@ impl Console {
     /// # Errors
     /// If stdout is closed.
     pub fn result(&self, text: impl AsRef<str>) -> io::Result<()> {
-        if self.stdout_taken.get() {
+        if self.stdout_taken.load(Ordering::Relaxed) {
             self.note(text);
             return Ok(());
         }
@@ -76,7 +78,7 @@ impl Console {
     /// # Errors
     /// If stdout is closed.
     pub fn result_json(&self, value: &impl Serialize) -> io::Result<()> {
-        if self.stdout_taken.get() {
+        if self.stdout_taken.load(Ordering::Relaxed) {
             return Ok(());
         }
         let mut out = io::stdout().lock();
