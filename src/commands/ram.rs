@@ -67,7 +67,10 @@ fn needed(
     let (weights, kv) = match backend {
         BackendChoice::Reference => return None,
         BackendChoice::Cuda(_) => {
-            let head = head_in_ram.then_some(footprint.lm_head_bytes).unwrap_or(0);
+            let head = match head_in_ram {
+                true => footprint.lm_head_bytes,
+                false => 0,
+            };
             (footprint.experts_bytes() + head, 0)
         }
         BackendChoice::Auto | BackendChoice::Cpu => {

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 use super::console::Console;
+use super::flags::{self, GpuFlags};
 use super::{Failure, cache_state, check_context, load, plan};
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::TextModel;
@@ -48,7 +49,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["host", "port"])]
     socket: Option<PathBuf>,
     /// Room for prompt and answer, in tokens [default: 32k, or the model's limit]
-    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS", value_parser = parse_tokens)]
     ctx: Option<u64>,
     /// What the model is called [default: the name of --model]
     #[arg(long, value_name = "NAME")]
@@ -116,6 +117,7 @@ const DEFAULT_CONTEXT: usize = 32 << 10;
 const SAVE_EVERY: Duration = Duration::from_secs(300);
 
 pub fn execute(args: ServeArgs, console: &Console) -> anyhow::Result<()> {
+    flags::check(&args.compute, GpuFlags::Place, console)?;
     let keys = keys(&args.access)?;
     if keys.is_empty() && args.socket.is_none() && !is_loopback(&args.host) {
         return Err(Failure::Usage(format!(

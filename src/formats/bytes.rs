@@ -30,7 +30,7 @@ impl Owner {
     fn len(&self) -> usize {
         match self {
             Owner::File(map) => map.len(),
-            Owner::Lazy(lazy) => lazy.len(),
+            Owner::Lazy(lazy) => lazy.total_len(),
             Owner::Static(bytes) => bytes.len(),
             Owner::Owned(bytes) => bytes.len(),
         }

@@ -61,7 +61,8 @@ impl Lazy {
         })
     }
 
-    pub fn len(&self) -> usize {
+    /// Bytes of header and parts together.
+    pub fn total_len(&self) -> usize {
         self.map.len()
     }
 

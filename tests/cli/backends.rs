@@ -76,12 +76,10 @@ fn a_model_that_ram_cannot_hold_is_refused_before_loading_with_the_way_out() {
     let (_, way_out) = refused.stderr.split_once("; --ram ").unwrap();
     let enough = way_out.split(' ').next().unwrap();
     sandbox.run(&format!("{line} --ram {enough}")).ok();
-    // Nothing is made, nothing is read: 41 GB would take minutes.
-    let model = "synth:qwen3-next-80b-a3b";
-    let huge = format!("run -m {model} --prompt-ids 1,2 -n 1 --backend cpu --ram 24G");
-    let start = std::time::Instant::now();
-    sandbox.run(&huge).fails(4, &["the model takes 4"]);
-    assert!(start.elapsed().as_secs() < 30);
+    // By its shape alone: nothing of it is made.
+    let model = "synth:qwen3-next-80b-a3b?layers=8";
+    let large = format!("run -m {model} --prompt-ids 1,2 -n 1 --backend cpu --ram 4G");
+    sandbox.run(&large).fails(4, &["of RAM, --ram is 4.0 GiB"]);
 }
 
 /// What is generated goes as it is packed.

@@ -168,10 +168,29 @@ fn the_version_is_that_of_the_package() {
     assert!(version.starts_with(concat!("moectl ", env!("CARGO_PKG_VERSION"))));
 }
 
+#[test]
+fn the_readme_is_short_and_its_commands_parse() {
+    let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/README.md");
+    let readme = std::fs::read_to_string(readme).unwrap();
+    assert!(readme.split_whitespace().count() <= 1500);
+    let blocks = readme.replace("\\\n", " ");
+    let commands = blocks.lines().filter_map(|line| line.strip_prefix("    "));
+    let commands: Vec<&str> = commands
+        .filter(|line| line.starts_with("moectl "))
+        .collect();
+    assert!(commands.len() >= 8, "{commands:?}");
+    for line in commands {
+        let words = shell_words(line.split(" #").next().unwrap());
+        if let Err(error) = Cli::try_parse_from(&words) {
+            panic!("{line}: {error}");
+        }
+    }
+}
+
 /// Words as a shell splits them, as far as the examples need it.
 fn shell_words(line: &str) -> Vec<String> {
     let (mut words, mut word) = (Vec::new(), String::new());
-    let (mut quoted, mut escaped) = (false, false);
+    let (mut quoted, mut escaped) = (None, false);
     for c in line.trim().chars() {
         match c {
             _ if escaped => {
@@ -179,8 +198,9 @@ fn shell_words(line: &str) -> Vec<String> {
                 escaped = false;
             }
             '\\' => escaped = true,
-            '"' => quoted = !quoted,
-            ' ' if !quoted => words.push(std::mem::take(&mut word)),
+            '"' | '\'' if quoted.is_none() => quoted = Some(c),
+            _ if quoted == Some(c) => quoted = None,
+            ' ' if quoted.is_none() => words.push(std::mem::take(&mut word)),
             c => word.push(c),
         }
     }

@@ -214,6 +214,25 @@ fn a_trace_streams_to_whoever_reads_it() {
     assert_eq!(streamed, fs::read(sandbox.path("file.trace")).unwrap());
 }
 
+/// As with llama-bench; a folder of that name is `./csv`.
+#[test]
+fn bench_prints_json_csv_or_markdown_where_the_output_is_called_so() {
+    let sandbox = Sandbox::new();
+    let bench = |form: &str| {
+        let flags = "--ctx 64 -n 4 -r 1 --quality-tokens 0 -q";
+        let model = small_model();
+        sandbox.run(&format!("bench -m {} {flags} -o {form}", model.display()))
+    };
+    assert_eq!(bench("json").ok().json()["schema"], "moectl.run");
+    let csv = bench("csv").ok().stdout;
+    assert!(
+        csv.lines().count() >= 2 && csv.lines().next().unwrap().contains(','),
+        "{csv}"
+    );
+    assert!(bench("md").ok().stdout.starts_with("# moectl bench"));
+    assert_eq!(sandbox.files(), ["bench-out"]);
+}
+
 fn make_fifo(path: &Path) {
     let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
     // SAFETY: a string that ends with 0 and lives through the call.

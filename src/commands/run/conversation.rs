@@ -183,8 +183,11 @@ impl Conversation {
             )
         })?;
         for (at, message) in saved.messages.iter().enumerate() {
-            let known = matches!(message.role.as_str(), "user" | "assistant");
-            if !known && !(at == 0 && message.role == "system") {
+            let known = match message.role.as_str() {
+                "system" => at == 0,
+                role => role == "user" || role == "assistant",
+            };
+            if !known {
                 bail!(
                     "{}: message {} is of role `{}`; expected user, assistant, or system first",
                     path.display(),

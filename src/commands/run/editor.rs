@@ -241,7 +241,8 @@ fn unquoted(text: &str) -> String {
         .filter(|inner| !inner.contains(QUOTES));
     match inner {
         Some(inner) => inner.trim_matches(['\r', '\n']).to_owned(),
-        None => text.to_owned(),
+        // What is pasted often ends with a line break.
+        None => text.trim_end_matches(['\r', '\n']).to_owned(),
     }
 }
 
@@ -303,6 +304,7 @@ mod tests {
             // Text that was pasted: a Python file stays as it is.
             ("\"\"\"Doc.\"\"\"\nx = 1", false, "\"\"\"Doc.\"\"\"\nx = 1"),
             ("say \"\"\"", false, "say \"\"\""),
+            ("pasted\nlines\n", false, "pasted\nlines"),
         ] {
             assert_eq!(is_open(text), open, "{text}");
             assert_eq!(unquoted(text), turn);
