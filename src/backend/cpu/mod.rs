@@ -32,6 +32,7 @@ pub mod offload;
 pub mod rms_norm;
 pub(crate) mod rope;
 pub mod router;
+mod shares;
 mod simd;
 pub mod threads;
 mod topology;

@@ -31,7 +31,7 @@ dispatch! {
         x_tokens: usize,
         tokens: &[u32],
         c: &mut [[f32; TILE_ROWS]],
-    ) = tile_row_body
+    ) = tile_row_body, products
 }
 
 dispatch! {
@@ -43,7 +43,7 @@ dispatch! {
         x_tokens: usize,
         tokens: &[u32],
         c: &mut [[f32; TILE_ROWS]],
-    ) = tile_row_body
+    ) = tile_row_body, products
 }
 
 dispatch! {
@@ -55,7 +55,7 @@ dispatch! {
         x_tokens: usize,
         tokens: &[u32],
         c: &mut [[f32; TILE_ROWS]],
-    ) = tile_row_body
+    ) = tile_row_body, products
 }
 
 /// Activations of one token: 16-bit, 8-bit, or one of each, whose products add up.

@@ -154,7 +154,7 @@ impl Offload {
             hidden: Vec::new(),
             up: Vec::new(),
             hidden_integers: IntegerBlocks::default(),
-            progress: Progress::new(pool.threads()),
+            progress: Progress::new(pool.paces()),
             pool,
         })
     }
@@ -215,7 +215,6 @@ impl Offload {
         self.progress.begin(at_most, blocks);
         let token = Token {
             isa,
-            workers: self.pool.threads(),
             requests,
             at_most,
             blocks,
