@@ -2,9 +2,11 @@
 
 use half::f16;
 
-use super::attention::CHUNK;
 use super::simd::{LANES, Simd};
 use crate::backend::kv::{KV_BLOCK, KvDtype};
+
+/// Positions of one chunk.
+pub const CHUNK: usize = 128;
 
 /// Keys and values of one layer and one sequence.
 pub struct KvCache {

@@ -15,6 +15,7 @@ mod dense;
 pub(crate) mod experts;
 mod gated_attention;
 mod gated_delta_net;
+mod integer_blocks;
 pub mod isa;
 pub mod kv_cache;
 mod layer;
