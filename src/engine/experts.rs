@@ -205,6 +205,12 @@ impl ExpertManager {
         self.config
     }
 
+    /// Leaves slots as they are from now on, or has them follow the policy again.
+    pub fn freeze(&mut self, frozen: bool) {
+        self.trial = Trial::default();
+        self.stopped = frozen.then(|| "the expert cache is frozen, as was asked".into());
+    }
+
     /// Why the cache was stopped, if it was.
     pub fn stopped(&self) -> Option<&str> {
         self.stopped.as_deref()
@@ -255,9 +261,12 @@ impl Engine {
     /// # Errors
     /// If the backend fails.
     pub fn place(&mut self, manager: ExpertManager) -> Result<Option<usize>> {
-        let fitting = self.runner.place(&manager.contents())?;
-        self.experts = fitting.is_some().then_some(manager);
-        Ok(fitting)
+        let Some(slots) = self.executor.expert_slots() else {
+            return Ok(None);
+        };
+        let fitting = slots.place(&manager.contents())?;
+        self.experts = Some(manager);
+        Ok(Some(fitting))
     }
 
     /// Has the experts' cache bring in what a prompt taught it.
@@ -271,9 +280,12 @@ impl Engine {
     /// Starts the copies that the experts' cache asked for.
     pub(super) fn change_slots(&mut self) -> Result<()> {
         let changes = self.experts.as_mut().map(ExpertManager::take_changes);
+        let (Some(changes), Some(slots)) = (changes, self.executor.expert_slots()) else {
+            return Ok(());
+        };
         // A backend tells of copies call by call: the first need not wait for the last of many.
-        for some in changes.unwrap_or_default().chunks(CHANGES_AT_ONCE) {
-            self.runner.change_slots(some)?;
+        for some in changes.chunks(CHANGES_AT_ONCE) {
+            slots.change(some)?;
         }
         Ok(())
     }
@@ -284,12 +296,11 @@ impl Engine {
     /// # Errors
     /// If the backend fails.
     pub fn restart_experts(&mut self) -> Result<()> {
-        if let Some(mut manager) = self.experts.take() {
-            if manager.config().is_dynamic() {
-                manager.start_over();
-                self.runner.place(&manager.contents())?;
-            }
-            self.experts = Some(manager);
+        if let (Some(manager), Some(slots)) = (&mut self.experts, self.executor.expert_slots())
+            && manager.config().is_dynamic()
+        {
+            manager.start_over();
+            slots.place(&manager.contents())?;
         }
         Ok(())
     }
@@ -301,18 +312,28 @@ impl Engine {
     pub fn place_nothing(&mut self, slots: &[usize]) -> Result<()> {
         let empty: Vec<Vec<Option<u16>>> = slots.iter().map(|&n| vec![None; n]).collect();
         self.experts = None;
-        self.runner.place(&empty)?;
+        if let Some(slots) = self.executor.expert_slots() {
+            slots.place(&empty)?;
+        }
         Ok(())
     }
 
-    /// See [`Runner::tune`](crate::model::Runner::tune).
+    /// See [`Diagnostics::tune`](crate::backend::Diagnostics::tune); `None` too where no GPU takes part.
+    /// The sequence starts over where something was measured.
     ///
     /// # Errors
     /// If the backend fails.
     pub fn tune(&mut self, tuning: Option<Tuning>) -> Result<Option<Tuning>> {
-        let tuning = self.runner.tune(tuning)?;
+        let Some(diagnostics) = self.executor.diagnostics() else {
+            return Ok(None);
+        };
+        let known = tuning.is_some();
+        let tuning = diagnostics.tune(tuning)?;
         self.notes.truncate(self.own_notes);
-        self.notes.extend(self.runner.notes());
+        self.notes.extend(diagnostics.notes());
+        if !known {
+            self.begin()?;
+        }
         Ok(tuning)
     }
 
@@ -321,7 +342,16 @@ impl Engine {
     /// # Errors
     /// If the backend fails.
     pub fn warm_up(&mut self) -> Result<()> {
-        Ok(self.runner.warm_up()?)
+        let Some(diagnostics) = self.executor.diagnostics() else {
+            return Ok(());
+        };
+        diagnostics.warm_up()?;
+        self.begin()
+    }
+
+    /// The same, to be changed.
+    pub fn experts_mut(&mut self) -> Option<&mut ExpertManager> {
+        self.experts.as_mut()
     }
 
     /// The cache of a placement, if one was placed.

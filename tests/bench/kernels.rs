@@ -29,14 +29,15 @@ use moectl::backend::cpu::rms_norm::rms_norm;
 use moectl::backend::cpu::router::softmax;
 use moectl::backend::cpu::threads::Pool;
 use moectl::backend::cpu::{Cpu, CpuOptions, CpuPrecision};
+use moectl::backend::tally::Tally;
 use moectl::backend::weights::{AttentionWeights, DeltaNetWeights};
 use moectl::backend::*;
 use moectl::formats::matrix::DenseMatrix;
 use moectl::formats::nf4::{Absmax, Nf4Matrix};
 use moectl::formats::{Bytes, Dtype, Matrix};
-use moectl::model::{LogitRows, Runner, Sequence};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use support::{One, one};
 
 /// Seconds of wall time.
 fn wall() -> f64 {
@@ -254,7 +255,14 @@ fn other_kernels(bench: &Bench, isa: Isa) {
     }
     let dim = 256;
     for dtype in KvDtype::ALL {
-        let KvCache { data, layout, .. } = KvCache::new(dtype, 1, dim, CHUNK);
+        let KvCache {
+            mut data, layout, ..
+        } = KvCache::new(dtype, 1, dim, CHUNK, &Tally::default());
+        match &mut data {
+            KvData::F32(kv) => drop(kv.writer(layout, 0..CHUNK)),
+            KvData::F16(kv) => drop(kv.writer(layout, 0..CHUNK)),
+            KvData::Int8(kv) => drop(kv.writer(layout, 0..CHUNK)),
+        }
         for n in [1, 8, 128] {
             let queries = random(n * dim);
             let (mut stats, mut values) = (vec![Stats::NOTHING; n], vec![0.0; n * dim]);
@@ -477,10 +485,10 @@ fn model(
     };
     println!("{:<44} {rate:>9.2} GB/s", format!("{name} load"));
     let bytes = cpu.weight_bytes_per_token() as f64;
-    let mut sequence = Sequence::new(cpu, 4096).unwrap();
+    let mut sequence = one(cpu, 4096);
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let prompt: Vec<u32> = (0..512).map(|_| rng.random_range(0..vocab)).collect();
-    let feed = |ids: &[u32], sequence: &mut Sequence<Cpu>| {
+    let feed = |ids: &[u32], sequence: &mut One<BlockExecutor<Cpu>>| {
         if sequence.position() + ids.len() > 4096 {
             sequence.reset(4096).unwrap();
         }
