@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
+use super::cores::{self, CPUS, CoreKind};
 use super::root::Root;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -16,8 +17,12 @@ pub struct CpuFacts {
     pub logical_cores: usize,
     /// Ids of the logical cores in the affinity mask.
     pub allowed_cpus: Vec<usize>,
-    /// Of those, the first of each physical core: where one worker per core belongs.
+    /// Of those, the first of each physical core, performance cores first: where one worker per core
+    /// belongs.
     pub physical_core_cpus: Vec<usize>,
+    /// Of those, the ones of efficiency cores, where there are two kinds.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub efficiency_core_cpus: Vec<usize>,
     /// CPU time per wall time the control group grants; absent if unlimited.
     pub quota_cores: Option<f64>,
     pub l2_bytes: u64,
@@ -39,14 +44,19 @@ pub struct CpuFeature {
 impl CpuFacts {
     pub(super) fn read(root: &Root) -> Self {
         let logical_cores = root.numbered(CPUS, "cpu").len();
-        let allowed_cpus = affinity();
+        let allowed_cpus = cores::allowed();
+        let physical = cores::physical(root, &allowed_cpus);
+        let efficiency = physical
+            .iter()
+            .filter(|core| core.kind == CoreKind::Efficiency);
         Self {
             architecture: std::env::consts::ARCH.to_string(),
             model_name: model_name(root),
             logical_cores: logical_cores.max(allowed_cpus.len()),
-            physical_core_cpus: first_siblings(root, &allowed_cpus),
+            physical_core_cpus: physical.iter().map(|core| core.cpu).collect(),
+            efficiency_core_cpus: efficiency.map(|core| core.cpu).collect(),
             allowed_cpus,
-            quota_cores: quota(root),
+            quota_cores: cores::quota(root),
             l2_bytes: cache_bytes(root, 2),
             l3_bytes: cache_bytes(root, 3),
             features: features(),
@@ -66,51 +76,10 @@ impl CpuFacts {
     }
 }
 
-const CPUS: &str = "sys/devices/system/cpu";
-
 fn model_name(root: &Root) -> String {
     root.field("proc/cpuinfo", "model name")
         .filter(|name| !name.is_empty())
         .unwrap_or_else(|| format!("unnamed {} processor", std::env::consts::ARCH))
-}
-
-#[cfg(target_os = "linux")]
-fn affinity() -> Vec<usize> {
-    // SAFETY: an all-zero cpu_set_t is the empty set; the kernel writes at most its size.
-    let (set, rc) = unsafe {
-        let mut set: libc::cpu_set_t = std::mem::zeroed();
-        let rc = libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set);
-        (set, rc)
-    };
-    if rc != 0 {
-        return any_cores();
-    }
-    (0..libc::CPU_SETSIZE as usize)
-        // SAFETY: the index is below CPU_SETSIZE.
-        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
-        .collect()
-}
-
-#[cfg(not(target_os = "linux"))]
-fn affinity() -> Vec<usize> {
-    any_cores()
-}
-
-/// Ids 0..n where the mask cannot be asked for (it is also refused above 1,024 cores).
-fn any_cores() -> Vec<usize> {
-    (0..std::thread::available_parallelism().map_or(1, |n| n.get())).collect()
-}
-
-fn first_siblings(root: &Root, cpus: &[usize]) -> Vec<usize> {
-    let mut seen = BTreeSet::new();
-    let siblings = |cpu: usize| {
-        root.text(format!("{CPUS}/cpu{cpu}/topology/thread_siblings_list"))
-            .unwrap_or_else(|| cpu.to_string())
-    };
-    cpus.iter()
-        .copied()
-        .filter(|&cpu| seen.insert(siblings(cpu)))
-        .collect()
 }
 
 /// Each cache once, however many cores share it.
@@ -135,23 +104,6 @@ fn cache_bytes(root: &Root, level: u64) -> u64 {
         }
     }
     total
-}
-
-/// The tightest quota over period of the control groups this process is in.
-fn quota(root: &Root) -> Option<f64> {
-    let v2 = root.cgroup_v2().into_iter().filter_map(|group| {
-        let text = root.text(group.join("cpu.max"))?;
-        let (quota, period) = text.split_once(' ')?;
-        Some((quota.parse().ok()?, period.parse().ok()?))
-    });
-    let v1 = root.cgroup_v1("cpu").into_iter().filter_map(|group| {
-        let number = |file| root.text(group.join(file))?.parse().ok();
-        Some((number("cpu.cfs_quota_us")?, number("cpu.cfs_period_us")?))
-    });
-    v2.chain(v1)
-        .filter(|&(quota, period): &(f64, f64)| quota > 0.0 && period > 0.0)
-        .map(|(quota, period)| quota / period)
-        .min_by(f64::total_cmp)
 }
 
 #[cfg(not(target_arch = "x86_64"))]
@@ -282,8 +234,6 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::super::root::tree;
     use super::*;
 
@@ -311,70 +261,6 @@ mod tests {
     }
 
     #[test]
-    fn the_tightest_quota_up_the_v2_tree_counts() {
-        let dir = tree(&[
-            ("proc/self/cgroup", "0::/a/b\n"),
-            ("sys/fs/cgroup/a/b/cpu.max", "max 100000\n"),
-            ("sys/fs/cgroup/a/cpu.max", "150000 100000\n"),
-        ]);
-        assert_eq!(quota(&Root::at(dir.path())), Some(1.5));
-    }
-
-    /// Whichever of the groups has it.
-    #[test]
-    fn of_several_quotas_the_tightest_counts() {
-        for (own, parent, top, expected) in [
-            ("300000 100000", "150000 100000", "400000 100000", 1.5),
-            ("150000 100000", "300000 100000", "400000 100000", 1.5),
-            ("300000 100000", "400000 100000", "50000 50000", 1.0),
-            // A quota counts by its period.
-            ("300000 200000", "200000 100000", "max 100000", 1.5),
-        ] {
-            let v2 = tree(&[
-                ("proc/self/cgroup", "0::/a/b\n"),
-                ("sys/fs/cgroup/a/b/cpu.max", own),
-                ("sys/fs/cgroup/a/cpu.max", parent),
-                ("sys/fs/cgroup/cpu.max", top),
-            ]);
-            assert_eq!(quota(&Root::at(v2.path())), Some(expected));
-            let v1_file = |group: &str, text: &str| {
-                let (quota, period) = text.split_once(' ').unwrap();
-                let quota = if quota == "max" { "-1" } else { quota };
-                let path = |file: &str| format!("sys/fs/cgroup/cpu/{group}cpu.cfs_{file}_us");
-                [
-                    (path("quota"), quota.to_string()),
-                    (path("period"), period.to_string()),
-                ]
-            };
-            let files = [
-                v1_file("a/b/", own),
-                v1_file("a/", parent),
-                v1_file("", top),
-            ]
-            .concat();
-            let mut files: Vec<(&str, &str)> = files.iter().map(|(p, t)| (&**p, &**t)).collect();
-            files.push(("proc/self/cgroup", "3:cpu:/a/b\n"));
-            assert_eq!(quota(&Root::at(tree(&files).path())), Some(expected));
-        }
-    }
-
-    #[test]
-    fn a_v1_quota_of_minus_one_is_unlimited() {
-        let dir = tree(&[
-            ("proc/self/cgroup", "4:cpu,cpuacct:/\n"),
-            ("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n"),
-            ("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n"),
-        ]);
-        assert_eq!(quota(&Root::at(dir.path())), None);
-        fs::write(
-            dir.path().join("sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
-            "250000",
-        )
-        .unwrap();
-        assert_eq!(quota(&Root::at(dir.path())), Some(2.5));
-    }
-
-    #[test]
     fn smt_siblings_are_one_core_and_a_shared_cache_counts_once() {
         let cpu = |n: usize, file: &str| format!("{CPUS}/cpu{n}/{file}");
         let mut files = Vec::new();
@@ -388,8 +274,12 @@ mod tests {
         let files: Vec<(&str, &str)> = files.iter().map(|(p, t)| (p.as_str(), *t)).collect();
         let dir = tree(&files);
         let root = Root::at(dir.path());
-        assert_eq!(first_siblings(&root, &[0, 1, 2, 3]), [0, 1]);
-        assert_eq!(first_siblings(&root, &[2, 0]), [2]);
+        let firsts = |cpus: &[usize]| -> Vec<usize> {
+            let cores = cores::physical(&root, cpus);
+            cores.iter().map(|core| core.cpu).collect()
+        };
+        assert_eq!(firsts(&[0, 1, 2, 3]), [0, 1]);
+        assert_eq!(firsts(&[2, 0]), [2]);
         assert_eq!(cache_bytes(&root, 3), 32 << 20);
     }
 }

@@ -138,11 +138,14 @@ pub fn warnings(hardware: &HardwareBody) -> Vec<String> {
                     .to_string(),
             );
         } else if !cpu.usable("avx512-vnni") {
-            warnings.push(
-                "no AVX-512 VNNI: experts in RAM run on the AVX2 kernels, \
-                 about two thirds of the speed per core"
-                    .to_string(),
-            );
+            let (kernels, share) = match cpu.usable("avx-vnni") {
+                true => ("AVX-VNNI", "three quarters"),
+                false => ("AVX2", "three fifths"),
+            };
+            warnings.push(format!(
+                "no AVX-512 VNNI: experts in RAM run on the {kernels} kernels, \
+                 about {share} of the speed per core"
+            ));
         }
     }
     let cores = cpu.physical_core_cpus.len();
@@ -218,8 +221,12 @@ fn cores(hardware: &HardwareBody) -> String {
         Some(quota) => format!("quota {quota:.1}"),
         None => "no quota".to_string(),
     };
+    let efficiency = match cpu.efficiency_core_cpus.len() {
+        0 => String::new(),
+        n => format!(", {n} of them efficiency cores"),
+    };
     format!(
-        "{} usable ({} logical in the machine, {} allowed on {} physical, {quota})",
+        "{} usable ({} logical in the machine, {} allowed on {} physical{efficiency}, {quota})",
         cpu.usable_cores(),
         cpu.logical_cores,
         cpu.allowed_cpus.len(),

@@ -18,11 +18,11 @@ use std::time::Instant;
 
 use half::f16;
 use moectl::backend::cpu::activations::{Activations, Integers};
-use moectl::backend::cpu::attention::{Attend, CHUNK, Stats};
+use moectl::backend::cpu::attention::{Attend, Stats};
 use moectl::backend::cpu::conv::conv_silu;
 use moectl::backend::cpu::delta_rule::{HeadInputs, delta_rule};
 use moectl::backend::cpu::isa::Isa;
-use moectl::backend::cpu::kv_cache::{KvCache, KvData};
+use moectl::backend::cpu::kv_cache::{CHUNK, KvCache, KvData};
 use moectl::backend::cpu::linear::{Linear, Panels};
 use moectl::backend::cpu::load::load;
 use moectl::backend::cpu::rms_norm::rms_norm;

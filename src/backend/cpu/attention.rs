@@ -9,13 +9,10 @@ use std::ops::Range;
 use half::f16;
 
 use super::isa::{Isa, dispatch};
-use super::kv_cache::{Chunk, KvElement};
+use super::kv_cache::{CHUNK, Chunk, KvElement};
 use super::math::exp;
 use super::simd::{LANES, Simd, lanes, lanes_mut};
 use crate::backend::kv::KV_BLOCK;
-
-/// Positions of one chunk.
-pub const CHUNK: usize = 128;
 
 /// What a query found so far: the largest score, and relative to it the sum of `exp(score)`.
 ///

@@ -7,7 +7,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::activations::{Int8Block, Int16Block, Integers};
+use super::integer_blocks::{Int8Block, Int16Block, Integers};
 use super::isa::{Amx, Isa, dispatch};
 use super::layout::TILE_COLS;
 use super::simd::{Simd, lanes};

@@ -2,9 +2,9 @@
 
 use std::cell::RefCell;
 
-use super::attention::{Attend, CHUNK, Stats, merge};
+use super::attention::{Attend, Stats, merge};
 use super::isa::Isa;
-use super::kv_cache::{Kv, KvCache, KvLayout, Writer, with_kv};
+use super::kv_cache::{CHUNK, Kv, KvCache, KvLayout, Writer, with_kv};
 use super::linear::{Linear, Panels};
 use super::math::sigmoid_f32;
 use super::rms_norm::rms_norm;

@@ -139,9 +139,16 @@ impl Isa {
 /// Defines `fn name(isa, args..)`, which runs `body(token, args..)` compiled for that `isa`.
 ///
 /// `body` is generic over [`Simd`](super::simd::Simd) and `#[inline(always)]`, so that it takes on
-/// the target features of the function it is inlined into.
+/// the target features of the function it is inlined into. Integer products make AVX-VNNI differ from AVX2: a
+/// body that has some says so by `, products` at its end, the others are not compiled for it.
 macro_rules! dispatch {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:path) => {
+    (@vnni [products] $body:path, $avx2:ident, $s:ident, ($($arg:ident),*)) => {
+        $body($s, $($arg),*)
+    };
+    (@vnni [] $body:path, $avx2:ident, $s:ident, ($($arg:ident),*)) => {
+        $avx2($s.avx2(), $($arg),*)
+    };
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $body:path $(, $products:ident)?) => {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments)]
         $vis fn $name(isa: $crate::backend::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
@@ -158,7 +165,7 @@ macro_rules! dispatch {
             #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
             fn avx_vnni(s: AvxVnni, $($arg: $ty),*) $(-> $ret)? {
-                $body(s, $($arg),*)
+                $crate::backend::cpu::isa::dispatch!(@vnni [$($products)?] $body, avx2, s, ($($arg),*))
             }
 
             #[cfg(target_arch = "x86_64")]

@@ -8,12 +8,14 @@ use std::sync::Arc;
 
 use half::f16;
 
-use super::attention::CHUNK;
 use super::simd::{LANES, Simd};
 use super::threads::Parts;
 use crate::backend::executor::SharedPage;
 use crate::backend::kv::{KV_BLOCK, KvDtype};
 use crate::backend::tally::{Counted, Tally};
+
+/// Positions of one chunk.
+pub const CHUNK: usize = 128;
 
 /// Keys and values of one layer and one sequence.
 #[derive(Clone)]

@@ -165,7 +165,7 @@ impl Offload {
             hidden: Vec::new(),
             up: Vec::new(),
             hidden_integers: IntegerBlocks::default(),
-            progress: Progress::new(pool.threads()),
+            progress: Progress::new(pool.paces()),
             many: Many::default(),
             pool,
         })
@@ -227,7 +227,6 @@ impl Offload {
         self.progress.begin(at_most, blocks);
         let token = Token {
             isa,
-            workers: self.pool.threads(),
             requests,
             at_most,
             blocks,

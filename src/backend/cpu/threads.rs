@@ -13,7 +13,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::topology;
+use super::shares::Padded;
+pub use super::shares::{Count, Paces, Shares, part_of};
+use super::topology::{self, Core};
 use crate::backend::{BackendError, Result};
 
 /// An idle worker gives the core away between polls after this long ...
@@ -70,91 +72,9 @@ impl Gate {
     }
 }
 
-/// Items that workers share out among themselves: each begins with its own equal part of neighbouring
-/// items, the same one every time, and then helps the others.
-///
-/// Rounds follow each other without anybody starting them: what was taken counts for the round it was taken
-/// in, and a worker that comes too late for a round finds nothing left of it.
-pub struct Shares {
-    /// Items taken of each worker's part
-    taken: Vec<Padded<Count>>,
-}
-
-impl Shares {
-    pub fn new(workers: usize) -> Self {
-        Shares {
-            taken: (0..workers).map(|_| Padded::default()).collect(),
-        }
-    }
-
-    /// Runs `job(item)` for items below `items`, which is the same for all workers, until all are taken.
-    pub fn take(&self, round: u32, worker: usize, items: usize, mut job: impl FnMut(usize)) {
-        let workers = self.taken.len();
-        for turn in 0..workers {
-            let victim = (worker + turn) % workers;
-            let part = part_of(items, workers, victim);
-            let Padded(taken) = &self.taken[victim];
-            while let Some(item) = taken.next(round, part.len() as u32) {
-                job(part.start + item as usize);
-            }
-        }
-    }
-}
-
-/// One of `parts` parts of so many items, as equal as can be, in order.
-pub fn part_of(items: usize, parts: usize, part: usize) -> Range<usize> {
-    part * items / parts..(part + 1) * items / parts
-}
-
-/// Counts from 0 in every round; rounds are numbered upwards, around the end of the numbers.
-#[derive(Default)]
-pub struct Count(AtomicU64);
-
-impl Count {
-    /// The count in `round`; `None` if a later one has begun.
-    pub fn get(&self, round: u32) -> Option<u32> {
-        Count::read(self.0.load(Ordering::Acquire), round)
-    }
-
-    /// Adds one, which gives the count from there.
-    ///
-    /// Of a round that is over nothing may be left to count.
-    pub fn add(&self, round: u32) -> u32 {
-        self.next(round, u32::MAX)
-            .expect("a round that is not over")
-            + 1
-    }
-
-    /// The count, and adds one, if it is below `end`.
-    fn next(&self, round: u32, end: u32) -> Option<u32> {
-        let mut word = self.0.load(Ordering::Acquire);
-        loop {
-            let count = Count::read(word, round).filter(|&count| count < end)?;
-            let more = u64::from(round) << 32 | u64::from(count + 1);
-            match (self.0).compare_exchange_weak(word, more, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Some(count),
-                Err(now) => word = now,
-            }
-        }
-    }
-
-    fn read(word: u64, round: u32) -> Option<u32> {
-        let ahead = ((word >> 32) as u32).wrapping_sub(round) as i32;
-        match ahead {
-            0 => Some(word as u32),
-            1.. => None,
-            _ => Some(0),
-        }
-    }
-}
-
-/// Two cache lines of its own, since processors fetch lines in pairs.
-#[derive(Default)]
-#[repr(align(128))]
-struct Padded<T>(T);
-
 impl Pool {
-    /// `threads` workers, or one per usable core; never more than there are cores.
+    /// `threads` workers, or one per usable core; never more than there are cores, and performance cores
+    /// first.
     ///
     /// # Errors
     /// If the system refuses to start a thread.
@@ -166,11 +86,11 @@ impl Pool {
 
     /// One worker per entry of `cores`, pinned there, save the first: that is the caller, who
     /// stays where the system puts it.
-    fn on(cores: &[usize]) -> Result<Pool> {
+    fn on(cores: &[Core]) -> Result<Pool> {
         let shared = Arc::new(Shared {
             gate: Padded::default(),
             job: UnsafeCell::new(None),
-            shares: Shares::new(cores.len()),
+            shares: Shares::new(topology::paces(cores)),
             sleeping: cores.iter().map(|_| Padded::default()).collect(),
             stop: AtomicBool::new(false),
             panicked: Mutex::new(None),
@@ -184,7 +104,7 @@ impl Pool {
             let worker = thread::Builder::new()
                 .name(format!("cpu-worker-{id}"))
                 .spawn(move || {
-                    topology::pin_current_thread(core);
+                    topology::pin_current_thread(core.cpu);
                     shared.serve(id);
                 })
                 .map_err(|e| BackendError::Other(format!("cannot start worker {id}: {e}")))?;
@@ -196,6 +116,11 @@ impl Pool {
     /// Workers, the caller included.
     pub fn threads(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// How the workers share work.
+    pub fn paces(&self) -> &Paces {
+        self.shared.shares.paces()
     }
 
     /// Runs `job(item)` once for every item below `items`, in no fixed order, and waits. How items are
@@ -492,27 +417,6 @@ mod tests {
             })
             .unwrap();
             assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
-        }
-    }
-
-    #[test]
-    fn counts_begin_anew_in_every_round_and_late_ones_find_nothing() {
-        let count = Count::default();
-        for round in [1, 2, 7, u32::MAX / 2, u32::MAX, 0, 5] {
-            assert_eq!(count.get(round), Some(0));
-            assert_eq!([count.add(round), count.add(round)], [1, 2]);
-            assert_eq!(count.get(round), Some(2));
-            assert_eq!(count.get(round.wrapping_sub(1)), None);
-        }
-        let shares = Shares::new(3);
-        for round in 1..4 {
-            let mut taken = Vec::new();
-            shares.take(round, 1, 7, |item| taken.push(item));
-            assert_eq!(taken, [2, 3, 4, 5, 6, 0, 1]);
-            shares.take(round, 0, 7, |item| panic!("item {item} once more"));
-            shares.take(round - 1, 0, 7, |item| {
-                panic!("item {item} of a round that is over")
-            });
         }
     }
 

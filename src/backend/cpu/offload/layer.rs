@@ -9,7 +9,7 @@ use super::super::experts::{Expert, add_weighted, swiglu};
 use super::super::isa::Isa;
 use super::super::layout::{TILE_COLS, TILE_ROWS};
 use super::super::linear::{Panel, View, Weights};
-use super::super::threads::{Backoff, Count, Parts, Shares, part_of};
+use super::super::threads::{Backoff, Count, Paces, Parts, Shares};
 use super::{Asked, Requests, prepare};
 use crate::backend::{BackendError, Result};
 
@@ -33,10 +33,10 @@ pub struct Progress {
 }
 
 impl Progress {
-    pub fn new(workers: usize) -> Self {
+    pub fn new(paces: &Paces) -> Self {
         Progress {
-            up: Shares::new(workers),
-            down: Shares::new(workers),
+            up: Shares::new(paces.clone()),
+            down: Shares::new(paces.clone()),
             quarters: Vec::new(),
             blocks: Vec::new(),
             rows: AtomicUsize::new(0),
@@ -87,7 +87,6 @@ impl Drop for OnPanic<'_> {
 /// Nobody waits for a worker that lost its core with nothing begun: it finds later what is left.
 pub struct Token<'a> {
     pub isa: Isa,
-    pub workers: usize,
     pub requests: &'a dyn Requests,
     pub at_most: usize,
     /// Of intermediate values of each expert
@@ -173,7 +172,7 @@ impl Token<'_> {
                 let kblocks = tiles.range.len() / rows.max(1);
                 let tiles = &tiles.arena[tiles.range.clone()];
                 // As `Shares` will hand them out.
-                let share = part_of(rows, self.workers, worker);
+                let share = self.progress.up.paces().part(rows, worker);
                 for tiles in tiles[share.start * kblocks..share.end * kblocks].chunks(4) {
                     if enough() {
                         return;

@@ -120,7 +120,7 @@ fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
 }
 
 dispatch! {
-    fn all_operations_on(input: &Input) -> Bits = all_operations
+    fn all_operations_on(input: &Input) -> Bits = all_operations, products
 }
 
 #[test]
