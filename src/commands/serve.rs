@@ -34,9 +34,7 @@ use crate::server::{Address, App, Limits, Server, ServerOptions};
 Examples:
   moectl serve
   moectl serve --model org/name --placement placement.json --ctx 64k
-  moectl serve --host 0.0.0.0 --api-key-file keys.txt
-  curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")]
+  moectl serve --host 0.0.0.0 --api-key-file keys.txt")]
 pub struct ServeArgs {
     /// Address to listen on; anything but this machine's own needs a key
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
