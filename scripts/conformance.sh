@@ -3,7 +3,7 @@
 # asked for (OPENAI_PYTHON=3.57.0 ...). Needs python3 with pip and, for the agents, npm.
 #
 #   scripts/conformance.sh                   # everything
-#   scripts/conformance.sh openai anthropic  # some: openai anthropic langchain npm agents
+#   scripts/conformance.sh openai anthropic  # some: openai anthropic langchain schemathesis npm agents soak
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +12,7 @@ checks=$root/scripts/conformance
 scratch=${CONFORMANCE_SCRATCH:-$root/target/conformance}
 moectl=${MOECTL:-$root/target/release/moectl}
 wanted=("$@")
-[[ ${#wanted[@]} -gt 0 ]] || wanted=(openai anthropic langchain npm agents)
+[[ ${#wanted[@]} -gt 0 ]] || wanted=(openai anthropic langchain schemathesis npm agents soak)
 mkdir -p "$scratch"
 server=
 trap '[[ -z $server ]] || kill "$server" 2>/dev/null || true' EXIT
@@ -58,9 +58,7 @@ run() {
   "$@" || failed+=("$name")
 }
 
-if wants openai || wants anthropic || wants langchain || wants npm; then
-  start_server
-fi
+start_server --max-queue 512
 if wants openai; then
   python_packages "openai${OPENAI_PYTHON:+==$OPENAI_PYTHON}"
   run openai "$scratch/venv/bin/python" "$checks/openai_python.py" "$url"
@@ -73,6 +71,14 @@ if wants langchain; then
   python_packages langchain-openai langchain-tests pytest-asyncio
   run langchain env SERVER="$url" "$scratch/venv/bin/python" -m pytest -q -p no:cacheprovider \
     -o asyncio_mode=auto -o asyncio_default_test_loop_scope=session "$checks/langchain_standard.py"
+fi
+if wants schemathesis; then
+  python_packages schemathesis
+  run schemathesis "$scratch/venv/bin/schemathesis" run "$url/openapi.json" --max-examples 40 --exclude-path /moectl/live \
+    --checks not_a_server_error,response_schema_conformance,content_type_conformance,status_code_conformance
+fi
+if wants soak; then
+  run soak python3 "$checks/soak.py" "$url" "${SOAK_SECONDS:-60}" 200
 fi
 if wants npm; then
   npm_packages openai ai @ai-sdk/openai-compatible

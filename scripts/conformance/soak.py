@@ -125,14 +125,8 @@ async def client(seed, expected, until):
             await nonsense(rng)
 
 
-async def main():
-    expected = {prompt: serial(prompt) for prompt in PROMPTS}
-    resident = lambda: get("/moectl/experts")["memory"]["resident_bytes"]
-    start = time.monotonic()
-    warm = asyncio.gather(*(client(seed, expected, start + SECONDS / 4) for seed in range(CLIENTS)))
-    await warm
-    before = resident()
-    await asyncio.gather(*(client(-seed, expected, start + SECONDS) for seed in range(1, CLIENTS + 1)))
+async def resident_when_idle():
+    """Resident memory once nothing is in work and the allocator has had time to give back."""
     end = time.monotonic()
     while True:
         health = get("/health")
@@ -142,7 +136,18 @@ async def main():
             problems.append(f"gauges after 10 s: {health}")
             break
         await asyncio.sleep(0.1)
-    after = resident()
+    await asyncio.sleep(5)
+    return get("/moectl/experts")["memory"]["resident_bytes"]
+
+
+async def main():
+    expected = {prompt: serial(prompt) for prompt in PROMPTS}
+    start = time.monotonic()
+    warm = asyncio.gather(*(client(seed, expected, start + SECONDS / 4) for seed in range(CLIENTS)))
+    await warm
+    before = await resident_when_idle()
+    await asyncio.gather(*(client(-seed, expected, start + SECONDS) for seed in range(1, CLIENTS + 1)))
+    after = await resident_when_idle()
     growth = after / before - 1
     if growth > 0.02:
         problems.append(f"resident memory grew by {growth:.1%}")
