@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::console::Console;
+use super::output::prepare_folder;
 use super::plan::budget_curve;
 use super::{Failure, profile};
 use crate::formats::Document;
@@ -88,6 +89,7 @@ pub fn execute(args: ReportArgs, console: &Console) -> anyhow::Result<()> {
         domains: profile.as_ref().map(domains),
         budget: placement.as_ref().map(budget),
     };
+    prepare_folder(&args.output, &["report.html", "report.md"], console)?;
     let files = write_report(&inputs, &args.output)?;
     if console.json {
         console.result_json(&serde_json::json!({ "files": files }))?;

@@ -18,10 +18,13 @@ use contenders::{Contenders, Rival};
 use predict::Situation;
 
 use super::console::Console;
+use super::flags::{self, GpuFlags};
 use super::machine::{self, HardwareChoice, this_machine};
+use super::output::prepare_folder;
 use super::plan;
 use super::profile::{self, Settings as ProfileSettings};
-use super::{Failure, cache_state, check_output, load, report, workloads};
+use super::{Failure, cache_state, load, report, workloads};
+use crate::cli::values::whole;
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::Engine;
 use crate::formats::Document;
@@ -58,11 +61,11 @@ pub struct BenchArgs {
     #[arg(value_name = "CORPUS.jsonl")]
     corpus: Option<PathBuf>,
     /// Contexts to measure: prompt and generated tokens together (32k = 32768)
-    #[arg(long, value_name = "TOKENS,...", value_delimiter = ',', value_parser = parse_tokens,
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS,...", value_delimiter = ',', value_parser = parse_tokens,
           default_value = "512,2k")]
     ctx: Vec<u64>,
     /// Tokens to generate per repetition
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 32)]
+    #[arg(short = 'n', long, value_name = "N", value_parser = whole, default_value_t = 32)]
     max_tokens: usize,
     /// What decode is fed: the tokens it sampled, or the next ones of the corpus [default: text for
     /// synthetic weights, else sampled]
@@ -72,17 +75,17 @@ pub struct BenchArgs {
     #[arg(long, value_name = "WHICH")]
     continuation: Option<Feed>,
     /// Counted repetitions per context
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    #[arg(short, long, value_name = "N", value_parser = whole, default_value_t = 5)]
     repetitions: usize,
     /// Repetitions before those, not counted
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", value_parser = whole, default_value_t = 1)]
     warmups: usize,
     /// Machine to plan and predict with: laptop-4090, h100, or a hardware.json of `moectl doctor
     /// --measure -o` [default: the known one most like this, with the RAM measured in this run]
     #[arg(long, value_name = "NAME|FILE")]
     hardware: Option<HardwareChoice>,
     /// Held-out tokens to compare with the reference backend on; 0 skips it
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", value_parser = whole, default_value_t = 512)]
     quality_tokens: usize,
     /// Also measure these policies, by turns on the same loaded model: static, lru, .., or none for no
     /// expert in VRAM; their reports go to folders of these names in the output folder
@@ -116,6 +119,7 @@ const PROFILE_TOKENS: usize = 256;
 
 pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     check(&args)?;
+    flags::check(&args.compute, GpuFlags::Plan, console)?;
     let source = Source::resolve(args.model.model.as_deref())?;
     let config = source.config()?;
     let longest = args
@@ -137,9 +141,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let given = (args.hardware.as_ref())
         .map(HardwareChoice::load)
         .transpose()?;
-    std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
-    let run_path = args.output.join("run.json");
-    check_output(&run_path)?;
+    prepare_folder(&args.output, &["run.json"], console)?;
 
     let corpus = match &args.corpus {
         Some(path) => Corpus::open(path)?,
@@ -285,7 +287,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         if let Some(rival) = contenders.name(i) {
             console.result(format!("\nagainst {rival}"))?;
         }
-        console.result(table::render(&document.body))?;
+        console.table(table::render(&document.body))?;
         console.result(files)?;
     }
     Ok(())

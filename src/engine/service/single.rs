@@ -11,11 +11,11 @@ use super::{
     Logprob, ModelFacts, RoutingSummary, Timings, Token, Usage,
 };
 use crate::backend::{BackendError, NextLogits, Routing};
+use crate::engine::LogitRows;
 use crate::engine::experts::ExpertManager;
 use crate::engine::sampler::{Sampler, token_logprob, top_logprobs};
 use crate::engine::stream::TextStream;
 use crate::engine::{Engine, EngineError};
-use crate::model::LogitRows;
 use crate::planning::PolicyConfig;
 
 /// Makes the experts of the placement anew, under its policy or another.
