@@ -98,7 +98,7 @@ impl Console {
         let template = match unit {
             Unit::Tokens => "{msg:10} {bar:32} {pos}/{len} tokens  {per_sec}  {eta} left",
             Unit::Bytes => "{msg:10} {bar:32} {bytes}/{total_bytes}  {bytes_per_sec}  {eta} left",
-            Unit::Runs => "{msg:10} {bar:32} {pos}/{len}",
+            Unit::Runs => "{msg:10} {bar:32} {pos}/{len} runs, {elapsed}  {prefix}",
         };
         let style = ProgressStyle::with_template(template).expect("the templates are valid");
         bar.set_style(style.progress_chars("━╸─"));

@@ -132,6 +132,14 @@ pub enum DocumentError {
     },
 }
 
+/// Source: reproducible-builds.org, SOURCE_DATE_EPOCH.
+fn created() -> chrono::DateTime<chrono::Utc> {
+    let epoch = std::env::var("SOURCE_DATE_EPOCH").ok();
+    epoch
+        .and_then(|seconds| chrono::DateTime::from_timestamp(seconds.trim().parse().ok()?, 0))
+        .unwrap_or_else(chrono::Utc::now)
+}
+
 impl<T> Document<T> {
     /// What must stand above anything a person reads of it, if there is such a thing.
     pub fn label(&self) -> Option<&'static str> {
@@ -139,13 +147,14 @@ impl<T> Document<T> {
         synthetic.then_some("SYNTHETIC WEIGHTS")
     }
 
-    /// Wraps `body` with this program's version and the present time.
+    /// Wraps `body` with this program's version and the present time, or that of `SOURCE_DATE_EPOCH`,
+    /// which makes files of the same work equal to the byte.
     pub fn new(schema: Schema, model: Option<ModelId>, body: T) -> Self {
         Document {
             schema: schema.name.into(),
             schema_version: schema.version,
             moectl_version: env!("CARGO_PKG_VERSION").into(),
-            created: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
+            created: created().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
             model,
             body,
         }

@@ -15,7 +15,6 @@ enum Fate {
 use Fate::{Heeded, Noted, Refused};
 
 #[test]
-#[cfg(not(any(feature = "cuda", feature = "emulate")))]
 fn no_flag_is_ignored_in_silence() {
     let table = [
         ("--threads 1", [Noted, Heeded, Heeded]),

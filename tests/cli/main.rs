@@ -1,5 +1,6 @@
 //! The binary as a user meets it: what it prints, writes, refuses and returns.
 
+#[cfg(not(any(feature = "cuda", feature = "emulate")))]
 mod backends;
 mod bad_files;
 mod bad_flags;

@@ -17,7 +17,13 @@ fn chat(fields: Value) -> (u16, Value) {
 
 /// Refused with 400 and the field's name.
 fn refused(fields: Value) {
-    let param = fields.as_object().unwrap().keys().next_back().unwrap().clone();
+    let param = fields
+        .as_object()
+        .unwrap()
+        .keys()
+        .next_back()
+        .unwrap()
+        .clone();
     let (status, answer) = chat(fields);
     assert_eq!(status, 400, "{param}: {answer}");
     let named = answer["error"]["param"].as_str().unwrap();

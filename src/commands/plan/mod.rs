@@ -10,7 +10,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use super::console::Console;
-use super::machine::HardwareChoice;
+use super::machine::{HERE, HardwareChoice};
 use super::output::OutputFile;
 use super::{Failure, check_context, profile};
 use crate::cli::{ModelArgs, PrefillArgs};
@@ -28,7 +28,7 @@ use crate::planning::trace::RoutingTrace;
 use crate::planning::units::{parse_budget, parse_tokens, show_tokens};
 use crate::planning::{RoutingStats, Tail, TraceReader};
 
-pub(super) use describe::describe;
+pub(super) use describe::{describe, held_out};
 
 use describe::describe_alternatives;
 use sweep::SweepRange;
@@ -41,6 +41,7 @@ use sweep::SweepRange;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  moectl plan --vram 14G
   moectl plan --vram 14G --ctx 32k --profile profile.json
   moectl plan --model org/name --vram 14G --hardware laptop-4090 --explain
   moectl plan --vram 24G --kv int8 --trace corpus.trace -o placement.json
@@ -66,8 +67,9 @@ pub struct PlanArgs {
     /// Trace of the text to plan for; a part of it is held out to validate the plan
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Machine to predict for: laptop-4090, h100, or a hardware.json of `moectl doctor -o`
-    #[arg(long, value_name = "NAME|FILE", default_value = "laptop-4090")]
+    /// Machine to predict for: here, laptop-4090, h100, or a hardware.json of `moectl doctor -o`;
+    /// `here` measures the RAM and takes a GPU that was not measured to be like a known one
+    #[arg(long, value_name = "NAME|FILE", default_value = HERE)]
     hardware: HardwareChoice,
     /// Where the output matrix goes
     #[arg(long, value_enum, value_name = "TIER", default_value_t = Head::Auto)]
@@ -225,13 +227,44 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
             if let Some(label) = document.label() {
                 console.result(label)?;
             }
-            console.table(describe(placement))?;
+            console.result(subject(&document, &args, hardware.gpu.is_some()))?;
+            console.table(describe(placement, hardware.gpu.is_some()))?;
             if args.explain {
                 console.table(describe_alternatives(placement, &planner.explain()))?;
             }
         }
     }
     Ok(())
+}
+
+/// Whose plan it is, and how to ask for that of another model or machine.
+fn subject(document: &Document<Placement>, args: &PlanArgs, has_gpu: bool) -> String {
+    let model = document
+        .model
+        .as_ref()
+        .map_or("", |model| model.id.as_str());
+    let (of, other_model) = match args.model.model {
+        None => (
+            " (built in, 30M parameters)",
+            "; another: --model org/name, or --model synth:qwen3-next-80b-a3b",
+        ),
+        Some(_) => ("", ""),
+    };
+    let (here, other_machine) = match args.hardware {
+        HardwareChoice::Here => (
+            "this one, ",
+            "; another: --hardware laptop-4090, h100, or a file of `moectl doctor --measure -o`",
+        ),
+        _ => ("", ""),
+    };
+    let label = &document.body.hardware;
+    let mut text =
+        format!("model    {model}{of}{other_model}\nmachine  {here}{label}{other_machine}\n");
+    if !has_gpu {
+        text += "no GPU: everything is computed from RAM, and no budget of VRAM changes that; the \
+                 placement file holds what a GPU with this budget would be given\n";
+    }
+    text
 }
 
 /// The picks of a profile or trace.
