@@ -143,15 +143,19 @@ async def resident_when_idle():
 async def main():
     expected = {prompt: serial(prompt) for prompt in PROMPTS}
     start = time.monotonic()
-    warm = asyncio.gather(*(client(seed, expected, start + SECONDS / 4) for seed in range(CLIENTS)))
-    await warm
-    before = await resident_when_idle()
-    await asyncio.gather(*(client(-seed, expected, start + SECONDS) for seed in range(1, CLIENTS + 1)))
-    after = await resident_when_idle()
+    # Equal phases: the allocator's own ups and downs are over after two of them.
+    sizes = []
+    for phase in range(1, 5):
+        until = start + phase * SECONDS / 4
+        seeds = range(phase * CLIENTS, (phase + 1) * CLIENTS)
+        await asyncio.gather(*(client(seed, expected, until) for seed in seeds))
+        sizes.append(await resident_when_idle())
+        start += 5
+    before, after = sizes[1], sizes[3]
     growth = after / before - 1
     if growth > 0.02:
         problems.append(f"resident memory grew by {growth:.1%}")
-    print(dict(counts), f"resident {before >> 20} -> {after >> 20} MiB")
+    print(dict(counts), "resident MiB:", *(size >> 20 for size in sizes))
     for problem in problems[:10]:
         print("FAIL", problem)
     sys.exit(bool(problems))
