@@ -126,7 +126,7 @@ async def client(seed, expected, until):
 
 
 async def resident_when_idle():
-    """Resident memory once nothing is in work and the allocator has had time to give back."""
+    """Resident memory once nothing is in work and the allocator has had time to give back, idle threads to end."""
     end = time.monotonic()
     while True:
         health = get("/health")
@@ -136,7 +136,7 @@ async def resident_when_idle():
             problems.append(f"gauges after 10 s: {health}")
             break
         await asyncio.sleep(0.1)
-    await asyncio.sleep(5)
+    await asyncio.sleep(12)
     return get("/moectl/experts")["memory"]["resident_bytes"]
 
 
@@ -150,7 +150,7 @@ async def main():
         seeds = range(phase * CLIENTS, (phase + 1) * CLIENTS)
         await asyncio.gather(*(client(seed, expected, until) for seed in seeds))
         sizes.append(await resident_when_idle())
-        start += 5
+        start += 12
     before, after = sizes[1], sizes[3]
     growth = after / before - 1
     if growth > 0.02:

@@ -141,6 +141,8 @@ pub fn execute(args: ServeArgs, console: &Console) -> anyhow::Result<()> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        // For templates, tokenizers and grammars: more would only hold memory.
+        .max_blocking_threads(8)
         .thread_name("http")
         .enable_all()
         .build()
