@@ -22,6 +22,7 @@ use crate::engine::service::{
 use crate::model::Source;
 use crate::planning::PolicyConfig;
 use crate::planning::units::{parse_bytes, parse_tokens};
+use crate::server::connection;
 use crate::server::guard::{Keys, Origins};
 use crate::server::{Address, App, Limits, Server, ServerOptions};
 
@@ -35,9 +36,7 @@ use crate::server::{Address, App, Limits, Server, ServerOptions};
 Examples:
   moectl serve
   moectl serve --model org/name --placement placement.json --ctx 64k
-  moectl serve --host 0.0.0.0 --api-key-file keys.txt
-  curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{\"messages\": [{\"role\": \"user\", \"content\": \"Hello\"}]}'")]
+  moectl serve --host 0.0.0.0 --api-key-file keys.txt")]
 pub struct ServeArgs {
     /// Address to listen on; anything but this machine's own needs a key
     #[arg(long, value_name = "HOST", default_value = "127.0.0.1")]
@@ -82,6 +81,12 @@ struct AccessArgs {
     /// File of keys, one per line
     #[arg(long, value_name = "FILE")]
     api_key_file: Option<PathBuf>,
+    /// Encrypt connections: certificate chain in PEM form
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Its private key in PEM form
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
     /// A name of this server besides localhost; may be given more than once, `*` is any
     #[arg(long, value_name = "NAME")]
     allow_host: Vec<String>,
@@ -133,8 +138,13 @@ pub fn execute(args: ServeArgs, console: &Console) -> anyhow::Result<()> {
     let failure = Arc::new(Mutex::new(None));
     let (service, plan) = service(&args, source, &text, failure.clone(), console)?;
     options.plan = plan;
+    if let (Some(certificate), Some(key)) = (&args.access.tls_cert, &args.access.tls_key) {
+        options.tls = Some(connection::tls(certificate, key)?);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        // For templates, tokenizers and grammars: more would only hold memory.
+        .max_blocking_threads(8)
         .thread_name("http")
         .enable_all()
         .build()
@@ -295,6 +305,7 @@ fn options(args: &ServeArgs, keys: Keys, source: &Source, log: bool) -> ServerOp
         },
         limits,
         plan: None,
+        tls: None,
         log,
     }
 }

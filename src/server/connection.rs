@@ -2,11 +2,13 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -15,6 +17,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 /// Where requests come from.
 pub enum Listener {
@@ -50,9 +57,34 @@ impl Listener {
     }
 }
 
+/// A certificate and its key, by their PEM files.
+///
+/// # Errors
+/// A file that cannot be read or holds neither, or a key of another certificate.
+pub fn tls(certificate: &Path, key: &Path) -> anyhow::Result<TlsAcceptor> {
+    let of = |path: &Path| path.display().to_string();
+    let certificates = CertificateDer::pem_file_iter(certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .with_context(|| of(certificate))?;
+    anyhow::ensure!(
+        !certificates.is_empty(),
+        "{}: has no certificate in PEM form",
+        of(certificate)
+    );
+    let private = PrivateKeyDer::from_pem_file(key).with_context(|| of(key))?;
+    let provider = Arc::new(ring::default_provider());
+    let config = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(certificates, private)
+        .with_context(|| format!("{} and {}", of(certificate), of(key)))?;
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
 /// Serves until `stop` becomes true; then waits for requests in work, at most `drain_time`.
 pub async fn serve(
     listener: Listener,
+    tls: Option<TlsAcceptor>,
     router: Router,
     limits: ConnectionLimits,
     mut stop: watch::Receiver<bool>,
@@ -68,8 +100,12 @@ pub async fn serve(
         };
         match stream {
             Ok(stream) => {
-                let connection = connection(stream, router.clone(), limits, stop.clone(), place);
-                tokio::spawn(connection);
+                let (router, stop, tls) = (router.clone(), stop.clone(), tls.clone());
+                tokio::spawn(async move {
+                    if let Some(stream) = secured(stream, tls, limits).await {
+                        connection(stream, router, limits, stop, place).await;
+                    }
+                });
             }
             // Out of file descriptors, or the client left already: others may do better.
             Err(_) => sleep(Duration::from_millis(10)).await,
@@ -79,6 +115,19 @@ pub async fn serve(
     let all = places.acquire_many(limits.connections as u32);
     // Whoever is not done by then is cut off as the program ends.
     let _ = tokio::time::timeout(drain_time, all).await;
+}
+
+/// The stream behind its handshake, if there is to be one; `None` if that fails or takes too long.
+async fn secured(
+    stream: Box<dyn Stream>,
+    tls: Option<TlsAcceptor>,
+    limits: ConnectionLimits,
+) -> Option<Box<dyn Stream>> {
+    let Some(tls) = tls else {
+        return Some(stream);
+    };
+    let handshake = tokio::time::timeout(limits.header_time, tls.accept(stream)).await;
+    Some(Box::new(handshake.ok()?.ok()?))
 }
 
 async fn connection(

@@ -18,7 +18,7 @@ pub struct ApiError {
     pub param: Option<String>,
     pub code: Option<&'static str>,
     /// More fields of the error object
-    pub extra: Map<String, Value>,
+    pub extra: Box<Map<String, Value>>,
     pub retry_after_s: Option<u64>,
 }
 
@@ -32,7 +32,7 @@ impl ApiError {
             message: message.into(),
             param: None,
             code: None,
-            extra: Map::new(),
+            extra: Box::default(),
             retry_after_s: None,
         }
     }
@@ -93,7 +93,7 @@ impl ApiError {
             "code": self.code,
         });
         let fields = error.as_object_mut().expect("an object");
-        fields.extend(self.extra.clone());
+        fields.extend((*self.extra).clone());
         json!({ "error": error })
     }
 

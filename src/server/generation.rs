@@ -194,8 +194,7 @@ impl Run {
         let choice = &mut self.choices[index];
         let metrics = &self.app.metrics;
         match event {
-            Event::Started { cached_tokens } => metrics.started(cached_tokens),
-            Event::Prefill { .. } => {}
+            Event::Started { .. } | Event::Prefill { .. } => {}
             Event::Token(token) => {
                 let now = Instant::now();
                 match choice.last_token.replace(now) {

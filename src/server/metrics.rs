@@ -155,11 +155,6 @@ impl Metrics {
         );
     }
 
-    /// A request's turn has come.
-    pub fn started(&self, cached_tokens: usize) {
-        self.prefix_hits.inc_by(cached_tokens as u64);
-    }
-
     pub fn first_token(&self, since_submission: Duration) {
         self.ttft.observe(since_submission.as_secs_f64());
         self.generation_tokens.inc();
@@ -183,6 +178,7 @@ impl Metrics {
         self.success.get_or_create(&labels).inc();
         let usage = &finished.usage;
         self.prefix_queries.inc_by(usage.prompt_tokens as u64);
+        self.prefix_hits.inc_by(usage.cached_tokens as u64);
         self.prompt_tokens.inc_by(usage.prompt_tokens as u64);
         self.request_prompt_tokens
             .observe(usage.prompt_tokens as f64);

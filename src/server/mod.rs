@@ -27,6 +27,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
 
 use connection::{ConnectionLimits, Listener};
 use error::{ApiError, ApiResult};
@@ -51,6 +52,8 @@ pub struct ServerOptions {
     pub limits: Limits,
     /// The placement in force, as its file has it
     pub plan: Option<serde_json::Value>,
+    /// Certificate and key, if connections are to be encrypted
+    pub tls: Option<TlsAcceptor>,
     /// A line of JSON per request on stderr: never what was asked or answered
     pub log: bool,
 }
@@ -213,7 +216,11 @@ impl Server {
                 let bare = host.trim_start_matches('[').trim_end_matches(']');
                 let listener = TcpListener::bind((bare, *port)).await?;
                 let local: SocketAddr = listener.local_addr()?;
-                (Listener::Tcp(listener), format!("http://{local}"))
+                let scheme = match app.options.tls {
+                    Some(_) => "https",
+                    None => "http",
+                };
+                (Listener::Tcp(listener), format!("{scheme}://{local}"))
             }
             Address::Unix(path) => {
                 remove_stale_socket(path)?;
@@ -238,6 +245,7 @@ impl Server {
     pub async fn run(self, stop: watch::Receiver<bool>) {
         let limits = self.app.options.limits;
         let service = self.app.service.clone();
+        let tls = self.app.options.tls.clone();
         let sampler = tokio::spawn(sample(self.app.clone()));
         let router = router(self.app);
         let mut stopped = stop.clone();
@@ -249,6 +257,7 @@ impl Server {
         });
         connection::serve(
             self.listener,
+            tls,
             router,
             limits.connections,
             stop,

@@ -17,7 +17,13 @@ fn chat(fields: Value) -> (u16, Value) {
 
 /// Refused with 400 and the field's name.
 fn refused(fields: Value) {
-    let param = fields.as_object().unwrap().keys().last().unwrap().clone();
+    let param = fields
+        .as_object()
+        .unwrap()
+        .keys()
+        .next_back()
+        .unwrap()
+        .clone();
     let (status, answer) = chat(fields);
     assert_eq!(status, 400, "{param}: {answer}");
     let named = answer["error"]["param"].as_str().unwrap();
@@ -263,5 +269,117 @@ fn odd_conversations_are_answered_or_refused() {
     ] {
         let response = server.post(CHAT, &json!({ "messages": messages, "max_tokens": 1 }));
         assert_eq!(response.status, 200, "{messages}: {}", response.json());
+    }
+}
+
+/// Values that a field may be given by somebody who means harm, or by mistake.
+fn odd_values() -> Vec<Value> {
+    vec![
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(0),
+        json!(1.5),
+        json!(1e308),
+        json!(u64::MAX),
+        json!(""),
+        json!("\u{0}\u{fffd}<|im_end|>\r\n"),
+        json!([]),
+        json!([[], {}, null, 1]),
+        json!({}),
+        json!({ "type": "function", "name": "f", "function": {} }),
+        json!({ "type": "json_schema", "schema": { "type": "object" }, "json_schema": {} }),
+        json!([{ "type": "text" }]),
+        json!([{ "role": "user", "content": "x", "type": "message" }]),
+    ]
+}
+
+#[test]
+fn no_combination_of_odd_fields_is_a_server_error() {
+    let server = scripted(reply("x"), |_| {});
+    let fields = [
+        "messages",
+        "prompt",
+        "input",
+        "model",
+        "max_tokens",
+        "max_output_tokens",
+        "n",
+        "stop",
+        "seed",
+        "stream",
+        "tools",
+        "tool_choice",
+        "functions",
+        "response_format",
+        "logprobs",
+        "top_logprobs",
+        "logit_bias",
+        "system",
+        "instructions",
+        "text",
+        "reasoning",
+        "thinking",
+        "stop_sequences",
+        "stream_options",
+        "moectl",
+        "content",
+        "tokens",
+        "with_pieces",
+        "guided_json",
+        "guided_choice",
+        "structured_outputs",
+        "chat_template_kwargs",
+        "echo",
+        "best_of",
+        "modalities",
+        "policy",
+        "freeze",
+        "parallel_tool_calls",
+        "temperature",
+    ];
+    let paths = [
+        CHAT,
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+        "/apply-template",
+        "/moectl/policy",
+    ];
+    let values = odd_values();
+    let mut state = 1u64;
+    // A linear congruential generator, Knuth's constants: the same requests on every run.
+    let mut draw = |below: usize| {
+        state = state
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    };
+    for _ in 0..800 {
+        let mut body = json!({
+            "messages": user("Hi"), "prompt": "x", "input": "x", "content": "x", "tokens": [1], "max_tokens": 3,
+        });
+        for _ in 0..1 + draw(3) {
+            body[fields[draw(fields.len())]] = values[draw(values.len())].clone();
+        }
+        let path = paths[draw(paths.len())];
+        let mut bytes = body.to_string().into_bytes();
+        if draw(8) == 0 {
+            bytes.truncate(draw(bytes.len()));
+        } else if draw(8) == 0 {
+            let at = draw(bytes.len());
+            bytes[at] = draw(256) as u8;
+        }
+        let response = server.request("POST", path, &[], &bytes);
+        let sent = String::from_utf8_lossy(&bytes).into_owned();
+        assert!(response.status < 500, "{path} {sent}: {}", response.status);
+        let answer = String::from_utf8_lossy(&response.body);
+        assert!(
+            response.status == 200 || answer.contains("error"),
+            "{path} {sent}: {answer}"
+        );
     }
 }

@@ -119,6 +119,7 @@ impl TestServer {
                 ..Limits::default()
             },
             plan: None,
+            tls: None,
             log: false,
         };
         adjust(&mut options);
@@ -137,7 +138,8 @@ impl TestServer {
                     port: 0,
                 };
                 let server = Server::bind(&address, app).await.unwrap();
-                let address = server.address().trim_start_matches("http://").to_owned();
+                let (_, address) = server.address().split_once("://").unwrap();
+                let address = address.to_owned();
                 tell.send(address).unwrap();
                 server.run(stopped).await;
             });

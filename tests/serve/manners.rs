@@ -291,3 +291,47 @@ fn slow_and_huge_heads_are_cut_off() {
     assert!(start.elapsed() < SOON);
     assert_eq!(server.get("/health").status, 200);
 }
+
+#[test]
+fn an_encrypted_server_answers_who_trusts_its_certificate_and_nobody_in_the_clear() {
+    use moectl::server::connection::tls;
+    use std::path::Path;
+    use std::sync::Arc;
+    use tokio_rustls::rustls::pki_types::pem::PemObject;
+    use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+    use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, Stream, crypto};
+
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tls");
+    let (certificate, key) = (folder.join("certificate.pem"), folder.join("key.pem"));
+    assert!(tls(&key, &key).is_err());
+    let server = scripted(reply("x"), |options| {
+        options.tls = Some(tls(&certificate, &key).unwrap());
+        options.limits.connections.header_time = Duration::from_millis(500);
+    });
+    let mut roots = RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(&certificate).unwrap())
+        .unwrap();
+    let config = ClientConfig::builder_with_provider(Arc::new(crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut session = ClientConnection::new(Arc::new(config), name).unwrap();
+    let mut socket = server.connect();
+    let mut stream = Stream::new(&mut session, &mut socket);
+    stream
+        .write_all(b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+        .unwrap();
+    let mut answer = Vec::new();
+    // The server ends the connection after its answer.
+    let _ = stream.read_to_end(&mut answer);
+    assert!(
+        answer.starts_with(b"HTTP/1.1 200"),
+        "{}",
+        String::from_utf8_lossy(&answer)
+    );
+    let clear = raw(&server, b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n");
+    assert!(!clear.contains("200 OK"), "{clear}");
+}

@@ -62,7 +62,8 @@ async fn read_call(app: &App, request: Request) -> ApiResult<Call> {
     let (parts, body) = request.into_parts();
     check_media_type(&parts.headers)?;
     let bytes = read_body(app, body).await?;
-    let body: Value = serde_json::from_slice(&bytes)
+    // Megabytes take a while; other connections go on meanwhile.
+    let body: Value = tokio::task::block_in_place(|| serde_json::from_slice(&bytes))
         .map_err(|error| ApiError::bad_request(format!("the body is no JSON: {error}")))?;
     let Value::Object(body) = body else {
         return Err(ApiError::bad_request("the body is no JSON object"));

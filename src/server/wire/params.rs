@@ -284,10 +284,7 @@ fn escape_pattern(text: &str) -> String {
 pub fn template_variables(fields: Fields<'_>) -> ApiResult<Map<String, Value>> {
     let mut variables = Map::new();
     if let Some(effort) = fields.text("reasoning_effort")? {
-        variables.insert("reasoning_effort".into(), effort.into());
-        if effort == "none" {
-            variables.insert("enable_thinking".into(), false.into());
-        }
+        set_effort(&mut variables, effort);
     }
     let Some(kwargs) = fields.object("chat_template_kwargs")? else {
         return Ok(variables);
@@ -306,4 +303,12 @@ pub fn template_variables(fields: Fields<'_>) -> ApiResult<Map<String, Value>> {
         variables.insert(name.clone(), value);
     }
     Ok(variables)
+}
+
+/// How much the model is to think, for templates that know of it.
+pub fn set_effort(variables: &mut Map<String, Value>, effort: &str) {
+    variables.insert("reasoning_effort".into(), effort.into());
+    if effort == "none" {
+        variables.insert("enable_thinking".into(), false.into());
+    }
 }

@@ -98,13 +98,10 @@ fn prepare(app: &App, call: &Call) -> ApiResult<(Answer, HashMap<String, ToolKin
         (None, calls) => calls,
     };
     let mut variables = params::template_variables(fields)?;
-    if let Some(reasoning) = fields.object("reasoning")? {
-        if let Some(effort) = Fields::within(reasoning, "reasoning").text("effort")? {
-            variables.insert("reasoning_effort".into(), effort.into());
-            if effort == "none" {
-                variables.insert("enable_thinking".into(), false.into());
-            }
-        }
+    if let Some(reasoning) = fields.object("reasoning")?
+        && let Some(effort) = Fields::within(reasoning, "reasoning").text("effort")?
+    {
+        params::set_effort(&mut variables, effort);
     }
     let conversation = Conversation {
         messages: input(fields)?,
