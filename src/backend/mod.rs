@@ -12,6 +12,7 @@ pub mod cuda;
 pub mod kv;
 pub mod reference;
 mod residency;
+pub mod rope;
 pub mod shape;
 mod times;
 pub mod weights;
@@ -22,6 +23,7 @@ use thiserror::Error;
 
 pub use kv::KvDtype;
 pub use residency::Residency;
+pub use rope::{Rope, RopeScaling, Yarn};
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
 pub use times::{DecodeTimes, KernelTimes, LayerPicks, OnRenewing, SlotChange, StepTimes, Tuning};
 pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};

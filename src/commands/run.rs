@@ -176,17 +176,20 @@ pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
     if args.chat && console.json {
         return Err(Failure::Usage("--chat does not go with --json; use one prompt".into()).into());
     }
-    let source = Source::resolve(args.model.model.as_deref())?;
+    let source = Source::resolve_os(args.model.model.as_deref())?;
     let config = source.config()?;
     if let Some(ctx) = args.ctx {
         check_context(&config, ctx)?;
     }
     let text = TextModel::load(&source)?;
+    text.generation_config()?
+        .notes()
+        .for_each(|note| console.note(note));
     let options = GenerateOptions {
         max_new_tokens: args.max_tokens,
         sampling: args
             .sampling
-            .over(SamplingParams::from(&text.generation_config))?,
+            .over(SamplingParams::from(text.generation_config()?))?,
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
         logprobs: args.logprobs,
@@ -288,14 +291,14 @@ fn prompt_ids(args: &RunArgs, config: &ModelConfig, text: &TextModel) -> anyhow:
         }
     };
     // A system message needs a template; without one, that is an error of encoding.
-    let templated = text.chat_template.is_some() || args.system.is_some();
+    let templated = text.has_chat_template() || args.system.is_some();
     let ids = match templated && !args.raw {
         true => {
             let mut messages = system_message(args);
             messages.push(Message::new("user", prompt));
             text.encode_chat(&messages)?
         }
-        false => text.tokenizer.encode(&prompt)?,
+        false => text.tokenizer.encode_document(&prompt)?,
     };
     if ids.is_empty() {
         return Err(Failure::Usage("the prompt is empty".into()).into());

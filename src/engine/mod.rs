@@ -9,6 +9,7 @@ pub mod text;
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -137,7 +138,9 @@ pub enum EngineError {
     #[error(transparent)]
     Chat(#[from] ChatError),
     #[error(transparent)]
-    GenerationConfig(#[from] GenerationConfigError),
+    BadChatTemplate(Arc<ChatError>),
+    #[error(transparent)]
+    GenerationConfig(Arc<GenerationConfigError>),
     #[error(transparent)]
     Sampler(#[from] SampleError),
     #[error("{location}: has no chat template; use a prompt without --chat and --system")]

@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Cursor, Read};
+use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
+
+use super::json;
 
 /// One line of a corpus.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,8 +30,32 @@ pub enum Content {
     /// Plain text that a model continues.
     Prompt(String),
     /// A conversation, for the model's chat template.
-    Messages(Vec<Value>),
+    Messages(Box<Conversation>),
 }
+
+/// What a line gives to the chat template.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Conversation {
+    pub messages: Vec<Value>,
+    /// JSON array of function descriptions
+    pub tools: Option<Value>,
+    /// JSON array of texts to refer to
+    pub documents: Option<Value>,
+    /// Further variables of the template, such as `enable_thinking`
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+/// Fields with text that a model would be trained on, which is not read here.
+const TEXT_FIELDS: [&str; 8] = [
+    "completion",
+    "response",
+    "answer",
+    "output",
+    "chosen",
+    "rejected",
+    "functions",
+    "conversations",
+];
 
 /// A checked corpus: every line was read once and is well formed.
 #[derive(Clone, Debug)]
@@ -38,6 +65,8 @@ pub struct Corpus {
     pub records: usize,
     /// Lines per domain
     pub domains: BTreeMap<String, usize>,
+    /// Fields with text that some lines have and nobody reads, with the number of such lines
+    pub unread: BTreeMap<&'static str, usize>,
     pub sha256: String,
 }
 
@@ -45,6 +74,8 @@ pub struct Corpus {
 enum Origin {
     File(PathBuf),
     Static(&'static str),
+    /// Read from a pipe, which gives its text once
+    Memory(Arc<[u8]>),
 }
 
 #[derive(Debug, Error)]
@@ -74,15 +105,42 @@ struct Line {
     text: Option<String>,
     prompt: Option<String>,
     messages: Option<Vec<Value>>,
+    tools: Option<Value>,
+    documents: Option<Value>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 impl Corpus {
-    /// Reads the file once: counts, hashes and checks every line.
+    /// Reads the file once: counts, hashes and checks every line. `-` is standard input; what is
+    /// not a regular file, such as a pipe, is kept in memory, since it cannot be read again.
     ///
     /// # Errors
     /// The first malformed line by number; a file without records.
     pub fn open(path: &Path) -> Result<Self, CorpusError> {
-        Self::check(path.display().to_string(), Origin::File(path.into()))
+        let stdin = path == Path::new("-");
+        let name = match stdin {
+            true => "standard input".into(),
+            false => path.display().to_string(),
+        };
+        let io = |source| CorpusError::Io {
+            name: name.clone(),
+            source,
+        };
+        let mut file: Box<dyn Read> = match stdin {
+            true => Box::new(io::stdin()),
+            false => {
+                let file = File::open(path).map_err(io)?;
+                if file.metadata().map_err(io)?.is_file() {
+                    return Self::check(name, Origin::File(path.into()));
+                }
+                Box::new(file)
+            }
+        };
+        let mut text = Vec::new();
+        file.read_to_end(&mut text).map_err(io)?;
+        Self::check(name, Origin::Memory(text.into()))
     }
 
     /// A corpus that is part of the program.
@@ -96,15 +154,22 @@ impl Corpus {
             origin,
             records: 0,
             domains: BTreeMap::new(),
+            unread: BTreeMap::new(),
             sha256: String::new(),
         };
         let mut hash = Sha256::new();
-        std::io::copy(&mut corpus.reader()?, &mut hash).map_err(|e| corpus.io(e))?;
+        io::copy(&mut corpus.reader()?, &mut hash).map_err(|e| corpus.io(e))?;
         corpus.sha256 = format!("{:x}", hash.finalize());
         let mut domains = BTreeMap::new();
-        for record in corpus.records()? {
-            *domains.entry(record?.domain).or_insert(0) += 1;
+        let mut unread = BTreeMap::new();
+        for line in corpus.lines()? {
+            let (record, others) = line?;
+            *domains.entry(record.domain).or_insert(0) += 1;
+            for field in others {
+                *unread.entry(field).or_insert(0) += 1;
+            }
         }
+        corpus.unread = unread;
         corpus.records = domains.values().sum();
         corpus.domains = domains;
         if corpus.records == 0 {
@@ -121,6 +186,14 @@ impl Corpus {
     pub fn records(
         &self,
     ) -> Result<impl Iterator<Item = Result<Record, CorpusError>>, CorpusError> {
+        Ok(self.lines()?.map(|line| Ok(line?.0)))
+    }
+
+    /// The records, each with the fields of its line that are text and not read.
+    fn lines(
+        &self,
+    ) -> Result<impl Iterator<Item = Result<(Record, Vec<&'static str>), CorpusError>>, CorpusError>
+    {
         let name = self.name.clone();
         let lines = BufReader::with_capacity(1 << 20, self.reader()?)
             .lines()
@@ -129,12 +202,15 @@ impl Corpus {
             let number = at + 1;
             match line {
                 Ok(line) if line.trim().is_empty() => None,
-                Ok(line) => Some(parse(&line, number).map_err(|reason| CorpusError::Line {
-                    name: name.clone(),
-                    line: number,
-                    reason,
-                })),
-                Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                Ok(line) => {
+                    let line = line.strip_prefix('\u{feff}').unwrap_or(&line);
+                    Some(parse(line, number).map_err(|reason| CorpusError::Line {
+                        name: name.clone(),
+                        line: number,
+                        reason,
+                    }))
+                }
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
                     let reason = "not valid UTF-8".into();
                     Some(Err(CorpusError::Line {
                         name: name.clone(),
@@ -154,6 +230,7 @@ impl Corpus {
         match &self.origin {
             Origin::File(path) => Ok(Box::new(File::open(path).map_err(|e| self.io(e))?)),
             Origin::Static(text) => Ok(Box::new(Cursor::new(text.as_bytes()))),
+            Origin::Memory(text) => Ok(Box::new(Cursor::new(Arc::clone(text)))),
         }
     }
 
@@ -165,13 +242,18 @@ impl Corpus {
     }
 }
 
-fn parse(line: &str, number: usize) -> Result<Record, String> {
-    let line: Line = serde_json::from_str(line)
+fn parse(line: &str, number: usize) -> Result<(Record, Vec<&'static str>), String> {
+    let line: Line = json::from_slice(line.as_bytes())
         .map_err(|e| format!("not a JSON object of the form expected: {e}"))?;
     let content = match (line.text, line.prompt, line.messages) {
         (Some(text), None, None) => Content::Text(text),
         (None, Some(prompt), None) => Content::Prompt(prompt),
-        (None, None, Some(messages)) => Content::Messages(messages),
+        (None, None, Some(messages)) => Content::Messages(Box::new(Conversation {
+            messages,
+            tools: line.tools.map(tool_list).transpose()?,
+            documents: line.documents,
+            chat_template_kwargs: line.chat_template_kwargs,
+        })),
         (None, None, None) => return Err("has none of `text`, `prompt`, `messages`".into()),
         _ => return Err("has more than one of `text`, `prompt`, `messages`".into()),
     };
@@ -180,11 +262,28 @@ fn parse(line: &str, number: usize) -> Result<Record, String> {
         Some(other) => other.to_string(),
         None => format!("line {number}"),
     };
-    Ok(Record {
+    let unread = TEXT_FIELDS.into_iter();
+    let unread = unread.filter(|field| line.others.get(*field).is_some_and(|v| !v.is_null()));
+    let record = Record {
         id,
         domain: line.domain.unwrap_or_else(|| "unlabelled".into()),
         content,
-    })
+    };
+    Ok((record, unread.collect()))
+}
+
+/// Tools as a list; data sets whose columns have one type keep it as JSON inside of a string.
+fn tool_list(tools: Value) -> Result<Value, String> {
+    let list = match &tools {
+        Value::String(text) => {
+            json::from_slice(text.as_bytes()).map_err(|e| format!("tools: not valid JSON: {e}"))?
+        }
+        _ => tools,
+    };
+    match list.is_array() {
+        true => Ok(list),
+        false => Err("tools: expected a list of function descriptions".into()),
+    }
 }
 
 #[cfg(test)]
@@ -216,5 +315,34 @@ mod tests {
         assert_eq!(records[0].content, Content::Prompt("fn".into()));
         assert_eq!(records[1].domain, "unlabelled");
         assert_eq!(corpus.domains["code"], 1);
+    }
+
+    #[test]
+    fn conversations_carry_what_their_template_needs() {
+        let text = r#"{"messages": [], "tools": [{"name": "f"}], "documents": [{"title": "t"}],
+            "chat_template_kwargs": {"enable_thinking": false}, "completion": "c"}"#
+            .replace('\n', "");
+        let listed = Box::leak(text.into_boxed_str());
+        let quoted = "{\"messages\": [], \"tools\": \"[{\\\"name\\\": \\\"f\\\"}]\"}";
+        for line in [&*listed, quoted] {
+            let corpus = Corpus::from_static("c", line).unwrap();
+            let record = corpus.records().unwrap().next().unwrap().unwrap();
+            let Content::Messages(conversation) = record.content else {
+                panic!("{record:?}");
+            };
+            assert_eq!(conversation.tools.unwrap()[0]["name"], "f");
+            if line == quoted {
+                continue;
+            }
+            assert_eq!(conversation.documents.unwrap()[0]["title"], "t");
+            let variables = conversation.chat_template_kwargs.unwrap();
+            assert_eq!(variables["enable_thinking"], false);
+            assert_eq!(corpus.unread["completion"], 1);
+        }
+        let error = Corpus::from_static("c", r#"{"messages": [], "tools": "x"}"#).unwrap_err();
+        assert!(
+            error.to_string().starts_with("c:1: tools: not valid JSON"),
+            "{error}"
+        );
     }
 }

@@ -4,11 +4,11 @@
 //! `cargo test --release --features cuda --test gpu_kernels -- --ignored --nocapture speed`
 
 use half::f16;
-use moectl::backend::AttentionShape;
 use moectl::backend::cuda::abi::KvCache;
 use moectl::backend::cuda::device::{Args, Buffer};
 use moectl::backend::cuda::geometry;
 use moectl::backend::cuda::variants::{self, Kernel};
+use moectl::backend::{AttentionShape, Rope};
 use moectl::planning::Precision;
 
 use crate::{Gpu, Rng, args};
@@ -61,7 +61,7 @@ const ATTENTION: AttentionShape = AttentionShape {
     num_key_value_heads: 2,
     head_dim: 256,
     rotary_dim: 64,
-    rope_theta: 1e7,
+    rope: Rope::plain(1e7),
 };
 
 /// Chunks of `tokens` after `start`: the exact variant, the portable one of one f16, and the one chosen.

@@ -116,7 +116,7 @@ const PROFILE_TOKENS: usize = 256;
 
 pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     check(&args)?;
-    let source = Source::resolve(args.model.model.as_deref())?;
+    let source = Source::resolve_os(args.model.model.as_deref())?;
     let config = source.config()?;
     let longest = args
         .ctx

@@ -145,7 +145,7 @@ const DEFAULT_CONTEXT: u64 = 8192;
 
 pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
     check_output(&args.output)?;
-    let source = Source::resolve(args.model.model.as_deref())?;
+    let source = Source::resolve_os(args.model.model.as_deref())?;
     let config = source.config()?;
     let checkpoint = source.local_checkpoint()?;
     if checkpoint.is_none() {

@@ -99,7 +99,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
         if let Some(trace) = &args.trace {
             check_output(trace)?;
         }
-        let source = Source::resolve(args.model.model.as_deref())?;
+        let source = Source::resolve_os(args.model.model.as_deref())?;
         let corpora = open_corpora(&args.corpora)?;
         let limit = source.config()?.max_position_embeddings;
         let room = (args.ctx as usize + args.generate).min(limit);
