@@ -7,7 +7,7 @@ prefill_conv: convolution, silu, l2 norm, gates.
   launch: grid (ceil(T / 16), ceil((2 Hk + Hv) / 8)), block 256. One warp per head's q, k or v and
           16 tokens, the window of inputs in registers.
 
-prefill_delta_rule: the recurrence, token by token.
+prefill_delta_rule: the recurrence, token by token. In chunks: delta_rule_prefill.cu.
   state [Hv, dv, dk] read and written, o [T, Hv dv]
   launch: grid (ceil(dv / (4096 / dk)), Hv), block 128. 128 blocks on the 80B model.
   A block holds 4096 / dk columns of one head's state in registers, a lane 16 elements of two columns,

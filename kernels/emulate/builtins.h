@@ -455,6 +455,7 @@ inline void store_release_system(uint32_t *flag, uint32_t value) {
   __atomic_store_n(flag, value, __ATOMIC_RELEASE);
 }
 
+inline uint32_t dynamic_smem_bytes() { return emulate::shared_memory_bytes; }
 template <int THREADS>
 inline void group_sync(int id, EMULATE_HERE) { emulate::group_barrier(id, THREADS, file, line); }
 

@@ -96,6 +96,7 @@ constexpr int warpSize = 32;
 namespace emulate {
 
 extern uint8_t *shared_memory;
+extern unsigned shared_memory_bytes;
 
 /* Runs `entry(argument)` as every thread of the grid. */
 void run(const char *kernel, void (*entry)(void *), void *argument, dim3 grid, dim3 block,

@@ -42,6 +42,7 @@ moectl_emulate_switch:
 namespace emulate {
 
 uint8_t *shared_memory;
+unsigned shared_memory_bytes;
 Lane *self;
 int lane_id;
 
@@ -377,6 +378,7 @@ void run(const char *kernel, void (*entry)(void *), void *argument, dim3 grid, d
   num_warps = (num_threads + WARP - 1) / WARP;
   size_t rounded = (smem_bytes + 15) / 16 * 16;
   shared_memory = shared_end - rounded;
+  shared_memory_bytes = smem_bytes;
   uint64_t num_blocks = (uint64_t)grid.x * grid.y * grid.z;
   for (uint64_t i = 0; i < num_blocks; i++) {
     uint64_t b = reverse ? num_blocks - 1 - i : i;

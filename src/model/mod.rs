@@ -1,10 +1,8 @@
-//! What a checkpoint means: its configuration, its weights by role, its text, and the order in
-//! which blocks run. Knows no hardware: blocks are computed by a [`Backend`](crate::backend::Backend).
+//! What a checkpoint means: its configuration, its weights by role, its text. Knows no hardware.
 
 pub mod chat;
 pub mod config;
 pub mod families;
-pub mod forward;
 pub mod generation_config;
 pub mod hub;
 mod jinja;
@@ -17,7 +15,6 @@ pub mod weights;
 
 pub use chat::{ChatError, ChatTemplate, Message, TemplateInputs};
 pub use config::{ConfigError, ModelConfig};
-pub use forward::{LogitRows, OnRouting, Runner, Sequence};
 pub use generation_config::{GenerationConfig, GenerationConfigError, Suppressed};
 pub use source::{Source, SourceError};
 pub use tokenizer::{Tokenizer, TokenizerError};

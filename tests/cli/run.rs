@@ -183,7 +183,7 @@ fn every_backend_thread_count_and_instruction_set_gives_the_recorded_tokens() {
         assert_eq!(record["prompt_ids"], chat["ids"], "{line}");
         assert_eq!(ids(&record["token_ids"]), expected, "{line}");
     }
-    for isa in ["scalar", "avx2", "avx512", "amx"] {
+    for isa in ["scalar", "avx2", "avxvnni", "avx512", "amx"] {
         let args = [
             "run",
             "--json",

@@ -2,12 +2,18 @@
 
 use moectl::backend::DeltaNetShape;
 use moectl::backend::cuda::abi::Step;
+use moectl::backend::cuda::device::Buffer;
 use moectl::backend::cuda::geometry;
+use moectl::backend::cuda::variants::Kernel;
+use moectl::planning::Precision;
 
-use crate::{EPS, Gpu, Rng, args, check, rms_norm, sigmoid, silu};
+use crate::{EPS, Gpu, Rng, args, check, check_by, rms_norm, sigmoid, silu};
 
 /// f32 all the way; states carry what steps before them rounded off.
 const TOLERANCE: f64 = 2e-5;
+
+/// One f16 per factor: 2^-11 of each product, and states carry it on.
+const TOLERANCE_FAST: f64 = 2e-3;
 
 struct Net {
     shape: DeltaNetShape,
@@ -58,6 +64,8 @@ struct Traces {
     decay: Vec<f64>,
     beta: Vec<f64>,
     o: Vec<f64>,
+    /// Sum of the sizes of an output's terms, the largest of all
+    largest_sum: f64,
 }
 
 impl<'a> Reference<'a> {
@@ -127,9 +135,10 @@ impl<'a> Reference<'a> {
                 let read: f64 = state.iter().zip(&k).map(|(s, k)| s * k).sum();
                 let delta = (value - read) * beta;
                 state.iter_mut().zip(&k).for_each(|(s, k)| *s += k * delta);
-                traces
-                    .o
-                    .push(state.iter().zip(&q).map(|(s, q)| s * q).sum());
+                let terms = || state.iter().zip(&q).map(|(s, q)| s * q);
+                traces.o.push(terms().sum());
+                let sum = terms().map(f64::abs).sum();
+                traces.largest_sum = traces.largest_sum.max(sum);
             }
             if within == 0 {
                 traces.q.extend(&q);
@@ -140,6 +149,21 @@ impl<'a> Reference<'a> {
             traces.beta.push(beta);
         }
     }
+}
+
+/// The variants that work in chunks, with one and two of them in shared memory, and how exact they are.
+fn chunk_kernels(s: &DeltaNetShape) -> Vec<(Kernel, f64)> {
+    let variant = |precision: Precision, stages: usize| {
+        let (name, tolerance) = match precision {
+            Precision::Exact => ("prefill_delta_chunks", TOLERANCE),
+            Precision::F16 => ("prefill_delta_chunks_fast", TOLERANCE_FAST),
+        };
+        let geometry = geometry::prefill_delta_chunks(s, precision, stages);
+        (Kernel { name, geometry }, tolerance)
+    };
+    let both = [Precision::Exact, Precision::F16].into_iter();
+    both.flat_map(|precision| [variant(precision, 1), variant(precision, 2)])
+        .collect()
 }
 
 fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers: bool, seed: u64) {
@@ -174,7 +198,7 @@ fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers
         }
         let (qkvz, ba) = (gpu.up(&x), gpu.up(&ba));
         let [q, k] = [(); 2].map(|()| gpu.nans(t * s.key_dim()));
-        let [v, o, out] = [(); 3].map(|()| gpu.nans(t * s.value_dim()));
+        let [v, out] = [(); 2].map(|()| gpu.nans(t * s.value_dim()));
         let [decay, beta] = [(); 2].map(|()| gpu.nans(t * value_heads));
         gpu.launch(
             "prefill_conv",
@@ -201,24 +225,54 @@ fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers
                 taps as i32
             ],
         );
-        gpu.launch(
-            "prefill_delta_rule",
-            geometry::prefill_delta_rule(s),
-            args![
-                q.address(),
-                k.address(),
-                v.address(),
-                decay.address(),
-                beta.address(),
-                state.address(),
-                o.address(),
-                t as i32,
-                heads.0,
-                heads.1,
-                heads.2,
-                heads.3
-            ],
-        );
+        let before: Vec<f32> = gpu.down(&state);
+        let rule = |kernel: Kernel, state: &Buffer| {
+            let o = gpu.nans(t * s.value_dim());
+            gpu.launch(
+                kernel.name,
+                kernel.geometry,
+                args![
+                    q.address(),
+                    k.address(),
+                    v.address(),
+                    decay.address(),
+                    beta.address(),
+                    state.address(),
+                    o.address(),
+                    t as i32,
+                    heads.0,
+                    heads.1,
+                    heads.2,
+                    heads.3
+                ],
+            );
+            o
+        };
+        for (kernel, tolerance) in chunk_kernels(s) {
+            let state = gpu.up(&before);
+            let o: Vec<f32> = gpu.down(&rule(kernel, &state));
+            let what = format!("{what}, {} {}", kernel.name, kernel.geometry.shared_bytes);
+            // Terms may cancel, and here they are added in another order than in the definition.
+            check_by(
+                &format!("{what}: o"),
+                &o,
+                &traces.o,
+                tolerance,
+                traces.largest_sum,
+            );
+            let state: Vec<f32> = gpu.down(&state);
+            check(
+                &format!("{what}: state"),
+                &state,
+                &reference.state,
+                tolerance,
+            );
+        }
+        let recurrent = Kernel {
+            name: "prefill_delta_rule",
+            geometry: geometry::prefill_delta_rule(s),
+        };
+        let o = rule(recurrent, &state);
         gpu.launch(
             "prefill_gated_norm",
             geometry::rows((t * value_heads).div_ceil(8), 256),
@@ -306,6 +360,7 @@ fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers
         let step = gpu.up(&[Step {
             position: position as i32,
             number: 1,
+            state: 0,
         }]);
         let (ba, o) = (gpu.up(&ba), gpu.nans(s.value_dim()));
         gpu.launch(

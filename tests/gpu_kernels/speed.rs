@@ -8,7 +8,7 @@ use moectl::backend::cuda::abi::KvCache;
 use moectl::backend::cuda::device::{Args, Buffer};
 use moectl::backend::cuda::geometry;
 use moectl::backend::cuda::variants::{self, Kernel};
-use moectl::backend::{AttentionShape, Rope};
+use moectl::backend::{AttentionShape, DeltaNetShape, Rope};
 use moectl::planning::Precision;
 
 use crate::{Gpu, Rng, args};
@@ -138,6 +138,75 @@ fn speed_of_attention() {
                 );
                 assert!(off < 5e-3, "{} differs from the exact one", kernel.name);
             }
+        }
+    }
+}
+
+const DELTA_NET: DeltaNetShape = DeltaNetShape {
+    num_key_heads: 16,
+    num_value_heads: 32,
+    key_head_dim: 128,
+    value_head_dim: 128,
+    conv_kernel_dim: 4,
+};
+
+/// The recurrence token by token, in chunks with two f16 terms, and with one.
+#[test]
+#[ignore = "times kernels"]
+fn speed_of_the_delta_rule() {
+    let Some(gpu) = Gpu::open() else { return };
+    let s = &DELTA_NET;
+    let (dk, facts) = (s.key_head_dim, gpu.device.facts());
+    for tokens in [512, 4096, 16_384] {
+        let key_scale = 1.0 / (dk as f32).sqrt();
+        let q = gpu.random(tokens * s.key_dim(), |rng| {
+            rng.gauss() * key_scale * key_scale
+        });
+        let k = gpu.random(tokens * s.key_dim(), |rng| 0.9 * rng.gauss() * key_scale);
+        let v = gpu.random(tokens * s.value_dim(), Rng::gauss);
+        let heads = tokens * s.num_value_heads;
+        let decay = gpu.random(heads, |rng| 1.0 - 0.05 * rng.uniform());
+        let beta = gpu.random(heads, Rng::uniform);
+        let recurrent = Kernel {
+            name: "prefill_delta_rule",
+            geometry: geometry::prefill_delta_rule(s),
+        };
+        let exact = variants::prefill_delta_rule(s, tokens, Precision::Exact, &facts);
+        let fast = variants::prefill_delta_rule(s, tokens, Precision::F16, &facts);
+        let mut expected: Vec<f32> = Vec::new();
+        for (kernel, tolerance) in [(recurrent, 0.0), (exact, 1e-5), (fast, 3e-3)] {
+            let launch = |state: &Buffer, o: &Buffer| {
+                args![
+                    q.address(),
+                    k.address(),
+                    v.address(),
+                    decay.address(),
+                    beta.address(),
+                    state.address(),
+                    o.address(),
+                    tokens as i32,
+                    s.num_key_heads as i32,
+                    s.num_value_heads as i32,
+                    dk as i32,
+                    s.value_head_dim as i32
+                ]
+            };
+            let state = gpu.zeros(4 * s.value_dim() * dk);
+            let o = gpu.nans(tokens * s.value_dim());
+            gpu.launch(kernel.name, kernel.geometry, launch(&state, &o));
+            let found: Vec<f32> = gpu.down(&o);
+            if expected.is_empty() {
+                expected.clone_from(&found);
+            }
+            let off = distance(&found, &expected);
+            let ms = gpu.time(kernel, || launch(&state, &o));
+            println!(
+                "{tokens:>6} tokens {:<28} {} B shared {ms:>8.3} ms, {:>6.1} ns a token, off by {off:.1e}",
+                kernel.name,
+                kernel.geometry.shared_bytes,
+                1e6 * ms / tokens as f64
+            );
+            assert!(off <= tolerance, "{} differs", kernel.name);
         }
     }
 }

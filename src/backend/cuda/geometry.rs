@@ -27,6 +27,15 @@ pub fn resident_blocks(facts: &DeviceFacts) -> usize {
     per_multiprocessor * facts.multiprocessors as usize
 }
 
+/// The most dynamic shared memory of a block, in bytes.
+pub fn most_shared_bytes(facts: &DeviceFacts) -> usize {
+    match facts.compute_capability {
+        (8, 0 | 7) => 163 << 10,
+        (9..=11, _) => 227 << 10,
+        _ => 99 << 10,
+    }
+}
+
 /// The first matrix, if it is rows of bf16 or f32, is gone through in a loop by blocks that are all
 /// on the GPU at once.
 pub fn norm_linear(linears: [&Linear; 3], resident_blocks: usize) -> Geometry {
@@ -189,6 +198,19 @@ pub fn prefill_delta_rule(s: &DeltaNetShape) -> Geometry {
             s.num_value_heads,
             0,
         )
+    }
+}
+
+/// The same in chunks, with one or two in shared memory; see [`super::variants`].
+pub fn prefill_delta_chunks(s: &DeltaNetShape, precision: Precision, stages: usize) -> Geometry {
+    let terms = match precision {
+        Precision::Exact => 2,
+        Precision::F16 => 1,
+    };
+    let bytes = terms * (256 * s.key_head_dim + 16_384) + 10_496;
+    Geometry {
+        block: [192, 1],
+        ..tiles(s.value_head_dim / 32, s.num_value_heads, stages * bytes)
     }
 }
 
