@@ -1,12 +1,13 @@
 //! Loading a model the way the flags ask, with a progress bar.
 
+use std::cell::OnceCell;
 use std::path::Path;
 
 use crate::backend::cpu::Progress;
 use crate::backend::{BackendError, KvDtype};
 use crate::cli::ComputeArgs;
 use crate::commands::console::{Console, Unit};
-use crate::commands::{Failure, cache_state, plan};
+use crate::commands::{Failure, cache_state, plan, ram};
 use crate::engine::experts::ExpertManager;
 use crate::engine::footprint::footprint;
 use crate::engine::{BackendChoice, Engine, EngineError, GpuOptions, LoadOptions};
@@ -100,22 +101,26 @@ pub fn engine_watched(
             max_tokens,
         )?;
     }
-    let bar = console.progress("load", 0, Unit::Bytes);
+    ram::check(compute, gpu.head_in_ram, &outline.footprint, max_tokens)?;
+    // Begins when weights are packed: what is downloaded before has a bar and a rate of its own.
+    let bar = OnceCell::new();
     let options = LoadOptions {
         backend: compute.backend,
         threads: compute.threads,
-        cpu_precision: compute.cpu_precision.into(),
+        cpu_precision: compute.cpu_precision.unwrap_or_default().into(),
         gpu,
         kv_dtype,
         progress: &|done, total| {
-            bar.set_length(total as u64);
-            bar.set_position(done as u64);
+            bar.get_or_init(|| console.progress("load", total as u64, Unit::Bytes))
+                .set_position(done as u64);
             watch(done, total);
         },
         max_tokens,
     };
     let engine = Engine::load(source, &options);
-    bar.finish_and_clear();
+    if let Some(bar) = bar.get() {
+        bar.finish_and_clear();
+    }
     let mut engine = engine.map_err(|error| match error {
         EngineError::Backend(error @ BackendError::DoesNotFit { .. }) => {
             Failure::DoesNotFit(error.to_string()).into()

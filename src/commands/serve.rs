@@ -178,12 +178,12 @@ async fn serve(
     }
     let (stop, stopped) = watch::channel(false);
     let watched = service.clone();
-    let quiet = Console { ..*console };
+    let quiet = console.clone();
     tokio::spawn(async move {
         tell_when_ready(&watched, &quiet).await;
     });
     let ends = service.clone();
-    let notes = Console { ..*console };
+    let notes = console.clone();
     tokio::spawn(async move {
         tokio::select! {
             () = interrupted() => {
@@ -336,7 +336,7 @@ fn service(
         outline,
         context,
         cache_file,
-        console: Console { ..*console },
+        console: console.clone(),
     };
     let service = Service::start(args.limits.max_queue, move |jobs| {
         loading.serve(&jobs).map_err(|error| {

@@ -1,16 +1,16 @@
 //! Corpora: JSON lines of text, prompts or conversations, read by streaming.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
+use super::input::{self, Spooled};
 use super::json;
 
 /// One line of a corpus.
@@ -73,9 +73,9 @@ pub struct Corpus {
 #[derive(Clone, Debug)]
 enum Origin {
     File(PathBuf),
+    /// Standard input or a pipe
+    Spooled(Spooled),
     Static(&'static str),
-    /// Read from a pipe, which gives its text once
-    Memory(Arc<[u8]>),
 }
 
 #[derive(Debug, Error)]
@@ -113,34 +113,20 @@ struct Line {
 }
 
 impl Corpus {
-    /// Reads the file once: counts, hashes and checks every line. `-` is standard input; what is
-    /// not a regular file, such as a pipe, is kept in memory, since it cannot be read again.
+    /// Reads the file once: counts, hashes and checks every line. `-` is standard input.
     ///
     /// # Errors
     /// The first malformed line by number; a file without records.
     pub fn open(path: &Path) -> Result<Self, CorpusError> {
-        let stdin = path == Path::new("-");
-        let name = match stdin {
+        let name = match path == OsStr::new("-") {
             true => "standard input".into(),
             false => path.display().to_string(),
         };
-        let io = |source| CorpusError::Io {
-            name: name.clone(),
-            source,
-        };
-        let mut file: Box<dyn Read> = match stdin {
-            true => Box::new(io::stdin()),
-            false => {
-                let file = File::open(path).map_err(io)?;
-                if file.metadata().map_err(io)?.is_file() {
-                    return Self::check(name, Origin::File(path.into()));
-                }
-                Box::new(file)
-            }
-        };
-        let mut text = Vec::new();
-        file.read_to_end(&mut text).map_err(io)?;
-        Self::check(name, Origin::Memory(text.into()))
+        match Spooled::from_stream(path) {
+            Ok(Some(spooled)) => Self::check(name, Origin::Spooled(spooled)),
+            Ok(None) => Self::check(name, Origin::File(path.into())),
+            Err(source) => Err(CorpusError::Io { name, source }),
+        }
     }
 
     /// A corpus that is part of the program.
@@ -228,9 +214,9 @@ impl Corpus {
 
     fn reader(&self) -> Result<Box<dyn Read + Send>, CorpusError> {
         match &self.origin {
-            Origin::File(path) => Ok(Box::new(File::open(path).map_err(|e| self.io(e))?)),
+            Origin::File(path) => input::open(path).map_err(|e| self.io(e)),
+            Origin::Spooled(spooled) => Ok(Box::new(spooled.reader())),
             Origin::Static(text) => Ok(Box::new(Cursor::new(text.as_bytes()))),
-            Origin::Memory(text) => Ok(Box::new(Cursor::new(Arc::clone(text)))),
         }
     }
 

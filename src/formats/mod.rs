@@ -1,4 +1,4 @@
-//! Bytes on disk: checkpoints, quantised weights, and files written whole or not at all.
+//! Bytes on disk: checkpoints, quantised weights, and where input comes from and output goes.
 //!
 //! Knows no device and no model: tensors have names, dtypes, shapes and bytes, nothing more.
 
@@ -11,7 +11,9 @@ pub mod dtype;
 pub mod error;
 pub mod gathered;
 mod header;
+pub mod input;
 pub mod json;
+pub mod lazy;
 pub mod matrix;
 pub mod nf4;
 pub mod writer;

@@ -29,6 +29,11 @@ pub struct NumaNode {
 }
 
 impl MemoryFacts {
+    /// Of this machine, now.
+    pub fn detect() -> Self {
+        Self::read(&Root::system())
+    }
+
     pub(super) fn read(root: &Root) -> Self {
         let meminfo = |key| root.field_bytes("proc/meminfo", key);
         let (total_bytes, free_bytes, swap_total_bytes) =

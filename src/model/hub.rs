@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use hf_hub::api::Progress;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
@@ -17,6 +18,15 @@ use crate::formats::{Checkpoint, checkpoint};
 /// How long the hub may take to say which commit a branch is, unless `HF_HUB_ETAG_TIMEOUT` says
 /// otherwise. A cache that has everything should not wait longer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
+
+/// A file of weights on the hub.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteFile {
+    pub name: String,
+    pub bytes: u64,
+    /// Of those, the ones on this machine
+    pub here_bytes: u64,
+}
 
 /// One model at one revision.
 pub struct Hub {
@@ -88,11 +98,7 @@ impl Hub {
         let Some(api) = &commit.api else {
             return match optional {
                 true => Ok(None),
-                false => Err(SourceError::Offline {
-                    id: self.id.clone(),
-                    file: file.into(),
-                    reason: commit.reason.clone(),
-                }),
+                false => Err(self.offline(&commit, file)),
             };
         };
         match api.download(file) {
@@ -105,6 +111,70 @@ impl Hub {
             }
             Err(error) => Err(hub_error(&self.id, file, error)),
         }
+    }
+
+    /// The files of weights, the small index fetched to know them.
+    ///
+    /// # Errors
+    /// If the hub cannot be asked.
+    pub fn remote_files(&self) -> Result<Vec<RemoteFile>, SourceError> {
+        let single = || vec![checkpoint::SINGLE.to_owned()];
+        let names = match self.cached_at(&*self.commit()?, checkpoint::SINGLE) {
+            Some(_) => single(),
+            None => match self.find(checkpoint::INDEX, true)? {
+                Some(index) => Checkpoint::shard_names(&index)?.into_iter().collect(),
+                None => single(),
+            },
+        };
+        let files = names.into_iter().map(|name| self.remote_file(name));
+        files.collect()
+    }
+
+    fn remote_file(&self, name: String) -> Result<RemoteFile, SourceError> {
+        let size = |path: &Path| std::fs::metadata(path).map_or(0, |found| found.len());
+        let commit = self.commit()?;
+        if let Some(path) = self.cached_at(&commit, &name) {
+            let bytes = size(&path);
+            return Ok(RemoteFile {
+                name,
+                bytes,
+                here_bytes: bytes,
+            });
+        }
+        let (Some(repo), Some(api)) = (&commit.api, &self.api) else {
+            return Err(self.offline(&commit, &name));
+        };
+        let asked = api.metadata(&repo.url(&name));
+        let found = asked.map_err(|error| hub_error(&self.id, &name, error))?;
+        let blob = self.folder().join("blobs").join(found.etag());
+        let bytes = found.size() as u64;
+        Ok(RemoteFile {
+            name,
+            bytes,
+            // What hf-hub keeps of a download that was interrupted.
+            here_bytes: size(&blob.with_extension("part")).min(bytes),
+        })
+    }
+
+    /// Fetches one file, or goes on where an earlier run was interrupted.
+    ///
+    /// # Errors
+    /// If the hub cannot be asked, or the disk is full; what there is stays for the next run.
+    pub fn fetch(&self, file: &str, progress: impl Progress) -> Result<PathBuf, SourceError> {
+        let commit = self.commit()?;
+        if let Some(path) = self.cached_at(&commit, file) {
+            return Ok(path);
+        }
+        let Some(api) = &commit.api else {
+            return Err(self.offline(&commit, file));
+        };
+        let fetched = api.download_with_progress(file, progress);
+        fetched.map_err(|error| hub_error(&self.id, file, error))
+    }
+
+    /// Where the cache is.
+    pub fn cache_folder(&self) -> PathBuf {
+        self.cache.path().clone()
     }
 
     /// The folder that holds all weights; `None` if they are not here and not fetched.
@@ -259,6 +329,14 @@ impl Hub {
             && std::fs::create_dir_all(folder).is_ok()
         {
             let _ = std::fs::File::create(path);
+        }
+    }
+
+    fn offline(&self, commit: &Commit, file: &str) -> SourceError {
+        SourceError::Offline {
+            id: self.id.clone(),
+            file: file.into(),
+            reason: commit.reason.clone(),
         }
     }
 

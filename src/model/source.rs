@@ -1,12 +1,16 @@
 //! Where a model's files come from: the binary, a folder, the Hugging Face hub and its cache, or a
 //! generator.
 
+mod fetch;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::ApiError;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
+
+pub use super::hub::RemoteFile;
 
 use super::config::{ConfigError, ModelConfig};
 use super::hub::{Hub, is_hub_name};
@@ -221,7 +225,7 @@ impl Source {
     }
 
     /// The weights if they are on this machine already: planning needs only the headers, and can
-    /// do without them. Those of a synthetic model are not filled in.
+    /// do without them.
     pub fn local_checkpoint(&self) -> Result<Option<Checkpoint>, SourceError> {
         self.open_checkpoint(false)
     }
@@ -239,7 +243,7 @@ impl Source {
             }
             Files::Folder(folder) => Some(folder.clone()),
             Files::Hub(hub) => hub.weights_folder(fetch)?,
-            Files::Synthetic(spec) => return Ok(Some(spec.checkpoint(!fetch)?)),
+            Files::Synthetic(spec) => return Ok(Some(spec.checkpoint()?)),
         };
         let has_weights = |folder: &PathBuf| {
             ["model.safetensors", "model.safetensors.index.json"]

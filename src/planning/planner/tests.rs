@@ -165,8 +165,9 @@ fn experts_beyond_the_ram_budget_are_on_disk_and_cost_time() {
 fn a_trace_chooses_the_policy_and_validates_it_on_held_out_documents() {
     let trace = synthetic(3, 16, 4, 9, 90);
     let (f, laptop) = (small(), Hardware::laptop_4090());
+    let smallest = smallest_bytes(&f, 8192, KvDtype::F16, Tier::Vram);
     let plan = plan(&PlanRequest {
-        vram_budget_bytes: 2_800_000_000,
+        vram_budget_bytes: smallest + f.experts_bytes() / 2,
         routing: RoutingSource::Trace(&trace),
         ..request(&f, &laptop)
     })
@@ -404,8 +405,9 @@ fn a_plan_holds_the_curve_of_its_surroundings() {
 fn the_run_time_cache_hits_exactly_as_often_as_the_plan_simulated() {
     let trace = synthetic(3, 16, 4, 9, 90);
     let (f, laptop) = (small(), Hardware::laptop_4090());
+    let smallest = smallest_bytes(&f, 8192, KvDtype::F16, Tier::Vram);
     let plan = plan(&PlanRequest {
-        vram_budget_bytes: 2_800_000_000,
+        vram_budget_bytes: smallest + f.experts_bytes() / 2,
         routing: RoutingSource::Trace(&trace),
         ..request(&f, &laptop)
     })
@@ -446,4 +448,42 @@ fn the_first_slots_are_left_empty_rather_than_predict_slower() {
             assert!(more >= less * (1.0 - 1e-12), "{pair:?}");
         }
     }
+}
+
+#[test]
+fn with_room_for_all_experts_a_gpu_holds_them_all_and_hands_nothing_over() {
+    let f = qwen3_next_80b();
+    let trace = synthetic(3, 16, 4, 9, 90);
+    for (hardware, gib) in [(Hardware::laptop_4090(), 48), (Hardware::h100_box(), 80)] {
+        let request = PlanRequest {
+            vram_budget_bytes: gib * GIB,
+            ..request(&f, &hardware)
+        };
+        let plan = plan(&request).unwrap();
+        assert_eq!(plan.total_slots(), f.total_experts(), "{gib}");
+        let term = |name: &str| {
+            plan.decode
+                .terms
+                .iter()
+                .find(|t| t.name == name)
+                .unwrap()
+                .ms
+        };
+        assert_eq!(term("handoffs"), 0.0);
+        // One expert less is predicted slower: each layer waits for the CPU again.
+        let planner = Planner::new(&request).unwrap();
+        let almost = planner.sweep([gib * GIB, plan.bytes_in(Tier::Vram) - f.expert_bytes]);
+        assert!(
+            almost[0].decode_tok_s > almost[1].decode_tok_s,
+            "{almost:?}"
+        );
+    }
+    // A trace's curve may end below 1; what is there is there.
+    let (f, h100) = (small(), Hardware::h100_box());
+    let small = plan(&PlanRequest {
+        vram_budget_bytes: 80 * GIB,
+        routing: RoutingSource::Trace(&trace),
+        ..request(&f, &h100)
+    });
+    assert_eq!(small.unwrap().total_slots(), f.total_experts());
 }
