@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod config;
 pub mod families;
+mod fields;
 pub mod generation_config;
 pub mod hub;
 mod jinja;

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::config::{ConfigError, Fields};
+use super::fields::{ConfigError, Fields};
 use crate::backend::{Rope, RopeScaling, Yarn};
 
 /// What config.json says about rotary embedding.
