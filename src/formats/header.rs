@@ -205,7 +205,7 @@ impl<'de> Visitor<'de> for &mut Reader<'de> {
             let found = map
                 .next_value()
                 .map_err(|e: A::Error| blame(e.to_string()))?;
-            let place = self.place(&name).map_err(blame)?;
+            let place = self.place(&name);
             let entry = self.entry(place, &found).map_err(blame)?;
             self.entries.push(entry);
         }
@@ -214,17 +214,22 @@ impl<'de> Visitor<'de> for &mut Reader<'de> {
 }
 
 impl Reader<'_> {
-    fn place(&mut self, name: &Cow<'_, str>) -> Result<NamePlace, String> {
-        let (len, at) = match name {
-            // Borrowed from the header, which starts at byte 8 of the file.
-            Cow::Borrowed(name) => {
-                let at = 8 + name.as_ptr().addr() - self.header.as_ptr().addr();
-                return Ok(NamePlace::Header(at as u32, name.len() as u32));
-            }
-            Cow::Owned(name) => (name.len(), self.escaped_names.len()),
-        };
+    /// Where `name` can be read later: in the header that it was borrowed from, or among the names
+    /// that are kept because they were written with escapes.
+    fn place(&mut self, name: &str) -> NamePlace {
+        if self
+            .header
+            .as_bytes()
+            .as_ptr_range()
+            .contains(&name.as_ptr())
+        {
+            // The header starts at byte 8 of the file.
+            let at = 8 + name.as_ptr().addr() - self.header.as_ptr().addr();
+            return NamePlace::Header(at as u32, name.len() as u32);
+        }
+        let at = self.escaped_names.len();
         self.escaped_names.push_str(name);
-        Ok(NamePlace::Escaped(at as u32, len as u32))
+        NamePlace::Escaped(at as u32, name.len() as u32)
     }
 
     fn entry(&self, name: NamePlace, found: &Description) -> Result<Entry, String> {
