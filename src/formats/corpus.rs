@@ -164,6 +164,17 @@ impl Corpus {
         Ok(corpus)
     }
 
+    /// What a user should know: text that nobody reads.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        let note = |(field, lines): (&&str, &usize)| {
+            format!(
+                "note: {}: `{field}` of {lines} lines is not read",
+                self.name
+            )
+        };
+        self.unread.iter().map(note)
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }
