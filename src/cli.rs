@@ -82,7 +82,7 @@ pub struct ModelArgs {
     /// Model folder, org/name[@revision] on the Hugging Face hub, synth:SHAPE[?layers=4&...] for
     /// random weights (see `moectl synth`), or `tiny` [default: tiny]
     #[arg(short, long, value_name = "MODEL")]
-    pub model: Option<String>,
+    pub model: Option<std::ffi::OsString>,
 }
 
 /// What computes.

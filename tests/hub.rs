@@ -148,12 +148,11 @@ fn a_model_is_fetched_into_the_cache_once_and_then_runs_offline() {
     let main = std::fs::read_to_string(sandbox.path(&format!("{FOLDER}/refs/main"))).unwrap();
     assert_eq!(main, COMMIT);
 
-    // Again: files the model has are not asked for; that it lacks others is asked anew.
+    // Again: only the commit of the branch is asked for.
     let requests = hub.paths().len();
     hub.run(&sandbox, "org/name", &[]).ok();
     let again = hub.paths().split_off(requests);
-    let known = |path: &String| snapshot.join(Path::new(path).file_name().unwrap()).exists();
-    assert!(!again.iter().any(known), "{again:?}");
+    assert_eq!(again, ["/org/name/resolve/main/config.json"]);
 
     let requests = hub.paths().len();
     let offline = hub.run(&sandbox, "org/name", &[("HF_HUB_OFFLINE", "1")]);
@@ -211,6 +210,87 @@ fn a_hub_that_does_not_answer_is_named_once() {
     let outcome = hub.run(&sandbox, "org/name", &[]);
     let outcome = outcome.fails(1, &["org/name", "config.json", "refused"]);
     assert_eq!(outcome.stderr.matches("refused").count(), 1, "{outcome:?}");
+}
+
+#[test]
+fn a_whole_cache_needs_no_hub() {
+    let (sandbox, mut hub) = (Sandbox::new(), Hub::start());
+    let fetched = hub.run(&sandbox, "org/name", &[]).ok().json();
+    // Nobody listens at the first; the second takes connections and says nothing.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("http://{}", listener.local_addr().unwrap());
+    for endpoint in ["http://127.0.0.1:9".to_string(), silent] {
+        hub.endpoint = endpoint;
+        let start = std::time::Instant::now();
+        let timeout = [("HF_HUB_ETAG_TIMEOUT", "1")];
+        let again = hub.run(&sandbox, "org/name", &timeout).ok().json();
+        assert_eq!(again["token_ids"], fetched["token_ids"]);
+        assert!(start.elapsed().as_secs() < 20);
+    }
+}
+
+#[test]
+fn a_run_uses_one_commit() {
+    let (sandbox, mut hub) = (Sandbox::new(), Hub::start());
+    hub.run(&sandbox, "org/name", &[]).ok();
+    // Commit A is what the cache had; of its weights nothing is left.
+    let folder = sandbox.path(FOLDER);
+    let a = "a".repeat(40);
+    let [old, new] = [&a[..], COMMIT].map(|commit| folder.join("snapshots").join(commit));
+    std::fs::rename(&new, &old).unwrap();
+    std::fs::remove_file(old.join("model.safetensors")).unwrap();
+    std::fs::write(folder.join("refs/main"), &a).unwrap();
+    hub.run(&sandbox, "org/name", &[]).ok();
+    for file in ["config.json", "tokenizer.json", "model.safetensors"] {
+        assert!(new.join(file).exists(), "{file}");
+    }
+    // With nobody to ask, what the cache has of the branch is not mixed with another commit.
+    std::fs::write(folder.join("refs/main"), &a).unwrap();
+    hub.endpoint = "http://127.0.0.1:9".into();
+    let outcome = hub.run(&sandbox, "org/name", &[]);
+    outcome.fails(1, &["org/name", "model.safetensors", "not in the cache"]);
+}
+
+#[test]
+fn cache_and_token_are_found_as_huggingface_hub_finds_them() {
+    let sandbox = Sandbox::new();
+    let cache = sandbox.path("elsewhere").display().to_string();
+    let token = sandbox.path("saved").display().to_string();
+    std::fs::write(&token, "hf_saved\n").unwrap();
+    for (variables, sent) in [
+        (vec![("HF_TOKEN", "hf_abc\n")], Some("Bearer hf_abc")),
+        (vec![("HF_TOKEN", " hf_abc ")], Some("Bearer hf_abc")),
+        (
+            vec![("HF_TOKEN", ""), ("HUGGING_FACE_HUB_TOKEN", "hf_old")],
+            Some("Bearer hf_old"),
+        ),
+        (
+            vec![("HF_TOKEN", ""), ("HF_TOKEN_PATH", &token)],
+            Some("Bearer hf_saved"),
+        ),
+        (
+            vec![
+                ("HF_TOKEN_PATH", &token),
+                ("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1"),
+            ],
+            None,
+        ),
+    ] {
+        let hub = Hub::start();
+        let mut variables = variables;
+        variables.push(("HF_HUB_CACHE", &cache));
+        hub.run(&sandbox, "org/name", &variables).ok();
+        for request in hub.requests.lock().unwrap().iter() {
+            let found = request.headers.get("authorization").map(String::as_str);
+            assert_eq!(found, sent, "{variables:?}");
+        }
+        assert!(
+            Path::new(&cache)
+                .join("models--org--name/refs/main")
+                .exists()
+        );
+        std::fs::remove_dir_all(&cache).unwrap();
+    }
 }
 
 #[test]

@@ -97,6 +97,7 @@ fn dequantizer_matches_every_recorded_vector_bit_for_bit() {
         let matrix = Matrix::Nf4(Nf4Matrix {
             packed: data("packed"),
             absmax,
+            blocksize: 64,
             first: 0,
             rows: shape[0],
             cols: shape[1],

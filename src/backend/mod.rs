@@ -14,6 +14,7 @@ pub mod executor;
 pub mod kv;
 pub mod reference;
 mod residency;
+pub mod rope;
 pub mod shape;
 pub mod tally;
 mod times;
@@ -30,6 +31,7 @@ pub use executor::{
 };
 pub use kv::KvDtype;
 pub use residency::Residency;
+pub use rope::{Rope, RopeScaling, Yarn};
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
 pub use times::{DecodeTimes, KernelTimes, LayerPicks, OnRenewing, SlotChange, StepTimes, Tuning};
 pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};

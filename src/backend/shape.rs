@@ -2,6 +2,8 @@
 
 use crate::planning::ShapeNumbers;
 
+use super::rope::Rope;
+
 /// Sizes of every block. All fields use the names of config.json.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
@@ -29,7 +31,7 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Leading dimensions of each head that rotate (head_dim * partial_rotary_factor).
     pub rotary_dim: usize,
-    pub rope_theta: f64,
+    pub rope: Rope,
 }
 
 /// Gated delta net: causal convolution, delta rule, gated norm.

@@ -132,8 +132,10 @@ pub fn execute(args: ServeArgs, console: &Console) -> anyhow::Result<()> {
         ))
         .into());
     }
-    let source = Source::resolve(args.model.model.as_deref())?;
+    let source = Source::resolve_os(args.model.model.as_deref())?;
     let text = Arc::new(TextModel::load(&source)?);
+    let defaults = text.generation_config()?;
+    defaults.notes().for_each(|note| console.note(note));
     let mut options = options(&args, keys, &source, console.verbose);
     let failure = Arc::new(Mutex::new(None));
     let (service, plan) = service(&args, source, &text, failure.clone(), console)?;

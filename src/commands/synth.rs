@@ -35,7 +35,7 @@ Examples:
   moectl synth qwen3-next-80b-a3b slice --layers 4
   moectl run --model \"synth:qwen3-next-80b-a3b?layers=4\" \"Hello\"")]
 pub struct SynthArgs {
-    /// qwen3-next-80b-a3b or tiny (the built-in model's shape)
+    /// qwen3-next-80b-a3b, qwen3.6-35b-a3b, qwen3-30b-a3b or tiny (the built-in model's shape)
     shape: String,
     /// Folder to write; must not exist, or be empty
     dir: PathBuf,

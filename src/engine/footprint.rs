@@ -34,6 +34,10 @@ fn kernel_bytes(matrix: &Matrix) -> u64 {
     match matrix {
         Matrix::Nf4(_) => nf4_matrix_bytes(rows, cols),
         Matrix::Dense(_) => 2 * rows * cols,
+        Matrix::Gathered(m) if m.parts().all(|part| matches!(part, Matrix::Nf4(_))) => {
+            nf4_matrix_bytes(rows, cols)
+        }
+        Matrix::Gathered(_) => 2 * rows * cols,
     }
 }
 

@@ -114,9 +114,12 @@ impl Engine {
         observer: &mut Observer<'_>,
     ) -> Result<Generation> {
         let interrupted = || interrupt.load(Ordering::Relaxed);
-        let eos = self.text().generation_config.eos_token_ids.clone();
+        let config = self.text().generation_config()?;
+        let eos = config.eos_token_ids.clone();
+        let suppressed = config.suppressed.clone();
         let mut stream = TextStream::new(self.tokenizer(), true, &options.stop);
         let mut sampler = Sampler::new(options.sampling.clone())?;
+        sampler.suppress(suppressed);
         sampler.observe_prompt(self.tokens());
         sampler.observe_prompt(prompt_ids);
         let mut generation = Generation {

@@ -10,6 +10,7 @@ pub mod text;
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use thiserror::Error;
 
@@ -139,7 +140,9 @@ pub enum EngineError {
     #[error(transparent)]
     Chat(#[from] ChatError),
     #[error(transparent)]
-    GenerationConfig(#[from] GenerationConfigError),
+    BadChatTemplate(Arc<ChatError>),
+    #[error(transparent)]
+    GenerationConfig(Arc<GenerationConfigError>),
     #[error(transparent)]
     Sampler(#[from] SampleError),
     #[error("{location}: has no chat template; use a prompt without --chat and --system")]

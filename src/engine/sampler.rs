@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 use thiserror::Error;
 
 use crate::backend::BestLogits;
-use crate::model::GenerationConfig;
+use crate::model::{GenerationConfig, Suppressed};
 
 /// Settings out of range, or logits no token can be drawn from.
 #[derive(Debug, Error, PartialEq)]
@@ -180,6 +180,9 @@ pub struct Sampler {
     seen: HashSet<u32>,
     /// How often each id was generated
     generated: HashMap<u32, u32>,
+    suppressed: Suppressed,
+    /// The last ids of prompt and text, as many as the longest suppressed sequence has
+    recent: Vec<u32>,
     /// `[vocab_size]` logits after penalties; kept to spare an allocation per token
     scores: Vec<f32>,
     candidates: Vec<Candidate>,
@@ -202,14 +205,34 @@ impl Sampler {
             params,
             seen: HashSet::new(),
             generated: HashMap::new(),
+            suppressed: Suppressed::default(),
+            recent: Vec::new(),
             scores: Vec::new(),
             candidates: Vec::new(),
         })
     }
 
-    /// Tells the repetition penalty about the prompt.
+    /// Rules out tokens that the model's generation_config.json suppresses; said before the prompt
+    /// is observed.
+    pub fn suppress(&mut self, suppressed: Suppressed) {
+        self.suppressed = suppressed;
+    }
+
+    /// Tells repetition penalty and suppressed sequences about the prompt.
     pub fn observe_prompt(&mut self, ids: &[u32]) {
         self.seen.extend(ids);
+        self.follow(ids);
+    }
+
+    fn follow(&mut self, ids: &[u32]) {
+        self.recent.extend(ids);
+        let kept = self.suppressed.longest_sequence();
+        self.recent.drain(..self.recent.len().saturating_sub(kept));
+    }
+
+    /// Whether scores differ from logits before the temperature.
+    fn changes_logits(&self) -> bool {
+        self.params.penalizes() || !self.suppressed.is_empty()
     }
 
     /// Chooses the next token from `logits: [vocab_size]`; the penalties count it once it is
@@ -221,7 +244,7 @@ impl Sampler {
     /// If a logit is NaN or +inf, or every one is -inf.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, SampleError> {
         let greedy = self.params.temperature == 0.0;
-        let id = if greedy && !self.params.penalizes() {
+        let id = if greedy && !self.changes_logits() {
             best_of(logits)?
         } else {
             self.penalize(logits);
@@ -237,7 +260,7 @@ impl Sampler {
     /// it takes all of them.
     pub fn wanted(&self) -> Option<usize> {
         match (self.params.temperature == 0.0, self.params.top_k) {
-            _ if self.params.penalizes() => None,
+            _ if self.changes_logits() => None,
             (true, _) => Some(1),
             (false, 0) => None,
             (false, k) => Some(k),
@@ -273,6 +296,7 @@ impl Sampler {
     /// Tells the penalties what follows: the token that was chosen, or another one in its place.
     pub fn remember(&mut self, id: u32) {
         self.seen.insert(id);
+        self.follow(&[id]);
         *self.generated.entry(id).or_default() += 1;
     }
 
@@ -305,6 +329,11 @@ impl Sampler {
         for (&id, &count) in &self.generated {
             if let Some(score) = self.scores.get_mut(id as usize) {
                 *score -= params.presence_penalty + count as f32 * params.frequency_penalty;
+            }
+        }
+        for id in (self.suppressed).after(&self.recent, self.generated.is_empty()) {
+            if let Some(score) = self.scores.get_mut(id as usize) {
+                *score = f32::NEG_INFINITY;
             }
         }
     }

@@ -1,14 +1,22 @@
 //! Text in and out of a model: tokenizer, chat template, generation defaults.
 
+use std::sync::Arc;
+
 use super::{EngineError, Result};
 use crate::formats::corpus::Content;
-use crate::model::{ChatTemplate, GenerationConfig, Message, Source, Tokenizer};
+use crate::model::{
+    ChatError, ChatTemplate, GenerationConfig, GenerationConfigError, Message, Source,
+    TemplateInputs, Tokenizer,
+};
 
 /// What a model needs to read and write text, without its weights.
+///
+/// Chat template and generation defaults are judged where they are used: a broken template is
+/// nobody's concern who continues plain text.
 pub struct TextModel {
     pub tokenizer: Tokenizer,
-    pub chat_template: Option<ChatTemplate>,
-    pub generation_config: GenerationConfig,
+    chat_template: std::result::Result<Option<ChatTemplate>, Arc<ChatError>>,
+    generation_config: std::result::Result<GenerationConfig, Arc<GenerationConfigError>>,
     location: String,
 }
 
@@ -18,18 +26,34 @@ impl TextModel {
         let tokenizer_config = source.read("tokenizer_config.json")?;
         let tokenizer_config = tokenizer_config.as_deref();
         let template = source.read("chat_template.jinja")?;
+        let tokenizer =
+            Tokenizer::from_bytes(&source.read_required("tokenizer.json")?, tokenizer_config)?;
+        let generation_config = GenerationConfig::from_bytes(
+            source.read("generation_config.json")?.as_deref(),
+            &source.read_required("config.json")?,
+        );
         Ok(TextModel {
-            tokenizer: Tokenizer::from_bytes(
-                &source.read_required("tokenizer.json")?,
-                tokenizer_config,
-            )?,
-            chat_template: ChatTemplate::from_bytes(tokenizer_config, template.as_deref())?,
-            generation_config: GenerationConfig::from_bytes(
-                source.read("generation_config.json")?.as_deref(),
-                &source.read_required("config.json")?,
-            )?,
+            tokenizer,
+            chat_template: ChatTemplate::from_bytes(tokenizer_config, template.as_deref())
+                .map_err(Arc::new),
+            generation_config: generation_config.map_err(Arc::new),
             location: source.location(),
         })
+    }
+
+    /// Sampling defaults and stop tokens.
+    ///
+    /// # Errors
+    /// If generation_config.json cannot be used.
+    pub fn generation_config(&self) -> Result<&GenerationConfig> {
+        self.generation_config
+            .as_ref()
+            .map_err(|error| EngineError::GenerationConfig(Arc::clone(error)))
+    }
+
+    /// Whether the model comes with a chat template, whatever is wrong with it.
+    pub fn has_chat_template(&self) -> bool {
+        !matches!(self.chat_template, Ok(None))
     }
 
     /// The prompt ids of a conversation, up to where the assistant begins to answer.
@@ -39,27 +63,40 @@ impl TextModel {
 
     /// The text of a conversation, up to where the assistant begins to answer.
     pub fn render_chat(&self, messages: &[Message]) -> Result<String> {
-        Ok(self.template()?.render(messages, None, true)?)
+        Ok(self.chat_template()?.render(messages, None, true)?)
     }
 
     /// The ids of a corpus record; conversations go through the chat template as they stand.
     pub fn encode_content(&self, content: &Content) -> Result<Vec<u32>> {
-        let rendered;
-        let text = match content {
-            Content::Text(text) | Content::Prompt(text) => text,
-            Content::Messages(messages) => {
-                rendered = self.template()?.render(messages, None, false)?;
-                &rendered
+        match content {
+            Content::Text(text) | Content::Prompt(text) => {
+                Ok(self.tokenizer.encode_document(text)?)
             }
-        };
-        Ok(self.tokenizer.encode(text)?)
+            Content::Messages(conversation) => {
+                let inputs = TemplateInputs {
+                    tools: conversation.tools.as_ref(),
+                    documents: conversation.documents.as_ref(),
+                    variables: conversation.chat_template_kwargs.as_ref(),
+                    add_generation_prompt: false,
+                };
+                let template = self.chat_template()?;
+                let text = template.render_with(&conversation.messages, &inputs)?;
+                Ok(self.tokenizer.encode(&text)?)
+            }
+        }
     }
 
-    fn template(&self) -> Result<&ChatTemplate> {
-        self.chat_template
-            .as_ref()
-            .ok_or_else(|| EngineError::NoChatTemplate {
+    /// The template that makes a prompt of a conversation.
+    ///
+    /// # Errors
+    /// If the model has none, or one that cannot be used.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        match &self.chat_template {
+            Ok(Some(template)) => Ok(template),
+            Ok(None) => Err(EngineError::NoChatTemplate {
                 location: self.location.clone(),
-            })
+            }),
+            Err(error) => Err(EngineError::BadChatTemplate(Arc::clone(error))),
+        }
     }
 }

@@ -9,24 +9,29 @@ use std::path::Path;
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
-use super::header::{self, Entry};
+use super::header::{self, Entry, Shard};
 use super::matrix::DenseMatrix;
-use super::nf4::{Absmax, BLOCKSIZE, NESTED_BLOCKSIZE, Nf4Matrix, QuantState, STATE_SUFFIX};
-use super::{Bytes, Dtype, FormatError, Matrix};
+use super::nf4::{Absmax, NESTED_BLOCKSIZE, Nf4Matrix, QuantState, STATE_SUFFIX};
+use super::{Bytes, Dtype, FormatError, Matrix, json};
 
 /// Name of the file that maps tensors to shards.
 pub const INDEX: &str = "model.safetensors.index.json";
 /// Name of the only file of an unsharded checkpoint.
 pub const SINGLE: &str = "model.safetensors";
+/// How a file begins that stands for one kept elsewhere by git-lfs.
+pub const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
 const STATE_PREFIX: &str = ".quant_state.";
 
 /// An opened checkpoint: every tensor by name, bytes left on disk.
 #[derive(Debug)]
 pub struct Checkpoint {
     location: String,
-    shards: Vec<Bytes>,
+    shards: Vec<Shard>,
     /// Sorted by name.
     entries: Vec<Entry>,
+    /// What the index promises and no shard holds: tensor to shard. Harmless until it is asked for:
+    /// an index may be of a checkpoint from which this one was made.
+    absent: BTreeMap<String, String>,
 }
 
 /// One tensor: a view into the mapped file.
@@ -38,15 +43,22 @@ pub struct Tensor {
 }
 
 impl Checkpoint {
-    /// Maps `model.safetensors`, or every shard that `model.safetensors.index.json` names.
+    /// Maps `model.safetensors`, or else every shard that `model.safetensors.index.json` names.
+    ///
+    /// As in transformers the single file comes first: an index beside it is of an older save.
+    /// Where several shards hold a tensor, the last shard in name order counts.
     ///
     /// # Errors
     /// Names the file and what is wrong with it: missing, truncated, overlapping tensors, a shard
-    /// that is not there, a tensor the index promises and no shard holds.
+    /// that is not there.
     pub fn open(dir: &Path) -> Result<Self, FormatError> {
         let index = dir.join(INDEX);
         let single = dir.join(SINGLE);
-        if index.is_file() {
+        if single.is_file() {
+            let mut builder = Builder::new(single.display().to_string());
+            builder.add(&single, map(&single)?)?;
+            builder.finish()
+        } else if index.is_file() {
             let promised = read_index(&index)?;
             let files: BTreeSet<&String> = promised.values().collect();
             let mut builder = Builder::new(dir.display().to_string());
@@ -61,19 +73,11 @@ impl Checkpoint {
                 }
                 builder.add(&path, map(&path)?)?;
             }
-            let checkpoint = builder.finish()?;
-            if let Some((name, file)) = promised.iter().find(|(n, _)| !checkpoint.contains(n)) {
-                let reason = format!("tensor `{name}` should be in `{file}` and is not");
-                return Err(FormatError::Index {
-                    path: index,
-                    reason,
-                });
-            }
+            let mut checkpoint = builder.finish()?;
+            let mut absent = promised;
+            absent.retain(|name, _| !checkpoint.contains(name));
+            checkpoint.absent = absent;
             Ok(checkpoint)
-        } else if single.is_file() {
-            let mut builder = Builder::new(single.display().to_string());
-            builder.add(&single, map(&single)?)?;
-            builder.finish()
         } else {
             let reason = format!("holds neither {SINGLE} nor {INDEX}; expected a model folder");
             Err(FormatError::Index {
@@ -243,7 +247,7 @@ impl Checkpoint {
                 reason,
             });
         }
-        let blocks = n.div_ceil(BLOCKSIZE);
+        let blocks = n.div_ceil(state.blocksize);
         let side = |suffix: &str, dtype, len| {
             let side = format!("{name}.{suffix}");
             let tensor = self.tensor(&side)?;
@@ -264,9 +268,11 @@ impl Checkpoint {
                 offset: nested.nested_offset as f32,
             },
         };
+        let blocksize = state.blocksize;
         Ok(Nf4Matrix {
             packed: packed.data.clone(),
             absmax,
+            blocksize,
             first,
             rows,
             cols,
@@ -286,8 +292,7 @@ impl Checkpoint {
     }
 
     fn name(&self, e: &Entry) -> &str {
-        let name = e.name(&self.shards[usize::from(e.shard)]);
-        std::str::from_utf8(name).expect("part of a header that was UTF-8 when it was mapped")
+        e.name(&self.shards[usize::from(e.shard)])
     }
 
     fn find(&self, name: &str) -> Option<&Entry> {
@@ -302,21 +307,28 @@ impl Checkpoint {
         Tensor {
             dtype: e.dtype,
             shape: e.shape().collect(),
-            data: self.shards[usize::from(e.shard)].slice(e.range()),
+            data: self.shards[usize::from(e.shard)].data.slice(e.range()),
         }
     }
 
     fn missing(&self, name: &str) -> FormatError {
-        FormatError::Missing {
-            name: name.into(),
-            location: self.location.clone(),
+        match self.absent.get(name) {
+            Some(shard) => FormatError::Promised {
+                name: name.into(),
+                location: self.location.clone(),
+                shard: shard.clone(),
+            },
+            None => FormatError::Missing {
+                name: name.into(),
+                location: self.location.clone(),
+            },
         }
     }
 }
 
 struct Builder {
     location: String,
-    shards: Vec<Bytes>,
+    shards: Vec<Shard>,
     entries: Vec<Entry>,
 }
 
@@ -334,13 +346,13 @@ impl Builder {
             path: path.into(),
             reason: "shard 65536, at most 65535 allowed".into(),
         })?;
-        let mut entries = header::read(path, &bytes, shard)?;
+        let (shard, mut entries) = header::read(path, &bytes, shard)?;
         if self.entries.is_empty() {
             self.entries = entries;
         } else {
             self.entries.append(&mut entries);
         }
-        self.shards.push(bytes);
+        self.shards.push(shard);
         Ok(())
     }
 
@@ -351,21 +363,22 @@ impl Builder {
             mut entries,
         } = self;
         let name = |e: &Entry| e.name(&shards[usize::from(e.shard)]);
-        entries.sort_unstable_by(|a, b| name(a).cmp(name(b)));
-        if let Some(pair) = entries.windows(2).find(|p| name(&p[0]) == name(&p[1])) {
-            let reason = format!(
-                "tensor `{}` is there twice",
-                String::from_utf8_lossy(name(&pair[0]))
-            );
+        // The last shard's first, which is the one that stays.
+        entries.sort_unstable_by(|a, b| name(a).cmp(name(b)).then(b.shard.cmp(&a.shard)));
+        let twice = |p: &&[Entry]| name(&p[0]) == name(&p[1]) && p[0].shard == p[1].shard;
+        if let Some(pair) = entries.windows(2).find(twice) {
+            let reason = format!("tensor `{}` is there twice", name(&pair[0]));
             return Err(FormatError::Index {
                 path: location.into(),
                 reason,
             });
         }
+        entries.dedup_by(|later, first| name(later) == name(first));
         Ok(Checkpoint {
             location,
             shards,
             entries,
+            absent: BTreeMap::new(),
         })
     }
 }
@@ -379,6 +392,13 @@ fn map(path: &Path) -> Result<Bytes, FormatError> {
     // SAFETY: a mapped file that another program truncates faults on access. Checkpoints are
     // written once and never changed in place, and every loader of safetensors relies on that.
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+    if map.starts_with(LFS_POINTER) {
+        let reason = "a git-lfs pointer, not the weights; run `git lfs pull` in its folder";
+        return Err(FormatError::Safetensors {
+            path: path.into(),
+            reason: reason.into(),
+        });
+    }
     Ok(Bytes::of_file(map))
 }
 
@@ -396,7 +416,7 @@ fn read_index(path: &Path) -> Result<BTreeMap<String, String>, FormatError> {
         reason,
     };
     let index: Index =
-        serde_json::from_slice(&text).map_err(|e| invalid(format!("not a shard index: {e}")))?;
+        json::from_slice(&text).map_err(|e| invalid(format!("not a shard index: {e}")))?;
     if index.weight_map.is_empty() {
         return Err(invalid("names no tensors".into()));
     }

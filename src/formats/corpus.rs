@@ -2,15 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Cursor, Read};
+use std::io::{self, BufRead, BufReader, Cursor, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use super::input::{self, Spooled};
+use super::json;
 
 /// One line of a corpus.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,8 +30,32 @@ pub enum Content {
     /// Plain text that a model continues.
     Prompt(String),
     /// A conversation, for the model's chat template.
-    Messages(Vec<Value>),
+    Messages(Box<Conversation>),
 }
+
+/// What a line gives to the chat template.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Conversation {
+    pub messages: Vec<Value>,
+    /// JSON array of function descriptions
+    pub tools: Option<Value>,
+    /// JSON array of texts to refer to
+    pub documents: Option<Value>,
+    /// Further variables of the template, such as `enable_thinking`
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+/// Fields with text that a model would be trained on, which is not read here.
+const TEXT_FIELDS: [&str; 8] = [
+    "completion",
+    "response",
+    "answer",
+    "output",
+    "chosen",
+    "rejected",
+    "functions",
+    "conversations",
+];
 
 /// A checked corpus: every line was read once and is well formed.
 #[derive(Clone, Debug)]
@@ -40,6 +65,8 @@ pub struct Corpus {
     pub records: usize,
     /// Lines per domain
     pub domains: BTreeMap<String, usize>,
+    /// Fields with text that some lines have and nobody reads, with the number of such lines
+    pub unread: BTreeMap<&'static str, usize>,
     pub sha256: String,
 }
 
@@ -78,6 +105,11 @@ struct Line {
     text: Option<String>,
     prompt: Option<String>,
     messages: Option<Vec<Value>>,
+    tools: Option<Value>,
+    documents: Option<Value>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 impl Corpus {
@@ -108,21 +140,39 @@ impl Corpus {
             origin,
             records: 0,
             domains: BTreeMap::new(),
+            unread: BTreeMap::new(),
             sha256: String::new(),
         };
         let mut hash = Sha256::new();
-        std::io::copy(&mut corpus.reader()?, &mut hash).map_err(|e| corpus.io(e))?;
+        io::copy(&mut corpus.reader()?, &mut hash).map_err(|e| corpus.io(e))?;
         corpus.sha256 = format!("{:x}", hash.finalize());
         let mut domains = BTreeMap::new();
-        for record in corpus.records()? {
-            *domains.entry(record?.domain).or_insert(0) += 1;
+        let mut unread = BTreeMap::new();
+        for line in corpus.lines()? {
+            let (record, others) = line?;
+            *domains.entry(record.domain).or_insert(0) += 1;
+            for field in others {
+                *unread.entry(field).or_insert(0) += 1;
+            }
         }
+        corpus.unread = unread;
         corpus.records = domains.values().sum();
         corpus.domains = domains;
         if corpus.records == 0 {
             return Err(CorpusError::Empty { name: corpus.name });
         }
         Ok(corpus)
+    }
+
+    /// What a user should know: text that nobody reads.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        let note = |(field, lines): (&&str, &usize)| {
+            format!(
+                "note: {}: `{field}` of {lines} lines is not read",
+                self.name
+            )
+        };
+        self.unread.iter().map(note)
     }
 
     pub fn name(&self) -> &str {
@@ -133,6 +183,14 @@ impl Corpus {
     pub fn records(
         &self,
     ) -> Result<impl Iterator<Item = Result<Record, CorpusError>>, CorpusError> {
+        Ok(self.lines()?.map(|line| Ok(line?.0)))
+    }
+
+    /// The records, each with the fields of its line that are text and not read.
+    fn lines(
+        &self,
+    ) -> Result<impl Iterator<Item = Result<(Record, Vec<&'static str>), CorpusError>>, CorpusError>
+    {
         let name = self.name.clone();
         let lines = BufReader::with_capacity(1 << 20, self.reader()?)
             .lines()
@@ -141,12 +199,15 @@ impl Corpus {
             let number = at + 1;
             match line {
                 Ok(line) if line.trim().is_empty() => None,
-                Ok(line) => Some(parse(&line, number).map_err(|reason| CorpusError::Line {
-                    name: name.clone(),
-                    line: number,
-                    reason,
-                })),
-                Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {
+                Ok(line) => {
+                    let line = line.strip_prefix('\u{feff}').unwrap_or(&line);
+                    Some(parse(line, number).map_err(|reason| CorpusError::Line {
+                        name: name.clone(),
+                        line: number,
+                        reason,
+                    }))
+                }
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
                     let reason = "not valid UTF-8".into();
                     Some(Err(CorpusError::Line {
                         name: name.clone(),
@@ -178,13 +239,18 @@ impl Corpus {
     }
 }
 
-fn parse(line: &str, number: usize) -> Result<Record, String> {
-    let line: Line = serde_json::from_str(line)
+fn parse(line: &str, number: usize) -> Result<(Record, Vec<&'static str>), String> {
+    let line: Line = json::from_slice(line.as_bytes())
         .map_err(|e| format!("not a JSON object of the form expected: {e}"))?;
     let content = match (line.text, line.prompt, line.messages) {
         (Some(text), None, None) => Content::Text(text),
         (None, Some(prompt), None) => Content::Prompt(prompt),
-        (None, None, Some(messages)) => Content::Messages(messages),
+        (None, None, Some(messages)) => Content::Messages(Box::new(Conversation {
+            messages,
+            tools: line.tools.map(tool_list).transpose()?,
+            documents: line.documents,
+            chat_template_kwargs: line.chat_template_kwargs,
+        })),
         (None, None, None) => return Err("has none of `text`, `prompt`, `messages`".into()),
         _ => return Err("has more than one of `text`, `prompt`, `messages`".into()),
     };
@@ -193,11 +259,28 @@ fn parse(line: &str, number: usize) -> Result<Record, String> {
         Some(other) => other.to_string(),
         None => format!("line {number}"),
     };
-    Ok(Record {
+    let unread = TEXT_FIELDS.into_iter();
+    let unread = unread.filter(|field| line.others.get(*field).is_some_and(|v| !v.is_null()));
+    let record = Record {
         id,
         domain: line.domain.unwrap_or_else(|| "unlabelled".into()),
         content,
-    })
+    };
+    Ok((record, unread.collect()))
+}
+
+/// Tools as a list; data sets whose columns have one type keep it as JSON inside of a string.
+fn tool_list(tools: Value) -> Result<Value, String> {
+    let list = match &tools {
+        Value::String(text) => {
+            json::from_slice(text.as_bytes()).map_err(|e| format!("tools: not valid JSON: {e}"))?
+        }
+        _ => tools,
+    };
+    match list.is_array() {
+        true => Ok(list),
+        false => Err("tools: expected a list of function descriptions".into()),
+    }
 }
 
 #[cfg(test)]
@@ -229,5 +312,34 @@ mod tests {
         assert_eq!(records[0].content, Content::Prompt("fn".into()));
         assert_eq!(records[1].domain, "unlabelled");
         assert_eq!(corpus.domains["code"], 1);
+    }
+
+    #[test]
+    fn conversations_carry_what_their_template_needs() {
+        let text = r#"{"messages": [], "tools": [{"name": "f"}], "documents": [{"title": "t"}],
+            "chat_template_kwargs": {"enable_thinking": false}, "completion": "c"}"#
+            .replace('\n', "");
+        let listed = Box::leak(text.into_boxed_str());
+        let quoted = "{\"messages\": [], \"tools\": \"[{\\\"name\\\": \\\"f\\\"}]\"}";
+        for line in [&*listed, quoted] {
+            let corpus = Corpus::from_static("c", line).unwrap();
+            let record = corpus.records().unwrap().next().unwrap().unwrap();
+            let Content::Messages(conversation) = record.content else {
+                panic!("{record:?}");
+            };
+            assert_eq!(conversation.tools.unwrap()[0]["name"], "f");
+            if line == quoted {
+                continue;
+            }
+            assert_eq!(conversation.documents.unwrap()[0]["title"], "t");
+            let variables = conversation.chat_template_kwargs.unwrap();
+            assert_eq!(variables["enable_thinking"], false);
+            assert_eq!(corpus.unread["completion"], 1);
+        }
+        let error = Corpus::from_static("c", r#"{"messages": [], "tools": "x"}"#).unwrap_err();
+        assert!(
+            error.to_string().starts_with("c:1: tools: not valid JSON"),
+            "{error}"
+        );
     }
 }

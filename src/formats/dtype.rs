@@ -12,7 +12,38 @@ pub enum Dtype {
     I8,
     I32,
     I64,
+    /// One that safetensors knows and no weight of ours has: such a tensor may stand in a file, and
+    /// is refused where it is read.
+    Other(OtherDtype),
 }
+
+/// Spelling and width of a type whose values are never read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OtherDtype {
+    name: &'static str,
+    bits: u8,
+}
+
+const OTHER: [OtherDtype; 13] = {
+    const fn other(name: &'static str, bits: u8) -> OtherDtype {
+        OtherDtype { name, bits }
+    }
+    [
+        other("BOOL", 8),
+        other("F4", 4),
+        other("F6_E2M3", 6),
+        other("F6_E3M2", 6),
+        other("F8_E5M2", 8),
+        other("F8_E4M3", 8),
+        other("F8_E8M0", 8),
+        other("I16", 16),
+        other("U16", 16),
+        other("U32", 32),
+        other("F64", 64),
+        other("U64", 64),
+        other("C64", 64),
+    ]
+};
 
 impl Dtype {
     /// The safetensors spelling, as error messages and fingerprints show it.
@@ -25,10 +56,11 @@ impl Dtype {
             Dtype::I8 => "I8",
             Dtype::I32 => "I32",
             Dtype::I64 => "I64",
+            Dtype::Other(other) => other.name,
         }
     }
 
-    /// The type of that safetensors spelling, if it is one of these.
+    /// The type of that safetensors spelling, if it is one of the format's.
     pub fn parse(name: &str) -> Option<Dtype> {
         const ALL: [Dtype; 7] = [
             Dtype::F32,
@@ -39,7 +71,10 @@ impl Dtype {
             Dtype::I32,
             Dtype::I64,
         ];
-        ALL.into_iter().find(|dtype| dtype.name() == name)
+        let others = OTHER.into_iter().map(Dtype::Other);
+        ALL.into_iter()
+            .chain(others)
+            .find(|dtype| dtype.name() == name)
     }
 
     /// The spelling inside a bitsandbytes `quant_state` (`bfloat16`), for the float types.
@@ -52,12 +87,19 @@ impl Dtype {
         }
     }
 
+    /// Bytes of one element; 1 for types that pack several into a byte.
     pub fn size_bytes(self) -> usize {
+        self.bits().div_ceil(8) as usize
+    }
+
+    /// Bits of one element.
+    pub fn bits(self) -> u64 {
         match self {
-            Dtype::F32 | Dtype::I32 => 4,
-            Dtype::F16 | Dtype::Bf16 => 2,
-            Dtype::U8 | Dtype::I8 => 1,
-            Dtype::I64 => 8,
+            Dtype::F32 | Dtype::I32 => 32,
+            Dtype::F16 | Dtype::Bf16 => 16,
+            Dtype::U8 | Dtype::I8 => 8,
+            Dtype::I64 => 64,
+            Dtype::Other(other) => u64::from(other.bits),
         }
     }
 

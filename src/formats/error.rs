@@ -20,6 +20,15 @@ pub enum FormatError {
     Index { path: PathBuf, reason: String },
     #[error("tensor `{name}` is missing from {location}")]
     Missing { name: String, location: String },
+    #[error(
+        "tensor `{name}` is missing from {location}: the index has it in `{shard}`, which does not \
+         hold it; download the shard again"
+    )]
+    Promised {
+        name: String,
+        location: String,
+        shard: String,
+    },
     #[error("tensor `{name}`: shape {found:?}, expected {expected:?}")]
     Shape {
         name: String,

@@ -3,6 +3,7 @@
 //! The `safetensors` crate keeps maps of owned names, which for a model of many small experts are
 //! a sizeable part of the file, and its errors rarely say which of 450,000 tensors is at fault.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::Path;
 
@@ -13,14 +14,14 @@ use super::{Bytes, Dtype, FormatError};
 
 /// Longest header that is parsed, as in the reference implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
-/// Most dimensions a tensor may have.
-pub const MAX_DIMS: usize = 4;
+/// Dimensions that are told apart: an image patch embedding has five, no weight that is read more
+/// than three. What lies beyond is multiplied into the last.
+pub const MAX_DIMS: usize = 5;
 
-/// One tensor of a file; 40 bytes, since a large checkpoint has half a million of them.
+/// One tensor of a file; 56 bytes, since a large checkpoint has half a million of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
-    /// Where its name stands in the file: offset and length
-    name: (u32, u32),
+    name: NamePlace,
     shape: [u32; MAX_DIMS],
     /// Of its first byte in the file
     start: u64,
@@ -29,10 +30,32 @@ pub struct Entry {
     ndim: u8,
 }
 
+/// Where a tensor's name stands: offset and length.
+#[derive(Clone, Copy, Debug)]
+enum NamePlace {
+    /// In the file
+    Header(u32, u32),
+    /// Among the names of the file that are written with JSON escapes
+    Escaped(u32, u32),
+}
+
+/// A file of tensors, as far as their names need it.
+#[derive(Clone, Debug)]
+pub struct Shard {
+    pub data: Bytes,
+    /// The names that the header writes with escapes, unescaped, one after the other
+    escaped_names: String,
+}
+
 impl Entry {
-    /// Its name, in the `file` it was read from.
-    pub fn name<'a>(&self, file: &'a [u8]) -> &'a [u8] {
-        &file[self.name.0 as usize..][..self.name.1 as usize]
+    /// Its name, in the `shard` it was read from.
+    pub fn name<'a>(&self, shard: &'a Shard) -> &'a str {
+        let (bytes, at, len): (&[u8], _, _) = match self.name {
+            NamePlace::Header(at, len) => (&shard.data, at, len),
+            NamePlace::Escaped(at, len) => (shard.escaped_names.as_bytes(), at, len),
+        };
+        std::str::from_utf8(&bytes[at as usize..][..len as usize])
+            .expect("part of a header that was UTF-8 when it was read")
     }
 
     pub fn shape(&self) -> impl ExactSizeIterator<Item = usize> {
@@ -43,8 +66,8 @@ impl Entry {
     /// First byte in the file and the one after the last.
     pub fn range(&self) -> std::ops::Range<usize> {
         let start = self.start as usize;
-        let len = self.shape().product::<usize>() * self.dtype.size_bytes();
-        start..start + len
+        let elements: u64 = self.shape().map(|d| d as u64).product();
+        start..start + (elements * self.dtype.bits() / 8) as usize
     }
 }
 
@@ -52,7 +75,7 @@ impl Entry {
 ///
 /// # Errors
 /// Names `path`, and the tensor if it is one tensor's fault.
-pub fn read(path: &Path, file: &Bytes, shard: u16) -> Result<Vec<Entry>, FormatError> {
+pub fn read(path: &Path, file: &Bytes, shard: u16) -> Result<(Shard, Vec<Entry>), FormatError> {
     let invalid = |reason: String| FormatError::Safetensors {
         path: path.into(),
         reason,
@@ -80,6 +103,7 @@ pub fn read(path: &Path, file: &Bytes, shard: u16) -> Result<Vec<Entry>, FormatE
     let mut reader = Reader {
         header,
         shard,
+        escaped_names: String::new(),
         // Each tensor's description ends in one brace: room for all, in one piece.
         entries: Vec::with_capacity(header.bytes().filter(|b| *b == b'}').count()),
     };
@@ -87,19 +111,28 @@ pub fn read(path: &Path, file: &Bytes, shard: u16) -> Result<Vec<Entry>, FormatE
     json.deserialize_map(&mut reader)
         .and_then(|()| json.end())
         .map_err(|e| invalid(format!("header: {e}")))?;
-    let mut entries = reader.entries;
-    check_cover(file, &mut entries, 8 + length, data.len()).map_err(invalid)?;
-    Ok(entries)
+    let Reader {
+        mut entries,
+        escaped_names,
+        ..
+    } = reader;
+    let data_len = data.len();
+    let shard = Shard {
+        data: file.clone(),
+        escaped_names,
+    };
+    check_cover(&shard, &mut entries, 8 + length, data_len).map_err(invalid)?;
+    Ok((shard, entries))
 }
 
 /// The tensors must cover the data without overlap or gap: nothing hides in such a file.
 fn check_cover(
-    file: &[u8],
+    shard: &Shard,
     entries: &mut [Entry],
     data_start: usize,
     data_len: usize,
 ) -> Result<(), String> {
-    let name = |e: &Entry| String::from_utf8_lossy(e.name(file)).into_owned();
+    let name = |e: &Entry| e.name(shard).to_owned();
     entries.sort_unstable_by_key(|e| (e.start, e.range().end));
     let mut end = data_start;
     let mut previous: Option<&Entry> = None;
@@ -139,12 +172,18 @@ fn check_cover(
 struct Reader<'a> {
     header: &'a str,
     shard: u16,
+    escaped_names: String,
     entries: Vec<Entry>,
 }
 
+/// A string of the header: a part of it, or a copy where it is written with escapes.
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
 #[derive(Deserialize)]
 struct Description<'a> {
-    dtype: &'a str,
+    #[serde(borrow)]
+    dtype: Cow<'a, str>,
     shape: Vec<u64>,
     data_offsets: (u64, u64),
 }
@@ -157,8 +196,7 @@ impl<'de> Visitor<'de> for &mut Reader<'de> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        // A borrowed key: names with escaped characters, which no writer has reason for, fail here.
-        while let Some(name) = map.next_key::<&'de str>()? {
+        while let Some(Text(name)) = map.next_key()? {
             if name == "__metadata__" {
                 map.next_value::<IgnoredAny>()?;
                 continue;
@@ -167,36 +205,52 @@ impl<'de> Visitor<'de> for &mut Reader<'de> {
             let found = map
                 .next_value()
                 .map_err(|e: A::Error| blame(e.to_string()))?;
-            self.entries.push(self.entry(name, &found).map_err(blame)?);
+            let place = self.place(&name);
+            let entry = self.entry(place, &found).map_err(blame)?;
+            self.entries.push(entry);
         }
         Ok(())
     }
 }
 
 impl Reader<'_> {
-    fn entry(&self, name: &str, found: &Description) -> Result<Entry, String> {
-        let dtype = Dtype::parse(found.dtype).ok_or_else(|| {
-            format!(
-                "dtype {}, expected F32, F16, BF16, U8, I8, I32 or I64",
-                found.dtype
-            )
-        })?;
-        if found.shape.len() > MAX_DIMS {
-            return Err(format!(
-                "shape {:?}, expected at most {MAX_DIMS} dimensions",
-                found.shape
-            ));
+    /// Where `name` can be read later: in the header that it was borrowed from, or among the names
+    /// that are kept because they were written with escapes.
+    fn place(&mut self, name: &str) -> NamePlace {
+        if self
+            .header
+            .as_bytes()
+            .as_ptr_range()
+            .contains(&name.as_ptr())
+        {
+            // The header starts at byte 8 of the file.
+            let at = 8 + name.as_ptr().addr() - self.header.as_ptr().addr();
+            return NamePlace::Header(at as u32, name.len() as u32);
         }
+        let at = self.escaped_names.len();
+        self.escaped_names.push_str(name);
+        NamePlace::Escaped(at as u32, name.len() as u32)
+    }
+
+    fn entry(&self, name: NamePlace, found: &Description) -> Result<Entry, String> {
+        let dtype = Dtype::parse(&found.dtype)
+            .ok_or_else(|| format!("dtype {}, which safetensors does not have", found.dtype))?;
+        let (start, end) = found.data_offsets;
+        let bits = found
+            .shape
+            .iter()
+            .try_fold(dtype.bits(), |n, &d| n.checked_mul(d));
+        let bytes = bits.filter(|n| n % 8 == 0).map(|n| n / 8);
         let mut shape = [0; MAX_DIMS];
-        for (to, &from) in shape.iter_mut().zip(&found.shape) {
+        let last = found.shape.len().min(MAX_DIMS).saturating_sub(1);
+        let beyond = found.shape.iter().skip(last);
+        let beyond = beyond.fold(1u64, |n, &d| n.saturating_mul(d));
+        let dims = found.shape.iter().take(last).copied();
+        let dims = dims.chain((!found.shape.is_empty()).then_some(beyond));
+        for (to, from) in shape.iter_mut().zip(dims) {
             *to = u32::try_from(from)
                 .map_err(|_| format!("shape {:?} is beyond any real tensor", found.shape))?;
         }
-        let (start, end) = found.data_offsets;
-        let bytes = found
-            .shape
-            .iter()
-            .try_fold(dtype.size_bytes() as u64, |n, &d| n.checked_mul(d));
         // Far beyond any file, and far from overflow in the sums to come.
         if end > 1 << 60 || bytes.is_none() || end.checked_sub(start) != bytes {
             return Err(format!(
@@ -205,15 +259,13 @@ impl Reader<'_> {
                 dtype.name()
             ));
         }
-        // The name is borrowed from the header, which starts at byte 8 of the file.
-        let at = 8 + name.as_ptr().addr() - self.header.as_ptr().addr();
         Ok(Entry {
-            name: (at as u32, name.len() as u32),
+            name,
             shape,
             start: 8 + self.header.len() as u64 + start,
             shard: self.shard,
             dtype,
-            ndim: found.shape.len() as u8,
+            ndim: found.shape.len().min(MAX_DIMS) as u8,
         })
     }
 }

@@ -3,13 +3,15 @@
 use std::ops::Range;
 
 use super::nf4::Nf4Matrix;
-use super::{Bytes, Dtype};
+use super::{Bytes, Dtype, Gathered};
 
 /// A weight `[rows, cols]`, row-major, still in its stored form. A view: cloning copies no data.
 #[derive(Clone, Debug)]
 pub enum Matrix {
     Dense(DenseMatrix),
     Nf4(Nf4Matrix),
+    /// Rows of other matrices
+    Gathered(Box<Gathered>),
 }
 
 /// Rows of plain floats.
@@ -27,6 +29,7 @@ impl Matrix {
         match self {
             Matrix::Dense(m) => m.rows,
             Matrix::Nf4(m) => m.rows,
+            Matrix::Gathered(m) => m.rows(),
         }
     }
 
@@ -34,6 +37,7 @@ impl Matrix {
         match self {
             Matrix::Dense(m) => m.cols,
             Matrix::Nf4(m) => m.cols,
+            Matrix::Gathered(m) => m.cols(),
         }
     }
 
@@ -46,6 +50,7 @@ impl Matrix {
                 ..m.clone()
             }),
             Matrix::Nf4(m) => Matrix::Nf4(m.clone()),
+            Matrix::Gathered(m) => m.materialize(),
         }
     }
 
@@ -54,6 +59,7 @@ impl Matrix {
         match self {
             Matrix::Dense(m) => m.data.len(),
             Matrix::Nf4(m) => m.stored_bytes(),
+            Matrix::Gathered(m) => m.stored_bytes(),
         }
     }
 
@@ -70,6 +76,7 @@ impl Matrix {
                     .widen(&m.data[rows.start * row_bytes..rows.end * row_bytes], out);
             }
             Matrix::Nf4(m) => m.dequantize_rows(rows, out),
+            Matrix::Gathered(m) => m.dequantize_rows(rows, out),
         }
     }
 
@@ -81,14 +88,18 @@ impl Matrix {
                 m.data.release(rows.start * row_bytes..rows.end * row_bytes);
             }
             Matrix::Nf4(m) => m.release_rows(rows),
+            // Others may still want the same rows: all of it goes at the end.
+            Matrix::Gathered(_) => {}
         }
     }
 
     /// [`release_rows`](Self::release_rows) of all of it, scales included.
     pub fn release(&self) {
         self.release_rows(0..self.rows());
-        if let Matrix::Nf4(m) = self {
-            m.absmax_bytes().for_each(|b| b.release(0..b.len()));
+        match self {
+            Matrix::Dense(_) => {}
+            Matrix::Nf4(m) => m.absmax_bytes().for_each(|b| b.release(0..b.len())),
+            Matrix::Gathered(m) => m.parts().for_each(Matrix::release),
         }
     }
 
@@ -100,6 +111,7 @@ impl Matrix {
                 m.packed.read_ahead(0..m.packed.len());
                 m.absmax_bytes().for_each(|b| b.read_ahead(0..b.len()));
             }
+            Matrix::Gathered(m) => m.parts().for_each(Matrix::read_ahead),
         }
     }
 

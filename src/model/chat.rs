@@ -1,16 +1,13 @@
 //! Conversations to prompt text, by the Jinja template a model ships, as transformers renders it.
 
-use std::fmt::Write;
-
-use chrono::Local;
-use minijinja::syntax::SyntaxConfig;
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, Value as Jinja};
+use minijinja::{Environment, Error, Value as Jinja};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
-use super::python_json;
-use super::tokenizer::SpecialToken;
+use super::jinja::{self, Raised};
+use super::tokenizer_config::TokenizerConfig;
+use crate::formats::json;
 
 /// A chat template that cannot be read, or a conversation it cannot render.
 #[derive(Debug, Error)]
@@ -59,19 +56,22 @@ pub struct ChatTemplate {
     special_tokens: Vec<(String, Jinja)>,
 }
 
+/// What a template gets beside the messages.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TemplateInputs<'a> {
+    /// JSON array of function descriptions, as in the OpenAI API
+    pub tools: Option<&'a Value>,
+    /// JSON array of objects with `title` and `text`
+    pub documents: Option<&'a Value>,
+    /// Further variables by name (`chat_template_kwargs`), such as `enable_thinking`
+    pub variables: Option<&'a Map<String, Value>>,
+    /// End with the opening of the assistant's turn
+    pub add_generation_prompt: bool,
+}
+
 const DEFAULT: &str = "default";
 /// The name transformers looks for, before the default, when tools are given.
 const TOOL_USE: &str = "tool_use";
-
-const SPECIAL_TOKENS: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-];
 
 #[derive(Deserialize)]
 struct NamedTemplate {
@@ -92,74 +92,78 @@ impl ChatTemplate {
         tokenizer_config_json: Option<&[u8]>,
         chat_template_jinja: Option<&[u8]>,
     ) -> Result<Option<Self>, ChatError> {
-        let mut config: Map<String, Value> = match tokenizer_config_json {
-            Some(bytes) => serde_json::from_slice(bytes).map_err(ChatError::Config)?,
+        let mut fields: Map<String, Value> = match tokenizer_config_json {
+            Some(bytes) => json::from_slice(bytes).map_err(ChatError::Config)?,
             None => Map::new(),
         };
-        let templates = match (chat_template_jinja, config.remove("chat_template")) {
+        let templates = match (chat_template_jinja, fields.remove("chat_template")) {
             (Some(file), _) => vec![(DEFAULT.to_owned(), std::str::from_utf8(file)?.to_owned())],
             (None, None | Some(Value::Null)) => return Ok(None),
             (None, Some(Value::String(source))) => vec![(DEFAULT.to_owned(), source)],
             (None, Some(list)) => named_templates(list)?,
         };
+        let config =
+            TokenizerConfig::deserialize(Value::Object(fields)).map_err(ChatError::Config)?;
 
-        let mut environment = environment()?;
+        let mut environment = jinja::environment()?;
         for (name, source) in templates {
-            environment.add_template_owned(name, source)?;
+            environment.add_template_owned(name, jinja::prepare(&source))?;
         }
+        let special_tokens = config.template_variables().into_iter();
         Ok(Some(ChatTemplate {
             environment,
-            special_tokens: special_tokens(&mut config)?,
+            special_tokens: special_tokens
+                .map(|(name, value)| (name, jinja::from_json(&value)))
+                .collect(),
         }))
     }
 
-    /// The prompt text of a conversation.
-    ///
-    /// - `messages`: [`Message`]s, or JSON objects, whose key order is kept
-    /// - `tools`: JSON array of function descriptions, as in the OpenAI API
-    /// - `add_generation_prompt`: end with the opening of the assistant's turn
-    ///
-    /// # Errors
-    /// [`ChatError::Refused`] if the template rejects the conversation, [`ChatError::Template`] if
-    /// it cannot digest it.
+    /// The prompt text of a conversation, without further variables; see
+    /// [`render_with`](Self::render_with).
     pub fn render<M: Serialize>(
         &self,
         messages: &[M],
         tools: Option<&Value>,
         add_generation_prompt: bool,
     ) -> Result<String, ChatError> {
-        self.render_with(messages, tools, add_generation_prompt, &Map::new())
+        let inputs = TemplateInputs {
+            tools,
+            add_generation_prompt,
+            ..TemplateInputs::default()
+        };
+        self.render_with(messages, &inputs)
     }
 
-    /// As [`render`](ChatTemplate::render), with more variables, such as `enable_thinking`.
+    /// The prompt text of a conversation.
+    ///
+    /// - `messages`: [`Message`]s, or JSON objects, whose key order is kept
     ///
     /// # Errors
-    /// As [`render`](ChatTemplate::render).
+    /// [`ChatError::Refused`] if the template rejects the conversation, [`ChatError::Template`] if
+    /// it cannot digest it.
     pub fn render_with<M: Serialize>(
         &self,
         messages: &[M],
-        tools: Option<&Value>,
-        add_generation_prompt: bool,
-        more: &Map<String, Value>,
+        inputs: &TemplateInputs,
     ) -> Result<String, ChatError> {
         let messages = serde_json::to_value(messages).map_err(ChatError::Messages)?;
-        let name = match tools {
+        let name = match inputs.tools {
             Some(_) if self.environment.get_template(TOOL_USE).is_ok() => TOOL_USE,
             _ => DEFAULT,
         };
+        let or_none = |value: Option<&Value>| value.map_or(Jinja::from(()), jinja::from_json);
         let mut variables = self.special_tokens.clone();
-        variables.extend(
-            more.iter()
-                .map(|(name, value)| (name.clone(), jinja(value))),
-        );
+        // Later ones win: over special tokens, not over the conversation.
+        let further = inputs.variables.into_iter().flatten();
+        variables.extend(further.map(|(name, value)| (name.clone(), jinja::from_json(value))));
         variables.extend([
-            ("messages".to_owned(), jinja(&messages)),
-            ("tools".to_owned(), tools.map_or(Jinja::from(()), jinja)),
+            ("messages".to_owned(), jinja::from_json(&messages)),
+            ("tools".to_owned(), or_none(inputs.tools)),
             // transformers defines it even when unused, and templates test `is none`.
-            ("documents".to_owned(), Jinja::from(())),
+            ("documents".to_owned(), or_none(inputs.documents)),
             (
                 "add_generation_prompt".to_owned(),
-                Jinja::from(add_generation_prompt),
+                Jinja::from(inputs.add_generation_prompt),
             ),
         ]);
         let template = self.environment.get_template(name)?;
@@ -186,64 +190,6 @@ fn named_templates(list: Value) -> Result<Vec<(String, String)>, ChatError> {
         .collect())
 }
 
-fn special_tokens(config: &mut Map<String, Value>) -> Result<Vec<(String, Jinja)>, ChatError> {
-    let mut tokens = Vec::new();
-    for name in SPECIAL_TOKENS {
-        let Some(value) = config.remove(name) else {
-            continue;
-        };
-        let token: Option<SpecialToken> =
-            serde_json::from_value(value).map_err(|error| ChatError::Source {
-                reason: format!("{name}: {error}"),
-            })?;
-        if let Some(token) = token {
-            tokens.push((name.to_owned(), Jinja::from(token.into_text())));
-        }
-    }
-    if let Some(list) = config.get("additional_special_tokens") {
-        tokens.push(("additional_special_tokens".to_owned(), jinja(list)));
-    }
-    Ok(tokens)
-}
-
-/// Jinja with the settings, functions and Python methods that transformers gives to templates.
-fn environment() -> Result<Environment<'static>, Error> {
-    let mut environment = Environment::new();
-    environment.set_syntax(
-        SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()?,
-    );
-    environment.set_auto_escape_callback(|_| AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_filter("tojson", python_json::tojson);
-    environment.add_function("raise_exception", raise_exception);
-    environment.add_function("strftime_now", strftime_now);
-    Ok(environment)
-}
-
-/// Marks an error as the template's own words.
-#[derive(Debug, Error)]
-#[error("{0}")]
-struct Raised(String);
-
-fn raise_exception(message: String) -> Result<Jinja, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
-}
-
-fn strftime_now(format: &str) -> Result<String, Error> {
-    let mut text = String::new();
-    // chrono reports an unknown format character only when writing.
-    write!(text, "{}", Local::now().format(format)).map_err(|_| {
-        Error::new(
-            ErrorKind::InvalidOperation,
-            format!("strftime_now: format `{format}` is not valid"),
-        )
-    })?;
-    Ok(text)
-}
-
 impl From<Error> for ChatError {
     fn from(error: Error) -> Self {
         let raised = std::error::Error::source(&error).and_then(|e| e.downcast_ref::<Raised>());
@@ -259,20 +205,5 @@ impl From<Error> for ChatError {
                 },
             },
         }
-    }
-}
-
-fn jinja(value: &Value) -> Jinja {
-    match value {
-        Value::Null => Jinja::from(()),
-        Value::Bool(b) => Jinja::from(*b),
-        Value::Number(n) => match (n.as_i64(), n.as_u64()) {
-            (Some(n), _) => Jinja::from(n),
-            (None, Some(n)) => Jinja::from(n),
-            (None, None) => Jinja::from(n.as_f64()),
-        },
-        Value::String(s) => Jinja::from(s.as_str()),
-        Value::Array(items) => items.iter().map(jinja).collect(),
-        Value::Object(map) => Jinja::from_pairs(map.iter().map(|(k, v)| (k.as_str(), jinja(v)))),
     }
 }

@@ -1,12 +1,15 @@
 //! config.json: which model this is, and whether its numbers make sense.
 
 use serde_json::{Map, Value};
-use thiserror::Error;
 
+pub use super::fields::ConfigError;
+
+use super::families::qwen3_moe::NO_SHARED_EXPERT;
+use super::families::{self, Defaults, Family};
+use super::fields::Fields;
+use super::rope::RopeConfig;
 use crate::backend::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
-
-/// `model_type` values this program runs.
-pub const SUPPORTED: &[&str] = &["qwen3_next"];
+use crate::formats::json;
 
 /// The field of config.json that marks a model with random weights, see [`synth`](super::synth).
 pub const SYNTHETIC_FIELD: &str = "moectl_synthetic";
@@ -15,6 +18,7 @@ pub const SYNTHETIC_FIELD: &str = "moectl_synthetic";
 #[derive(Clone, Debug)]
 pub struct ModelConfig {
     pub model_type: String,
+    pub family: &'static Family,
     pub shape: ModelShape,
     pub tie_word_embeddings: bool,
     pub max_position_embeddings: usize,
@@ -22,130 +26,54 @@ pub struct ModelConfig {
     pub synthetic: bool,
 }
 
-/// Why a config.json cannot be used.
-#[derive(Debug, Error)]
-pub enum ConfigError {
-    #[error("config.json: not valid JSON: {0}")]
-    Json(#[from] serde_json::Error),
-    #[error(
-        "config.json: model_type `{found}` is not supported; supported: {}",
-        SUPPORTED.join(", ")
-    )]
-    ModelType { found: String },
-    #[error("config.json: `{field}` is {found}, expected {expected}")]
-    Field {
-        field: String,
-        found: String,
-        expected: String,
-    },
-}
-
-/// A field with its name, for errors that point at it.
-struct Fields<'a> {
-    root: &'a Map<String, Value>,
-}
-
-impl Fields<'_> {
-    fn wrong(field: &str, found: impl ToString, expected: impl ToString) -> ConfigError {
-        ConfigError::Field {
-            field: field.into(),
-            found: found.to_string(),
-            expected: expected.to_string(),
-        }
-    }
-
-    /// transformers 5.x moved the rotary fields into `rope_parameters`; look there first.
-    fn get(&self, field: &str) -> Option<&Value> {
-        let moved = self
-            .root
-            .get("rope_parameters")
-            .and_then(|rope| rope.get(field));
-        moved
-            .or_else(|| self.root.get(field))
-            .filter(|v| !v.is_null())
-    }
-
-    /// A count of at least one. Bounded far above any real model, so that products of a few
-    /// cannot overflow.
-    fn count(&self, field: &str, default: usize) -> Result<usize, ConfigError> {
-        const LIMIT: u64 = 1 << 24;
-        let Some(value) = self.get(field) else {
-            return Ok(default);
-        };
-        match value.as_u64() {
-            Some(n) if (1..=LIMIT).contains(&n) => Ok(n as usize),
-            _ => Err(Self::wrong(
-                field,
-                value,
-                format!("a whole number from 1 to {LIMIT}"),
-            )),
-        }
-    }
-
-    fn positive(&self, field: &str, default: f64) -> Result<f64, ConfigError> {
-        let Some(value) = self.get(field) else {
-            return Ok(default);
-        };
-        match value.as_f64() {
-            Some(v) if v > 0.0 && v.is_finite() => Ok(v),
-            _ => Err(Self::wrong(field, value, "a number above 0")),
-        }
-    }
-
-    fn flag(&self, field: &str, default: bool) -> Result<bool, ConfigError> {
-        let Some(value) = self.get(field) else {
-            return Ok(default);
-        };
-        value
-            .as_bool()
-            .ok_or_else(|| Self::wrong(field, value, "true or false"))
-    }
-}
-
 impl ModelConfig {
     /// Parses config.json and checks every number against the others.
     ///
-    /// Missing fields take the defaults of transformers' `Qwen3NextConfig`, which differ from the
-    /// published model in places. Source: transformers 4.57.6 and 5.23.0.
+    /// Missing fields take the defaults of the family's config class in transformers, which differ
+    /// from the published models in places. Source: transformers 4.57.6 and 5.24.
     ///
     /// # Errors
     /// An unsupported `model_type`, by name; an impossible number, with what was expected.
-    pub fn parse(json: &[u8]) -> Result<Self, ConfigError> {
-        let root: Map<String, Value> = serde_json::from_slice(json)?;
+    pub fn parse(bytes: &[u8]) -> Result<Self, ConfigError> {
+        let root: Map<String, Value> = json::from_slice(bytes)?;
         let model_type = match root.get("model_type") {
             Some(Value::String(name)) => name.clone(),
-            Some(other) => {
-                return Err(ConfigError::ModelType {
-                    found: other.to_string(),
-                });
-            }
-            None => {
-                return Err(ConfigError::ModelType {
-                    found: "(none)".into(),
-                });
+            other => {
+                let found = other.map_or("(none)".into(), Value::to_string);
+                return Err(ConfigError::ModelType { found });
             }
         };
-        if !SUPPORTED.contains(&model_type.as_str()) {
+        let Some(family) = families::of(&model_type) else {
             return Err(ConfigError::ModelType { found: model_type });
-        }
-        let fields = Fields { root: &root };
+        };
+        let whole = Fields::new(&root, "");
+        // A model that also sees images keeps what its text part is in an object of its own.
+        let fields = match root.get("text_config") {
+            Some(Value::Object(text)) => Fields::new(text, "text_config"),
+            _ => Fields::new(&root, ""),
+        };
         reject_what_is_not_built(&fields)?;
-        let mixers = mixers(&fields)?;
+        let defaults = &family.defaults;
+        let mixers = mixers(&fields, family)?;
+        let positions = fields.count("max_position_embeddings", 32_768)?;
+        let rope = RopeConfig::parse(&fields, 10_000.0, defaults.partial_rotary_factor)?;
         let shape = ModelShape {
-            vocab_size: fields.count("vocab_size", 151_936)?,
+            vocab_size: fields.count("vocab_size", defaults.vocab_size)?,
             hidden_size: fields.count("hidden_size", 2048)?,
             rms_norm_eps: fields.positive("rms_norm_eps", 1e-6)? as f32,
-            attention: attention(&fields)?,
+            attention: attention(&fields, defaults, &rope)?,
             delta_net: delta_net(&fields)?,
-            moe: moe(&fields, mixers.len())?,
+            moe: moe(&fields, family, mixers.len())?,
             mixers,
         };
+        let tied = |fields: &Fields| fields.flag("tie_word_embeddings", false);
         Ok(ModelConfig {
             model_type,
+            family,
             shape,
-            tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
-            max_position_embeddings: fields.count("max_position_embeddings", 32_768)?,
-            synthetic: fields.get(SYNTHETIC_FIELD).is_some(),
+            tie_word_embeddings: tied(&whole)? || tied(&fields)?,
+            max_position_embeddings: positions.max(rope.scaled_positions.unwrap_or(0)),
+            synthetic: whole.optional(SYNTHETIC_FIELD).is_some(),
         })
     }
 }
@@ -158,32 +86,17 @@ fn reject_what_is_not_built(fields: &Fields) -> Result<(), ConfigError> {
     {
         return Err(Fields::wrong("hidden_act", act, "\"silu\""));
     }
-    if fields.flag("attention_bias", false)? {
-        return Err(Fields::wrong("attention_bias", true, "false"));
-    }
-    if let Some(scaling) = fields.get("rope_scaling") {
-        return Err(Fields::wrong(
-            "rope_scaling",
-            scaling,
-            "null: scaled rotary is not built",
-        ));
-    }
-    let rope_type = fields
-        .get("rope_type")
-        .filter(|kind| kind.as_str() != Some("default"));
-    if let Some(kind) = rope_type {
-        return Err(Fields::wrong(
-            "rope_parameters.rope_type",
-            kind,
-            "\"default\"",
-        ));
+    for flag in ["attention_bias", "use_sliding_window"] {
+        if fields.flag(flag, false)? {
+            return Err(Fields::wrong(flag, true, "false"));
+        }
     }
     Ok(())
 }
 
-fn mixers(fields: &Fields) -> Result<Vec<MixerKind>, ConfigError> {
+fn mixers(fields: &Fields, family: &Family) -> Result<Vec<MixerKind>, ConfigError> {
     const MOST_LAYERS: usize = 4096;
-    let layers = fields.count("num_hidden_layers", 48)?;
+    let layers = fields.count("num_hidden_layers", family.defaults.layers)?;
     if layers > MOST_LAYERS {
         return Err(Fields::wrong(
             "num_hidden_layers",
@@ -191,7 +104,10 @@ fn mixers(fields: &Fields) -> Result<Vec<MixerKind>, ConfigError> {
             format!("at most {MOST_LAYERS}"),
         ));
     }
-    let Some(types) = fields.get("layer_types") else {
+    let Some(types) = fields.optional("layer_types") else {
+        if family.delta_net.is_none() {
+            return Ok(vec![MixerKind::GatedAttention; layers]);
+        }
         let interval = fields.count("full_attention_interval", 4)?;
         return Ok((1..=layers)
             .map(|i| match i % interval {
@@ -213,7 +129,7 @@ fn mixers(fields: &Fields) -> Result<Vec<MixerKind>, ConfigError> {
     }
     list.iter()
         .map(|name| match name.as_str() {
-            Some("linear_attention") => Ok(MixerKind::GatedDeltaNet),
+            Some("linear_attention") if family.delta_net.is_some() => Ok(MixerKind::GatedDeltaNet),
             Some("full_attention") => Ok(MixerKind::GatedAttention),
             _ => Err(Fields::wrong(
                 "layer_types",
@@ -224,10 +140,17 @@ fn mixers(fields: &Fields) -> Result<Vec<MixerKind>, ConfigError> {
         .collect()
 }
 
-fn attention(fields: &Fields) -> Result<AttentionShape, ConfigError> {
-    let num_attention_heads = fields.count("num_attention_heads", 16)?;
-    let num_key_value_heads = fields.count("num_key_value_heads", 2)?;
-    let head_dim = fields.count("head_dim", 256)?;
+fn attention(
+    fields: &Fields,
+    defaults: &Defaults,
+    rope: &RopeConfig,
+) -> Result<AttentionShape, ConfigError> {
+    let num_attention_heads = fields.count("num_attention_heads", defaults.num_attention_heads)?;
+    let num_key_value_heads = fields.count("num_key_value_heads", defaults.num_key_value_heads)?;
+    let head_dim = match (defaults.head_dim, fields.optional("head_dim")) {
+        (None, None) => fields.count("hidden_size", 2048)? / num_attention_heads,
+        _ => fields.count("head_dim", defaults.head_dim.unwrap_or(0))?,
+    };
     if !num_attention_heads.is_multiple_of(num_key_value_heads) {
         let expected = format!("a divisor of num_attention_heads = {num_attention_heads}");
         return Err(Fields::wrong(
@@ -236,7 +159,7 @@ fn attention(fields: &Fields) -> Result<AttentionShape, ConfigError> {
             expected,
         ));
     }
-    let factor = fields.positive("partial_rotary_factor", 0.25)?;
+    let factor = rope.partial_rotary_factor;
     let rotary_dim = (head_dim as f64 * factor) as usize;
     if factor > 1.0 || rotary_dim == 0 || !rotary_dim.is_multiple_of(2) {
         let expected = format!("a share of head_dim = {head_dim} that is a positive even number");
@@ -247,7 +170,7 @@ fn attention(fields: &Fields) -> Result<AttentionShape, ConfigError> {
         num_key_value_heads,
         head_dim,
         rotary_dim,
-        rope_theta: fields.positive("rope_theta", 10_000.0)?,
+        rope: rope.rope.clone(),
     })
 }
 
@@ -273,13 +196,14 @@ fn delta_net(fields: &Fields) -> Result<DeltaNetShape, ConfigError> {
     Ok(shape)
 }
 
-fn moe(fields: &Fields, layers: usize) -> Result<MoeShape, ConfigError> {
-    let num_experts = fields.count("num_experts", 512)?;
+fn moe(fields: &Fields, family: &Family, layers: usize) -> Result<MoeShape, ConfigError> {
+    let defaults = &family.defaults;
+    let num_experts = fields.count("num_experts", defaults.num_experts)?;
     // Routing events carry ids as u16.
     if num_experts > usize::from(u16::MAX) + 1 {
         return Err(Fields::wrong("num_experts", num_experts, "at most 65536"));
     }
-    let num_experts_per_tok = fields.count("num_experts_per_tok", 10)?;
+    let num_experts_per_tok = fields.count("num_experts_per_tok", defaults.num_experts_per_tok)?;
     if num_experts_per_tok > num_experts {
         let expected = format!("at most num_experts = {num_experts}");
         return Err(Fields::wrong(
@@ -289,7 +213,7 @@ fn moe(fields: &Fields, layers: usize) -> Result<MoeShape, ConfigError> {
         ));
     }
     let step = fields.count("decoder_sparse_step", 1)?;
-    let dense = fields.get("mlp_only_layers").and_then(Value::as_array);
+    let dense = fields.optional("mlp_only_layers").and_then(Value::as_array);
     if let Some(layer) = dense.and_then(|list| list.first()) {
         let expected = "no dense layers: every published checkpoint has experts in each";
         return Err(Fields::wrong("mlp_only_layers", layer, expected));
@@ -304,15 +228,21 @@ fn moe(fields: &Fields, layers: usize) -> Result<MoeShape, ConfigError> {
     Ok(MoeShape {
         num_experts,
         num_experts_per_tok,
-        moe_intermediate_size: fields.count("moe_intermediate_size", 512)?,
-        shared_expert_intermediate_size: fields.count("shared_expert_intermediate_size", 512)?,
-        norm_topk_prob: fields.flag("norm_topk_prob", true)?,
+        moe_intermediate_size: fields
+            .count("moe_intermediate_size", defaults.moe_intermediate_size)?,
+        shared_expert_intermediate_size: match family.shared_expert {
+            true => fields.count("shared_expert_intermediate_size", 512)?,
+            false => NO_SHARED_EXPERT,
+        },
+        norm_topk_prob: family.always_norm_topk
+            || fields.flag("norm_topk_prob", defaults.norm_topk_prob)?,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{Rope, RopeScaling};
 
     fn parse(fields: &str) -> Result<ModelConfig, ConfigError> {
         ModelConfig::parse(format!(r#"{{"model_type": "qwen3_next"{fields}}}"#).as_bytes())
@@ -327,8 +257,30 @@ mod tests {
             .filter(|&i| config.shape.mixers[i] == MixerKind::GatedAttention)
             .collect();
         assert_eq!(full, (0..12).map(|i| 4 * i + 3).collect::<Vec<_>>());
-        assert_eq!(config.shape.attention.rope_theta, 10_000.0);
+        assert_eq!(config.shape.attention.rope, Rope::plain(10_000.0));
         assert_eq!(config.shape.attention.rotary_dim, 64);
+    }
+
+    #[test]
+    fn every_family_has_the_defaults_of_its_class() {
+        let shape = |json: &str| ModelConfig::parse(json.as_bytes()).unwrap().shape;
+        let qwen3 = shape(r#"{"model_type": "qwen3_moe", "layer_types": null}"#);
+        assert!(qwen3.mixers.iter().all(|m| *m == MixerKind::GatedAttention));
+        assert_eq!(
+            (qwen3.attention.head_dim, qwen3.attention.rotary_dim),
+            (64, 64)
+        );
+        assert!(!qwen3.moe.norm_topk_prob);
+        let text = r#"{"norm_topk_prob": false, "num_experts_per_tok": 4}"#;
+        let qwen3_5 = shape(&format!(
+            r#"{{"model_type": "qwen3_5_moe", "text_config": {text}, "num_experts": 7}}"#
+        ));
+        assert_eq!(qwen3_5.num_layers(), 40);
+        assert_eq!(
+            (qwen3_5.moe.num_experts, qwen3_5.moe.num_experts_per_tok),
+            (256, 4)
+        );
+        assert!(qwen3_5.moe.norm_topk_prob);
     }
 
     #[test]
@@ -338,8 +290,92 @@ mod tests {
             "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.5, "rope_type": "default"}"#,
         )
         .unwrap();
-        assert_eq!(config.shape.attention.rope_theta, 1e7);
+        assert_eq!(config.shape.attention.rope, Rope::plain(1e7));
         assert_eq!(config.shape.attention.rotary_dim, 128);
+    }
+
+    #[test]
+    fn null_is_missing_only_where_transformers_takes_it_so() {
+        let config =
+            parse(r#", "layer_types": null, "rope_scaling": null, "rope_parameters": null"#);
+        assert_eq!(config.unwrap().shape.num_layers(), 48);
+        let config = parse(r#", "norm_topk_prob": null, "attention_bias": null"#).unwrap();
+        assert!(!config.shape.moe.norm_topk_prob);
+        let error = parse(r#", "hidden_size": null"#).unwrap_err().to_string();
+        assert!(
+            error.contains("`hidden_size` is null, expected a whole number"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn json_is_read_as_python_reads_it() {
+        let config =
+            parse(r#", "router_aux_loss_coef": NaN, "hidden_size": 64, "hidden_size": 128"#);
+        assert_eq!(config.unwrap().shape.hidden_size, 128);
+        let error = parse(r#", "rms_norm_eps": NaN"#).unwrap_err().to_string();
+        assert!(error.contains("`rms_norm_eps` is \"NaN\""), "{error}");
+    }
+
+    #[test]
+    fn yarn_is_read_in_every_place_and_lengthens_the_context() {
+        for fields in [
+            r#""rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+                "original_max_position_embeddings": 262144}"#,
+            r#""rope_scaling": {"type": "yarn", "factor": 4}"#,
+            r#""rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000000,
+                "partial_rotary_factor": 0.25, "original_max_position_embeddings": 262144}"#,
+        ] {
+            let flat = r#", "rope_theta": 1e7, "max_position_embeddings": 262144, "#;
+            let config = parse(&format!("{flat}{fields}")).unwrap();
+            assert_eq!(config.max_position_embeddings, 1_048_576);
+            let rope = config.shape.attention.rope;
+            assert_eq!(rope.theta, 1e7);
+            assert!((rope.attention_factor() - 1.138_629_4).abs() < 1e-7);
+            let RopeScaling::Yarn(yarn) = rope.scaling else {
+                panic!("{rope:?}");
+            };
+            assert_eq!(yarn.original_max_position_embeddings, 262_144.0);
+        }
+        for plain in [
+            r#", "rope_scaling": {"rope_type": "default"}"#,
+            r#", "rope_scaling": {"type": "mrope", "mrope_section": [11, 11, 10]}"#,
+            r#", "rope_scaling": {}"#,
+        ] {
+            assert_eq!(
+                parse(plain).unwrap().shape.attention.rope,
+                Rope::plain(10_000.0)
+            );
+        }
+    }
+
+    #[test]
+    fn rotary_fields_that_nobody_carries_out_are_refused() {
+        for (fields, expected) in [
+            (
+                r#", "rope_parameters": {"full_attention": {"rope_theta": 1e7}}"#,
+                "`rope_parameters.full_attention` is ",
+            ),
+            (
+                r#", "rope_scaling": {"rope_type": "longrope", "factor": 2.0}"#,
+                "`rope_scaling.rope_type` is \"longrope\", expected \"default\", \"linear\"",
+            ),
+            (
+                r#", "rope_scaling": {"rope_type": "yarn"}"#,
+                "`factor` is missing",
+            ),
+            (
+                r#", "rope_scaling": {"rope_type": "yarn", "factor": 0.5}"#,
+                "`factor` is 0.5, expected a number from 1",
+            ),
+            (
+                r#", "rope_scaling": "yarn""#,
+                "`rope_scaling` is \"yarn\", expected an object",
+            ),
+        ] {
+            let error = parse(fields).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]
@@ -386,7 +422,8 @@ mod tests {
             .to_string();
         assert_eq!(
             error,
-            "config.json: model_type `llama` is not supported; supported: qwen3_next"
+            "config.json: model_type `llama` is not supported; supported: qwen3_next, qwen3_5_moe, \
+             qwen3_5_moe_text, qwen3_moe"
         );
     }
 }

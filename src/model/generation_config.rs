@@ -1,7 +1,12 @@
 //! How a model wants to be sampled and where it stops: generation_config.json.
 
+use std::collections::BTreeSet;
+
 use serde::Deserialize;
+use serde_json::{Map, Value};
 use thiserror::Error;
+
+use crate::formats::json;
 
 /// A generation_config.json or config.json with a field that makes no sense.
 #[derive(Debug, Error)]
@@ -31,7 +36,66 @@ pub struct GenerationConfig {
     pub top_p: Option<f32>,
     pub min_p: Option<f32>,
     pub repetition_penalty: Option<f32>,
+    pub suppressed: Suppressed,
+    /// Fields that transformers obeys and nobody here does, with their values
+    pub unheeded: Vec<(&'static str, Value)>,
 }
+
+/// Tokens that may not follow: `suppress_tokens`, `begin_suppress_tokens` and `bad_words_ids`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Suppressed {
+    always: Vec<u32>,
+    at_begin: Vec<u32>,
+    /// Of each, the last token may not follow the others.
+    sequences: Vec<Vec<u32>>,
+}
+
+impl Suppressed {
+    pub fn is_empty(&self) -> bool {
+        self.always.is_empty() && self.at_begin.is_empty() && self.sequences.is_empty()
+    }
+
+    /// Tokens before the next one that tell what may not follow.
+    pub fn longest_sequence(&self) -> usize {
+        self.sequences.iter().map(Vec::len).max().unwrap_or(0)
+    }
+
+    /// What may not follow `recent`, the last ids of prompt and text; `first` for the first token
+    /// that is generated.
+    pub fn after(&self, recent: &[u32], first: bool) -> impl Iterator<Item = u32> {
+        let at_begin: &[u32] = if first { &self.at_begin } else { &[] };
+        let ends = self.sequences.iter().filter_map(|sequence| {
+            let (last, before) = sequence.split_last()?;
+            recent.ends_with(before).then_some(*last)
+        });
+        (self.always.iter().chain(at_begin).copied()).chain(ends)
+    }
+}
+
+/// Fields of transformers' `GenerationConfig` that change which tokens are generated and are not
+/// carried out, with the number that changes nothing.
+const UNHEEDED: [(&str, f64); 20] = [
+    ("diversity_penalty", 0.0),
+    ("encoder_no_repeat_ngram_size", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("exponential_decay_length_penalty", f64::NAN),
+    ("force_words_ids", f64::NAN),
+    ("forced_bos_token_id", f64::NAN),
+    ("forced_eos_token_id", f64::NAN),
+    ("guidance_scale", 1.0),
+    ("min_length", 0.0),
+    ("min_new_tokens", 0.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("num_beams", 1.0),
+    ("penalty_alpha", 0.0),
+    ("sequence_bias", f64::NAN),
+    ("stop_strings", f64::NAN),
+    ("top_h", 1.0),
+    ("typical_p", 1.0),
+    ("watermarking_config", f64::NAN),
+];
 
 #[derive(Default, Deserialize)]
 struct File {
@@ -42,11 +106,41 @@ struct File {
     top_p: Option<f32>,
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
+    suppress_tokens: Option<Vec<u32>>,
+    begin_suppress_tokens: Option<Vec<u32>>,
+    bad_words_ids: Option<Vec<Vec<u32>>>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+impl File {
+    /// A word that is only an end-of-text token is none, as in transformers.
+    fn suppressed(&self, eos: &BTreeSet<u32>) -> Suppressed {
+        let is_eos = |word: &[u32]| matches!(word, [id] if eos.contains(id));
+        let words = self.bad_words_ids.iter().flatten();
+        let words = words.filter(|word| !word.is_empty() && !is_eos(word));
+        Suppressed {
+            always: self.suppress_tokens.clone().unwrap_or_default(),
+            at_begin: self.begin_suppress_tokens.clone().unwrap_or_default(),
+            sequences: words.cloned().collect(),
+        }
+    }
+
+    fn unheeded(&self) -> Vec<(&'static str, Value)> {
+        let set = UNHEEDED.iter().filter_map(|&(field, off)| {
+            let value = self.others.get(field)?;
+            let is_off = value.is_null() || value.as_f64() == Some(off);
+            (!is_off).then(|| (field, value.clone()))
+        });
+        set.collect()
+    }
 }
 
 #[derive(Deserialize)]
 struct ModelFile {
     eos_token_id: Option<OneOrMany>,
+    /// Of a model that also sees images
+    text_config: Option<Box<ModelFile>>,
 }
 
 #[derive(Deserialize)]
@@ -60,15 +154,23 @@ enum OneOrMany {
 }
 
 impl OneOrMany {
-    fn into_vec(self) -> Vec<u32> {
+    fn to_vec(&self) -> Vec<u32> {
         match self {
-            OneOrMany::One(id) => vec![id],
-            OneOrMany::Many(ids) => ids,
+            OneOrMany::One(id) => vec![*id],
+            OneOrMany::Many(ids) => ids.clone(),
         }
     }
 }
 
 impl GenerationConfig {
+    /// What a user should know: fields that transformers would obey.
+    pub fn notes(&self) -> impl Iterator<Item = String> {
+        let note = |(field, value): &(&str, Value)| {
+            format!("note: generation_config.json: {field} is {value}, which is not carried out")
+        };
+        self.unheeded.iter().map(note)
+    }
+
     /// Reads generation_config.json, which may be missing, over config.json.
     ///
     /// Only the stop tokens fall back to config.json. transformers would set top_k to 50 where the
@@ -82,7 +184,7 @@ impl GenerationConfig {
     ) -> Result<Self, GenerationConfigError> {
         let file: File = match generation_config_json {
             Some(bytes) => {
-                serde_json::from_slice(bytes).map_err(|source| GenerationConfigError::Json {
+                json::from_slice(bytes).map_err(|source| GenerationConfigError::Json {
                     file: "generation_config.json",
                     source,
                 })?
@@ -90,7 +192,7 @@ impl GenerationConfig {
             None => File::default(),
         };
         let model: ModelFile =
-            serde_json::from_slice(config_json).map_err(|source| GenerationConfigError::Json {
+            json::from_slice(config_json).map_err(|source| GenerationConfigError::Json {
                 file: "config.json",
                 source,
             })?;
@@ -113,11 +215,16 @@ impl GenerationConfig {
                 });
             }
         }
+        let eos_token_ids = file.eos_token_id.as_ref();
+        let of_text = model.text_config.as_ref();
+        let eos_token_ids = eos_token_ids
+            .or(model.eos_token_id.as_ref())
+            .or(of_text.and_then(|text| text.eos_token_id.as_ref()));
+        let eos_token_ids = eos_token_ids.map_or_else(Vec::new, OneOrMany::to_vec);
         Ok(GenerationConfig {
-            eos_token_ids: file
-                .eos_token_id
-                .or(model.eos_token_id)
-                .map_or_else(Vec::new, OneOrMany::into_vec),
+            suppressed: file.suppressed(&eos_token_ids.iter().copied().collect()),
+            unheeded: file.unheeded(),
+            eos_token_ids,
             do_sample: file.do_sample.unwrap_or(false),
             temperature: file.temperature,
             top_k: file.top_k,

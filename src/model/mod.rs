@@ -2,15 +2,20 @@
 
 pub mod chat;
 pub mod config;
+pub mod families;
+mod fields;
 pub mod generation_config;
-mod python_json;
+pub mod hub;
+mod jinja;
+mod rope;
 pub mod source;
 pub mod synth;
 pub mod tokenizer;
+mod tokenizer_config;
 pub mod weights;
 
-pub use chat::{ChatError, ChatTemplate, Message};
+pub use chat::{ChatError, ChatTemplate, Message, TemplateInputs};
 pub use config::{ConfigError, ModelConfig};
-pub use generation_config::{GenerationConfig, GenerationConfigError};
+pub use generation_config::{GenerationConfig, GenerationConfigError, Suppressed};
 pub use source::{Source, SourceError};
 pub use tokenizer::{Tokenizer, TokenizerError};

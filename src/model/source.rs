@@ -3,17 +3,19 @@
 
 mod fetch;
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
-use hf_hub::{Cache, Repo, RepoType};
+use hf_hub::api::sync::ApiError;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-pub use fetch::RemoteFile;
+pub use super::hub::RemoteFile;
 
 use super::config::{ConfigError, ModelConfig};
+use super::hub::{Hub, is_hub_name};
 use super::synth::{self, Spec, SpecError, SynthError};
+use crate::formats::checkpoint::LFS_POINTER;
 use crate::formats::{Checkpoint, FormatError, ModelId};
 
 /// Name of the built-in model.
@@ -40,15 +42,6 @@ enum Files {
     Synthetic(Box<Spec>),
 }
 
-struct Hub {
-    cache: Cache,
-    repo: Repo,
-    /// `None` when `HF_HUB_OFFLINE` is set.
-    api: Option<ApiRepo>,
-    /// The same without the repository, which tells sizes
-    sizes: Option<Api>,
-}
-
 /// A model that cannot be found or opened.
 #[derive(Debug, Error)]
 pub enum SourceError {
@@ -61,8 +54,19 @@ pub enum SourceError {
     NoBuiltin,
     #[error("{}: has no {file}; expected a model folder", folder.display())]
     MissingFile { folder: PathBuf, file: String },
-    #[error("model {id}: {file} is not in the cache and HF_HUB_OFFLINE is set; unset it to fetch")]
-    Offline { id: String, file: String },
+    #[error("model {id}: {file} is not in the cache, and {reason}")]
+    Offline {
+        id: String,
+        file: String,
+        reason: String,
+    },
+    #[error("model {id}: config.json: the hub cannot be reached: {reason}")]
+    Unreachable { id: String, reason: String },
+    #[error(
+        "{}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder",
+        path.display()
+    )]
+    LfsPointer { path: PathBuf },
     #[error(
         "model {id}: not found on the hub at revision `{revision}`, or not open to you; \
          check the name, or set HF_TOKEN"
@@ -99,7 +103,17 @@ impl Source {
     /// # Errors
     /// [`SourceError::Unknown`] for anything else; a synthetic model that is impossible.
     pub fn resolve(spec: Option<&str>) -> Result<Self, SourceError> {
-        let spec = spec.unwrap_or(BUILTIN);
+        Source::resolve_os(spec.map(OsStr::new))
+    }
+
+    /// [`resolve`](Self::resolve) of what the system gives, which need not be UTF-8.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    pub fn resolve_os(spec: Option<&OsStr>) -> Result<Self, SourceError> {
+        let path = spec.unwrap_or(OsStr::new(BUILTIN));
+        // Only a folder may have a name that is not UTF-8.
+        let spec = &*path.to_string_lossy();
         if spec == BUILTIN {
             if !builtin::present() {
                 return Err(SourceError::NoBuiltin);
@@ -113,7 +127,7 @@ impl Source {
         if let Some(spec) = spec.strip_prefix(synth::PREFIX) {
             return Ok(Source::synthetic(spec.parse()?));
         }
-        let folder = Path::new(spec);
+        let folder = Path::new(path);
         if folder.is_dir() {
             if !folder.join("config.json").is_file() {
                 let file = "config.json".into();
@@ -135,8 +149,7 @@ impl Source {
         if !is_hub_name(name) {
             return Err(SourceError::Unknown { spec: spec.into() });
         }
-        let hub =
-            Hub::new(name, revision.as_deref()).map_err(|e| hub_error(spec, "(connection)", e))?;
+        let hub = Hub::new(name, revision.as_deref())?;
         Ok(Source {
             id: name.into(),
             revision,
@@ -174,15 +187,14 @@ impl Source {
         let path = match &self.files {
             Files::Builtin => return Ok(builtin::read(file).map(<[u8]>::to_vec)),
             Files::Folder(folder) => Some(folder.join(file)).filter(|path| path.is_file()),
-            Files::Hub(hub) => hub.find(&self.id, file, true)?,
+            Files::Hub(hub) => hub.find(file, true)?,
             Files::Synthetic(spec) if file == "config.json" => return Ok(Some(spec.config_json())),
             Files::Synthetic(_) => {
                 let text = TEXT_FILES.contains(&file).then(|| builtin::read(file));
                 return Ok(text.flatten().map(<[u8]>::to_vec));
             }
         };
-        path.map(|path| std::fs::read(&path).map_err(|source| SourceError::Io { path, source }))
-            .transpose()
+        path.map(read_small).transpose()
     }
 
     /// Like [`Source::read`] for a file the model cannot do without.
@@ -230,7 +242,7 @@ impl Source {
                 )?));
             }
             Files::Folder(folder) => Some(folder.clone()),
-            Files::Hub(hub) => hub.weights_folder(&self.id, fetch)?,
+            Files::Hub(hub) => hub.weights_folder(fetch)?,
             Files::Synthetic(spec) => return Ok(Some(spec.checkpoint()?)),
         };
         let has_weights = |folder: &PathBuf| {
@@ -258,117 +270,11 @@ impl Source {
     }
 }
 
-impl Hub {
-    fn new(name: &str, revision: Option<&str>) -> Result<Self, ApiError> {
-        let revision = revision.unwrap_or("main").to_string();
-        let repo = Repo::with_revision(name.into(), RepoType::Model, revision);
-        let offline = std::env::var("HF_HUB_OFFLINE")
-            .is_ok_and(|v| !matches!(v.to_lowercase().as_str(), "" | "0" | "false" | "no"));
-        let sizes = if offline {
-            None
-        } else {
-            let mut builder = ApiBuilder::from_env();
-            if let Ok(token) = std::env::var("HF_TOKEN") {
-                builder = builder.with_token(Some(token));
-            }
-            Some(builder.build()?)
-        };
-        Ok(Hub {
-            cache: Cache::from_env(),
-            api: sizes.as_ref().map(|api| api.repo(repo.clone())),
-            sizes,
-            repo,
-        })
-    }
-
-    /// The file in the cache, by branch or by commit.
-    fn cached(&self, file: &str) -> Option<PathBuf> {
-        let repo = self.cache.repo(self.repo.clone());
-        repo.get(file).or_else(|| {
-            let by_commit = repo.pointer_path(self.repo.revision()).join(file);
-            by_commit.exists().then_some(by_commit)
-        })
-    }
-
-    fn find(&self, id: &str, file: &str, optional: bool) -> Result<Option<PathBuf>, SourceError> {
-        if let Some(path) = self.cached(file) {
-            return Ok(Some(path));
-        }
-        let Some(api) = &self.api else {
-            // Without config.json nothing of the model is here; other files may not exist at all.
-            if file == "config.json" || !optional {
-                return Err(SourceError::Offline {
-                    id: id.into(),
-                    file: file.into(),
-                });
-            }
-            return Ok(None);
-        };
-        match api.download(file) {
-            Ok(path) => Ok(Some(path)),
-            // Every model has this one; without access to a model the hub answers 401 or 403.
-            Err(error)
-                if file == "config.json"
-                    && [401, 403, 404].iter().any(|&s| has_status(&error, s)) =>
-            {
-                Err(SourceError::NotOnHub {
-                    id: id.into(),
-                    revision: self.repo.revision().into(),
-                })
-            }
-            Err(error) if optional && has_status(&error, 404) => Ok(None),
-            Err(error) => Err(hub_error(id, file, error)),
-        }
-    }
-
-    /// The snapshot folder that holds all weights; `None` if they are not here and not fetched.
-    fn weights_folder(&self, id: &str, fetch: bool) -> Result<Option<PathBuf>, SourceError> {
-        const INDEX: &str = "model.safetensors.index.json";
-        const SINGLE: &str = "model.safetensors";
-        let get = |file: &str, optional| match fetch {
-            true => self.find(id, file, optional),
-            false => Ok(self.cached(file)),
-        };
-        let first = match get(INDEX, true)? {
-            Some(index) => {
-                for shard in Checkpoint::shard_names(&index)? {
-                    if get(&shard, false)?.is_none() {
-                        return Ok(None);
-                    }
-                }
-                Some(index)
-            }
-            None => get(SINGLE, false)?,
-        };
-        Ok(first.and_then(|path| path.parent().map(Path::to_path_buf)))
-    }
-}
-
-/// `org/name` as the hub allows it.
-fn is_hub_name(name: &str) -> bool {
-    let parts: Vec<&str> = name.split('/').collect();
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    parts.len() == 2
-        && parts
-            .iter()
-            .all(|p| !p.is_empty() && !p.starts_with('.') && p.chars().all(allowed))
-}
-
-/// Whether the hub answered with this HTTP status. The client's error type is not ours to match
-/// on: its text is `http status: 404`.
-fn has_status(error: &ApiError, status: u16) -> bool {
-    match error {
-        ApiError::RequestError(error) => error.to_string().ends_with(&format!("status: {status}")),
-        ApiError::TooManyRetries(error) => has_status(error, status),
-        _ => false,
-    }
-}
-
-fn hub_error(id: &str, file: &str, source: ApiError) -> SourceError {
-    SourceError::Hub {
-        id: id.into(),
-        file: file.into(),
-        source: Box::new(source),
+fn read_small(path: PathBuf) -> Result<Vec<u8>, SourceError> {
+    match std::fs::read(&path) {
+        Ok(bytes) if bytes.starts_with(LFS_POINTER) => Err(SourceError::LfsPointer { path }),
+        Ok(bytes) => Ok(bytes),
+        Err(source) => Err(SourceError::Io { path, source }),
     }
 }
 

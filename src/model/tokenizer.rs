@@ -3,12 +3,15 @@
 //! Only byte-level BPE is accepted: there every token is a fixed string of bytes, which is what
 //! lets a stream of tokens be decoded exactly, one at a time.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use serde::Deserialize;
 use serde_json::Value;
 use thiserror::Error;
 use tokenizers::DecoderWrapper;
+
+use super::tokenizer_config::TokenizerConfig;
+use crate::formats::json;
 
 /// A tokenizer.json or tokenizer_config.json that cannot be used, or text it cannot encode.
 #[derive(Debug, Error)]
@@ -21,12 +24,10 @@ pub enum TokenizerError {
     Decoder { found: String },
     #[error("tokenizer_config.json: {0}")]
     Config(serde_json::Error),
-    #[error(
-        "tokenizer_config.json: eos_token `{token}` is not in the vocabulary of tokenizer.json"
-    )]
-    UnknownEos { token: String },
     #[error("text cannot be encoded: {0}")]
     Encode(tokenizers::Error),
+    #[error("text cannot be encoded: the tokenizer's pattern fails on it: {reason}")]
+    Pattern { reason: String },
     #[error("tokens cannot be decoded: {0}")]
     Decode(tokenizers::Error),
 }
@@ -38,34 +39,15 @@ pub struct Tokenizer {
     eos_id: Option<u32>,
 }
 
-#[derive(Default, Deserialize)]
-struct TokenizerConfig {
-    eos_token: Option<SpecialToken>,
-}
-
-/// A special token of tokenizer_config.json: its text, or an object that has the text inside.
-#[derive(Deserialize)]
-#[serde(untagged)]
-pub(super) enum SpecialToken {
-    Text(String),
-    Object { content: String },
-}
-
-impl SpecialToken {
-    pub(super) fn into_text(self) -> String {
-        match self {
-            SpecialToken::Text(text) | SpecialToken::Object { content: text } => text,
-        }
-    }
-}
-
 impl Tokenizer {
-    /// Reads tokenizer.json and, for the end-of-text token, tokenizer_config.json.
+    /// Reads tokenizer.json and, for further special tokens, tokenizer_config.json.
     ///
-    /// Truncation and padding stored in the file are switched off, as in a plain `tok(text)`.
+    /// Tokens that only the second file has are added, as transformers adds them: in the order of
+    /// their ids, each with the id it has in the vocabulary or else the next one. Truncation and
+    /// padding stored in the file are switched off, as in a plain `tok(text)`.
     ///
     /// # Errors
-    /// If either file is not valid, the decoder is not ByteLevel, or `eos_token` is unknown.
+    /// If either file is not valid, or the decoder is not ByteLevel.
     pub fn from_bytes(
         tokenizer_json: &[u8],
         tokenizer_config_json: Option<&[u8]>,
@@ -86,31 +68,53 @@ impl Tokenizer {
         }
 
         let config: TokenizerConfig = match tokenizer_config_json {
-            Some(bytes) => serde_json::from_slice(bytes).map_err(TokenizerError::Config)?,
+            Some(bytes) => json::from_slice(bytes).map_err(TokenizerError::Config)?,
             None => TokenizerConfig::default(),
         };
-        let eos_id = match config.eos_token.map(SpecialToken::into_text) {
-            Some(token) => Some(
-                inner
-                    .token_to_id(&token)
-                    .ok_or(TokenizerError::UnknownEos { token })?,
-            ),
-            None => None,
-        };
+        inner
+            .add_tokens(config.added_tokens())
+            .map_err(TokenizerError::Tokenizer)?;
+        let known = inner.get_added_vocabulary().get_vocab().clone();
+        let special = config.special_tokens();
+        let missing = special.filter(|token| !known.contains_key(&token.content));
+        inner
+            .add_tokens(missing)
+            .map_err(TokenizerError::Tokenizer)?;
+        inner.set_encode_special_tokens(config.split_special_tokens());
+        let eos_id = config
+            .eos_token()
+            .and_then(|token| inner.token_to_id(token));
         Ok(Tokenizer {
             inner: Arc::new(inner),
             eos_id,
         })
     }
 
-    /// Token ids of `text`. Special tokens written out in the text become their ids; none is added.
+    /// Token ids of `text`. Special tokens written out in the text become their ids, unless
+    /// `split_special_tokens` is set; none is added.
     ///
     /// # Errors
-    /// If the model has no token for some part of the text.
+    /// If the model has no token for some part of the text, or the pattern that splits it takes
+    /// more steps than its engine allows.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        let encoding = self
-            .inner
-            .encode_fast(text, false)
+        self.encode_with(text, false)
+    }
+
+    /// As [`encode`](Self::encode), for a text that stands alone: with the tokens that the
+    /// tokenizer puts around every text, if it has such. A chat template writes its own.
+    pub fn encode_document(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
+        self.encode_with(text, true)
+    }
+
+    fn encode_with(&self, text: &str, add_special: bool) -> Result<Vec<u32>, TokenizerError> {
+        // The pattern engine's own errors reach us as panics: its iterator has no other way.
+        let encode = AssertUnwindSafe(|| self.inner.encode_fast(text, add_special));
+        let encoding = catch_unwind(encode)
+            .map_err(|panic| TokenizerError::Pattern {
+                reason: panic
+                    .downcast::<String>()
+                    .map_or_else(|_| "its engine gave up".into(), |message| *message),
+            })?
             .map_err(TokenizerError::Encode)?;
         Ok(encoding.get_ids().to_vec())
     }

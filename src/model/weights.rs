@@ -1,11 +1,13 @@
 //! Tensor names to typed weights, whatever layout the file has. Reads headers, copies vectors.
 
 use super::config::ModelConfig;
+use super::families::qwen3_moe::{no_shared_expert, with_constant_gates};
+use super::families::{Attention, DeltaNetLayout, Norms};
 use crate::backend::weights::{AttentionWeights, DeltaNetWeights};
 use crate::backend::{
-    ExpertWeights, LayerWeights, MixerKind, MixerWeights, ModelWeights, MoeWeights,
+    DeltaNetShape, ExpertWeights, LayerWeights, MixerKind, MixerWeights, ModelWeights, MoeWeights,
 };
-use crate::formats::{Checkpoint, FormatError, Matrix};
+use crate::formats::{Checkpoint, FormatError, Gathered, Matrix};
 
 /// Prefix of the multi-token-prediction layer, which generation does not use.
 const MTP_PREFIX: &str = "mtp.";
@@ -20,22 +22,37 @@ const MTP_PREFIX: &str = "mtp.";
 pub fn load(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<ModelWeights, FormatError> {
     let shape = &config.shape;
     let (vocab, hidden) = (shape.vocab_size, shape.hidden_size);
-    let embed_tokens = checkpoint.matrix("model.embed_tokens.weight", vocab, hidden)?;
+    let prefix = prefix(checkpoint, config);
+    let embed_tokens =
+        checkpoint.matrix(&format!("{prefix}.embed_tokens.weight"), vocab, hidden)?;
     let lm_head = if config.tie_word_embeddings {
         embed_tokens.clone()
     } else {
         checkpoint.matrix("lm_head.weight", vocab, hidden)?
     };
     let layers = (0..shape.num_layers())
-        .map(|i| load_layer(checkpoint, config, i))
+        .map(|i| load_layer(checkpoint, config, i, &format!("{prefix}.layers.{i}")))
         .collect::<Result<_, _>>()?;
-    let norm = checkpoint.vector("model.norm.weight", &[hidden])?;
+    let norm = load_norm(checkpoint, config, &format!("{prefix}.norm.weight"), hidden)?;
     Ok(ModelWeights {
         embed_tokens,
         layers,
         norm,
         lm_head,
     })
+}
+
+/// What names of the text model begin with: that of the family, or the plain one of a checkpoint that
+/// has nothing beside text.
+fn prefix<'a>(checkpoint: &Checkpoint, config: &'a ModelConfig) -> &'a str {
+    const PLAIN: &str = "model";
+    let usual = config.family.prefix;
+    let has = |prefix: &str| checkpoint.contains(&format!("{prefix}.embed_tokens.weight"));
+    if has(PLAIN) && !has(usual) {
+        PLAIN
+    } else {
+        usual
+    }
 }
 
 /// How many multi-token-prediction tensors the checkpoint has; they are skipped.
@@ -46,14 +63,35 @@ pub fn count_mtp_tensors(checkpoint: &Checkpoint) -> usize {
         .count()
 }
 
+/// The weight of an RMSNorm, zero-centred.
+fn load_norm(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    name: &str,
+    len: usize,
+) -> Result<Vec<f32>, FormatError> {
+    let mut w = checkpoint.vector(name, &[len])?;
+    if config.family.norms == Norms::Plain {
+        w.iter_mut().for_each(|w| *w -= 1.0);
+    }
+    Ok(w)
+}
+
 fn load_layer(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
     layer: usize,
+    prefix: &str,
 ) -> Result<LayerWeights, FormatError> {
     let hidden = config.shape.hidden_size;
-    let prefix = format!("model.layers.{layer}");
-    let norm = |name: &str| checkpoint.vector(&format!("{prefix}.{name}.weight"), &[hidden]);
+    let norm = |name: &str| {
+        load_norm(
+            checkpoint,
+            config,
+            &format!("{prefix}.{name}.weight"),
+            hidden,
+        )
+    };
     Ok(LayerWeights {
         input_layernorm: norm("input_layernorm")?,
         mixer: match config.shape.mixers[layer] {
@@ -83,9 +121,35 @@ fn load_delta_net(
     let matrix =
         |name: &str, rows, cols| checkpoint.matrix(&format!("{prefix}.{name}.weight"), rows, cols);
     let vector = |name: &str, dims: &[usize]| checkpoint.vector(&format!("{prefix}.{name}"), dims);
+    // A synthetic checkpoint has the first layout in every family.
+    let layout = match checkpoint.contains(&format!("{prefix}.in_proj_qkvz.weight")) {
+        true => DeltaNetLayout::Interleaved,
+        false => config
+            .family
+            .delta_net
+            .unwrap_or(DeltaNetLayout::Interleaved),
+    };
+    let (in_proj_qkvz, in_proj_ba) = match layout {
+        DeltaNetLayout::Interleaved => (
+            matrix("in_proj_qkvz", shape.qkvz_rows(), hidden)?,
+            matrix("in_proj_ba", shape.ba_rows(), hidden)?,
+        ),
+        DeltaNetLayout::Split => (
+            interleave_qkvz(
+                shape,
+                &matrix("in_proj_qkv", shape.conv_dim(), hidden)?,
+                &matrix("in_proj_z", shape.value_dim(), hidden)?,
+            ),
+            interleave_ba(
+                shape,
+                &matrix("in_proj_b", shape.num_value_heads, hidden)?,
+                &matrix("in_proj_a", shape.num_value_heads, hidden)?,
+            ),
+        ),
+    };
     Ok(DeltaNetWeights {
-        in_proj_qkvz: matrix("in_proj_qkvz", shape.qkvz_rows(), hidden)?,
-        in_proj_ba: matrix("in_proj_ba", shape.ba_rows(), hidden)?,
+        in_proj_qkvz,
+        in_proj_ba,
         conv1d: vector(
             "conv1d.weight",
             &[shape.conv_dim(), 1, shape.conv_kernel_dim],
@@ -97,6 +161,34 @@ fn load_delta_net(
     })
 }
 
+/// `in_proj_qkvz` of `in_proj_qkv`, which has all q, then all k, then all v, and `in_proj_z`.
+fn interleave_qkvz(shape: &DeltaNetShape, qkv: &Matrix, z: &Matrix) -> Matrix {
+    let key = shape.key_head_dim;
+    let values = shape.num_value_heads / shape.num_key_heads * shape.value_head_dim;
+    let runs = (0..shape.num_key_heads).flat_map(|head| {
+        let q = head * key;
+        let k = shape.key_dim() + q;
+        let v = 2 * shape.key_dim() + head * values;
+        [
+            (qkv.clone(), q..q + key),
+            (qkv.clone(), k..k + key),
+            (qkv.clone(), v..v + values),
+            (z.clone(), head * values..(head + 1) * values),
+        ]
+    });
+    Matrix::Gathered(Box::new(Gathered::new(runs.collect())))
+}
+
+/// `in_proj_ba` of `in_proj_b` and `in_proj_a`, each by value heads.
+fn interleave_ba(shape: &DeltaNetShape, b: &Matrix, a: &Matrix) -> Matrix {
+    let values = shape.num_value_heads / shape.num_key_heads;
+    let runs = (0..shape.num_key_heads).flat_map(|head| {
+        let rows = head * values..(head + 1) * values;
+        [(b.clone(), rows.clone()), (a.clone(), rows)]
+    });
+    Matrix::Gathered(Box::new(Gathered::new(runs.collect())))
+}
+
 fn load_attention(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
@@ -106,15 +198,33 @@ fn load_attention(
     let hidden = config.shape.hidden_size;
     let matrix =
         |name: &str, rows, cols| checkpoint.matrix(&format!("{prefix}.{name}.weight"), rows, cols);
-    let norm =
-        |name: &str| checkpoint.vector(&format!("{prefix}.{name}.weight"), &[shape.head_dim]);
-    Ok(AttentionWeights {
-        q_proj: matrix("q_proj", shape.q_proj_rows(), hidden)?,
+    let norm = |name: &str| {
+        let name = format!("{prefix}.{name}.weight");
+        let mut w = load_norm(checkpoint, config, &name, shape.head_dim)?;
+        // Scaled cosines and sines scale what rotates, and so does the norm before them.
+        let factor = shape.rope.attention_factor();
+        if factor != 1.0 {
+            let rotating = w[..shape.rotary_dim].iter_mut();
+            rotating.for_each(|w| *w = (1.0 + *w) * factor - 1.0);
+        }
+        Ok::<_, FormatError>(w)
+    };
+    let gated = config.family.attention == Attention::Gated;
+    let query_rows = match gated {
+        true => shape.q_proj_rows(),
+        false => shape.q_proj_rows() / 2,
+    };
+    let weights = AttentionWeights {
+        q_proj: matrix("q_proj", query_rows, hidden)?,
         k_proj: matrix("k_proj", shape.kv_rows(), hidden)?,
         v_proj: matrix("v_proj", shape.kv_rows(), hidden)?,
         o_proj: matrix("o_proj", hidden, shape.o_proj_cols())?,
         q_norm: norm("q_norm")?,
         k_norm: norm("k_norm")?,
+    };
+    Ok(match gated {
+        true => weights,
+        false => with_constant_gates(shape, weights),
     })
 }
 
@@ -137,21 +247,25 @@ fn load_moe(
                 &format!("{prefix}.experts.{e}"),
             ),
         })
-        .collect::<Result<_, _>>()?;
+        .collect::<Result<Vec<_>, FormatError>>()?;
+    let gate = checkpoint.matrix(&format!("{prefix}.gate.weight"), shape.num_experts, hidden)?;
+    let (shared_expert, shared_expert_gate) = match config.family.shared_expert {
+        true => (
+            load_expert(
+                checkpoint,
+                hidden,
+                shape.shared_expert_intermediate_size,
+                &format!("{prefix}.shared_expert"),
+            )?,
+            checkpoint.matrix(&format!("{prefix}.shared_expert_gate.weight"), 1, hidden)?,
+        ),
+        false => no_shared_expert(hidden, &experts[0].gate_proj),
+    };
     Ok(MoeWeights {
-        gate: checkpoint.matrix(&format!("{prefix}.gate.weight"), shape.num_experts, hidden)?,
+        gate,
         experts,
-        shared_expert: load_expert(
-            checkpoint,
-            hidden,
-            shape.shared_expert_intermediate_size,
-            &format!("{prefix}.shared_expert"),
-        )?,
-        shared_expert_gate: checkpoint.matrix(
-            &format!("{prefix}.shared_expert_gate.weight"),
-            1,
-            hidden,
-        )?,
+        shared_expert,
+        shared_expert_gate,
     })
 }
 

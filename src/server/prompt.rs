@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::error::{ApiError, ApiResult};
 use crate::engine::TextModel;
-use crate::model::{ChatError, Tokenizer};
+use crate::model::{ChatError, TemplateInputs, Tokenizer};
 
 /// A function that the model may call.
 #[derive(Clone, Debug)]
@@ -76,7 +76,7 @@ impl Prompts {
         };
         let tools = Value::Array(vec![probe.json()]);
         let messages = [json!({ "role": "user", "content": "x" })];
-        let rendered = (text.chat_template.as_ref())
+        let rendered = (text.chat_template().ok())
             .and_then(|template| template.render(&messages, Some(&tools), true).ok())
             .unwrap_or_default();
         Prompts {
@@ -96,11 +96,13 @@ impl Prompts {
     /// # Errors
     /// 400 if the template refuses the conversation.
     pub fn of_chat(&self, text: &TextModel, conversation: &Conversation) -> ApiResult<Prompt> {
-        let Some(template) = &text.chat_template else {
+        if !text.has_chat_template() {
             return Err(ApiError::bad_request(
                 "this model has no chat template; use /v1/completions",
             ));
-        };
+        }
+        let template = text.chat_template();
+        let template = template.map_err(|error| ApiError::bad_request(error.to_string()))?;
         let mut messages = conversation.messages.clone();
         let mut tools = conversation
             .tools
@@ -117,8 +119,13 @@ impl Prompts {
         }
         let tools = (!tools.is_empty()).then(|| Value::Array(tools));
         let last = conversation.continues.then(|| messages.pop()).flatten();
-        let rendered =
-            template.render_with(&messages, tools.as_ref(), true, &conversation.variables);
+        let inputs = TemplateInputs {
+            tools: tools.as_ref(),
+            variables: Some(&conversation.variables),
+            add_generation_prompt: true,
+            ..TemplateInputs::default()
+        };
+        let rendered = template.render_with(&messages, &inputs);
         let mut rendered = rendered
             .map_err(|error: ChatError| ApiError::invalid("messages", error.to_string()))?;
         if let Some(content) = last.as_ref().and_then(|last| last["content"].as_str()) {

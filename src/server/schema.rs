@@ -52,7 +52,7 @@ impl Grammars {
                 false => tokenizer.token_bytes(id).unwrap_or_default(),
             })
             .collect();
-        let eos = &text.generation_config.eos_token_ids;
+        let eos = &text.generation_config()?.eos_token_ids;
         let first = eos.first().copied().unwrap_or(0);
         let mut trie = TokTrie::from(&TokRxInfo::new(vocab_size as u32, first), &words);
         if eos.len() > 1 {

@@ -121,6 +121,7 @@ fn nf4(rows: usize, cols: usize) -> Matrix {
     Matrix::Nf4(Nf4Matrix {
         packed: Bytes::from(packed),
         absmax: Absmax::Plain(Bytes::from(absmax.repeat(rows * cols / 64))),
+        blocksize: 64,
         first: 0,
         rows,
         cols,
@@ -363,7 +364,7 @@ fn slice(layers: usize) -> (ModelShape, ModelWeights) {
             num_key_value_heads: 2,
             head_dim: 256,
             rotary_dim: 64,
-            rope_theta: 1e7,
+            rope: Rope::plain(1e7),
         },
         delta_net: DeltaNetShape {
             num_key_heads: 16,

@@ -338,3 +338,67 @@ fn a_placement_that_is_newer_foreign_or_contradicts_itself_is_refused() {
     );
     refused(&|p| p["layers"] = json!([]), &["number of layers is 0"]);
 }
+
+#[test]
+fn optional_files_are_judged_where_they_are_used() {
+    let sandbox = Sandbox::new();
+    let model = sandbox.model("m");
+    std::fs::write(model.join("chat_template.jinja"), "{% if %}").unwrap();
+    std::fs::write(model.join("generation_config.json"), "{").unwrap();
+    let folder = model.to_str().unwrap();
+    let corpus = sandbox.path("c.jsonl");
+    std::fs::write(&corpus, "{\"text\": \"hello\"}\n").unwrap();
+    let corpus = corpus.to_str().unwrap();
+    sandbox
+        .run_args(&["profile", corpus, "--model", folder])
+        .ok();
+    let outcome = sandbox.run_args(&["run", "hello", "-n", "1", "--model", folder]);
+    outcome.fails(1, &["generation_config.json"]);
+    std::fs::remove_file(model.join("generation_config.json")).unwrap();
+    sandbox
+        .run_args(&["run", "--raw", "hello", "-n", "1", "--model", folder])
+        .ok();
+    let outcome = sandbox.run_args(&["run", "hello", "-n", "1", "--model", folder]);
+    outcome.fails(1, &["chat template line 1"]);
+}
+
+#[test]
+fn a_git_lfs_pointer_is_named_as_one() {
+    let sandbox = Sandbox::new();
+    let model = sandbox.model("m");
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n";
+    for file in ["model.safetensors", "tokenizer.json"] {
+        std::fs::write(model.join(file), pointer).unwrap();
+        assert_refused(&sandbox, &model, &[file, "git-lfs pointer", "git lfs pull"]);
+    }
+}
+
+/// Paths of Linux are bytes.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_model_folder_may_have_any_name() {
+    use std::os::unix::ffi::OsStrExt;
+
+    let sandbox = Sandbox::new();
+    let model = sandbox.model("m");
+    let name = sandbox.path("").join(std::ffi::OsStr::from_bytes(b"m\xff"));
+    std::fs::rename(model, &name).unwrap();
+    let mut command = sandbox.command(&["run", "hello", "-n", "1", "--model"]);
+    crate::program::finish(command.arg(&name)).ok();
+}
+
+#[cfg(unix)]
+#[test]
+fn a_corpus_may_come_from_a_pipe() {
+    let sandbox = Sandbox::new();
+    let fifo = sandbox.path("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+    assert!(made.unwrap().success());
+    let path = fifo.clone();
+    let writer = std::thread::spawn(move || {
+        std::fs::write(path, "{\"text\": \"hello\"}\n{\"text\": \"world\"}\n")
+    });
+    let outcome = sandbox.run_args(&["profile", fifo.to_str().unwrap()]).ok();
+    writer.join().unwrap().unwrap();
+    assert!(outcome.stdout.contains("2 documents"), "{outcome:?}");
+}

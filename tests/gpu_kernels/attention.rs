@@ -1,11 +1,11 @@
 //! attention.cu and attention_prefill.cu: the cache, one token, chunks.
 
 use half::f16;
-use moectl::backend::AttentionShape;
 use moectl::backend::cuda::abi::{KvCache, Step};
 use moectl::backend::cuda::device::{Buffer, Geometry};
 use moectl::backend::cuda::geometry::{self, AttentionParts};
 use moectl::backend::cuda::variants;
+use moectl::backend::{AttentionShape, Rope};
 use moectl::planning::Precision;
 
 use crate::{EPS, Gpu, Rng, args, check, rms_norm, sigmoid};
@@ -37,7 +37,7 @@ impl Layer {
                 num_key_value_heads: kv_heads,
                 head_dim: hd,
                 rotary_dim: rotary,
-                rope_theta: 1e7,
+                rope: Rope::plain(1e7),
             },
             q_norm: rng.factors(hd),
             k_norm: rng.factors(hd),

@@ -2,7 +2,7 @@
 
 use moectl::backend::cuda::abi::Format;
 use moectl::backend::cuda::geometry;
-use moectl::backend::{AttentionShape, DeltaNetShape, ModelShape, MoeShape};
+use moectl::backend::{AttentionShape, DeltaNetShape, ModelShape, MoeShape, Rope};
 
 use crate::router::Decision;
 use crate::{EPS, Experts, FORMATS, Gpu, KINDS, Kind, Rng, args, check, fits, rms_norm, wide};
@@ -24,7 +24,7 @@ pub fn shape(dim: usize, experts: usize, k: usize) -> ModelShape {
             num_key_value_heads: 1,
             head_dim: 32,
             rotary_dim: 8,
-            rope_theta: 1e4,
+            rope: Rope::plain(1e4),
         },
         delta_net: DeltaNetShape {
             num_key_heads: 1,

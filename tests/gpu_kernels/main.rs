@@ -251,6 +251,7 @@ impl Matrix {
                     absmax: Absmax::Plain(Bytes::from(
                         bytemuck::cast_slice::<f32, u8>(&absmax).to_vec(),
                     )),
+                    blocksize: 64,
                     first: 0,
                     rows,
                     cols,

@@ -8,7 +8,7 @@ use moectl::backend::cuda::abi::{ExpertLayout, Format, KvCache, Linear};
 use moectl::backend::cuda::device::{Args, Buffer, DeviceFacts};
 use moectl::backend::cuda::geometry;
 use moectl::backend::cuda::variants::{self, Kernel};
-use moectl::backend::{AttentionShape, DeltaNetShape};
+use moectl::backend::{AttentionShape, DeltaNetShape, Rope};
 use moectl::planning::Precision;
 
 use crate::{Gpu, Rng, args, variants_of};
@@ -61,7 +61,7 @@ const ATTENTION: AttentionShape = AttentionShape {
     num_key_value_heads: 2,
     head_dim: 256,
     rotary_dim: 64,
-    rope_theta: 1e7,
+    rope: Rope::plain(1e7),
 };
 
 /// Chunks of `tokens` after `start`: the exact variant, the portable one of one f16, and the one chosen.

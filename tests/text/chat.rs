@@ -148,7 +148,7 @@ fn bad_sources_are_errors_that_name_the_file() {
         ),
         (
             json!({"chat_template": "", "eos_token": 3}),
-            "tokenizer_config.json: eos_token: ",
+            "tokenizer_config.json: a special token is neither text nor an object",
         ),
         (
             json!({"chat_template": "a\nb {% if %}"}),

@@ -3,6 +3,7 @@
 mod chat;
 mod configs;
 mod hf_rules;
+mod jinja;
 mod sampling;
 mod streaming;
 mod tokenization;

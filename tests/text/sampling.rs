@@ -2,6 +2,7 @@ use moectl::backend::BestLogits;
 use moectl::engine::sampler::{
     SampleError, Sampler, SamplingParams, TokenLogprob, log_sum_exp, token_logprob, top_logprobs,
 };
+use moectl::model::GenerationConfig;
 use proptest::prelude::*;
 
 use crate::{hf_rules, ids, json};
@@ -355,5 +356,52 @@ fn broken_logits_are_the_same_errors_among_the_best() {
     assert_eq!(
         best(0, f32::NEG_INFINITY),
         SampleError::NoCandidate { vocab_size: 9 }
+    );
+}
+
+#[test]
+fn suppressed_tokens_are_never_drawn() {
+    let suppressed = |fields: &str| {
+        let config = format!(r#"{{"eos_token_id": 4, {fields}}}"#);
+        let config = GenerationConfig::from_bytes(Some(config.as_bytes()), b"{}").unwrap();
+        assert_eq!(config.notes().count(), 0);
+        config.suppressed
+    };
+    // The best is 3, then 2, 1, 0; 4 is the end.
+    let logits = vec![0.0, 1.0, 2.0, 3.0, -1.0];
+    let rows = vec![logits; 4];
+    for (fields, expected) in [
+        (r#""suppress_tokens": [3, 9]"#, [2, 2, 2, 2]),
+        (r#""begin_suppress_tokens": [3]"#, [2, 3, 3, 3]),
+        (r#""bad_words_ids": [[3]]"#, [2, 2, 2, 2]),
+        // Not after 1, the prompt's last, nor after 3.
+        (r#""bad_words_ids": [[1, 3], [3, 3]]"#, [2, 3, 2, 3]),
+        // The end cannot be forbidden.
+        (
+            r#""bad_words_ids": [[4]], "suppress_tokens": null"#,
+            [3, 3, 3, 3],
+        ),
+    ] {
+        let mut sampler = Sampler::new(SamplingParams::default()).unwrap();
+        sampler.suppress(suppressed(fields));
+        sampler.observe_prompt(&[0, 1]);
+        let drawn = rows.iter().map(|logits| {
+            let id = sampler.sample(logits).unwrap();
+            sampler.remember(id);
+            id
+        });
+        assert_eq!(drawn.collect::<Vec<_>>(), expected, "{fields}");
+    }
+}
+
+#[test]
+fn fields_that_transformers_obeys_and_we_do_not_are_said() {
+    let config = br#"{"no_repeat_ngram_size": 3, "num_beams": 1, "typical_p": 1.0, "min_length": 0,
+        "guidance_scale": null, "transformers_version": "5"}"#;
+    let config = GenerationConfig::from_bytes(Some(config), b"{}").unwrap();
+    let notes: Vec<String> = config.notes().collect();
+    assert_eq!(
+        notes,
+        ["note: generation_config.json: no_repeat_ngram_size is 3, which is not carried out"]
     );
 }

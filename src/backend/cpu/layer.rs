@@ -1,12 +1,12 @@
 //! One layer's weights in the kernels' form, and the order in which they are packed.
 
+use super::CpuPrecision;
 use super::activations::Integers;
 use super::experts::Expert;
 use super::gated_attention::Attention;
 use super::gated_delta_net::DeltaNet;
 use super::linear::Linear;
 use super::load::Request;
-use super::{CpuPrecision, rope};
 use crate::backend::{ExpertWeights, LayerWeights, MixerWeights, ModelShape};
 
 pub struct Layer {
@@ -91,10 +91,8 @@ impl Layer {
                 out: next(),
                 q_norm: one_plus(&m.q_norm),
                 k_norm: one_plus(&m.k_norm),
-                inverse_frequencies: rope::inverse_frequencies(
-                    shape.attention.rope_theta,
-                    shape.attention.rotary_dim,
-                ),
+                inverse_frequencies: (shape.attention.rope)
+                    .inverse_frequencies(shape.attention.rotary_dim),
             })),
         };
         let router = next();

@@ -55,9 +55,10 @@ pub const fn column(d: usize, t: usize, n: usize) -> usize {
     32 * d + 16 * (n >> 2) + 2 * t + (n & 1) + 8 * ((n >> 1) & 1)
 }
 
-/// Tiles that `matrix` takes, or `None` if its blocks of 64 do not start with its rows.
+/// Tiles that `matrix` takes, or `None` if a scale does not hold for all of a tile's row.
 pub fn tile_count(matrix: &Nf4Matrix) -> Option<usize> {
-    let aligned = matrix.cols.is_multiple_of(TILE_COLS) && matrix.first.is_multiple_of(TILE_COLS);
+    let starts = [matrix.cols, matrix.first, matrix.blocksize];
+    let aligned = starts.iter().all(|n| n.is_multiple_of(TILE_COLS));
     aligned.then(|| matrix.rows.div_ceil(TILE_ROWS) * matrix.cols / TILE_COLS)
 }
 
@@ -98,13 +99,13 @@ pub fn pack_tile_row<A: Absmax>(matrix: &Nf4Matrix, tile_row: usize, out: &mut [
     let rows = tile_row * TILE_ROWS..matrix.rows.min((tile_row + 1) * TILE_ROWS);
     let first_block = |row: usize| matrix.first / TILE_COLS + row * kblocks;
     let largest = (first_block(rows.start)..first_block(rows.end))
-        .fold(0.0f32, |max, b| max.max(matrix.absmax.get(b)));
+        .fold(0.0f32, |max, b| max.max(matrix.scale(b * TILE_COLS)));
     let unit = A::unit(largest);
     for (kb, tile) in out.iter_mut().enumerate() {
         let mut words = [[0; TILE_ROWS]; 8];
         for (r, row) in rows.clone().enumerate() {
             let block = first_block(row) + kb;
-            tile.absmax[r] = A::encode(matrix.absmax.get(block), unit);
+            tile.absmax[r] = A::encode(matrix.scale(block * TILE_COLS), unit);
             let codes = &matrix.packed[block * TILE_COLS / 2..(block + 1) * TILE_COLS / 2];
             for (words, bytes) in words.iter_mut().zip(codes.as_chunks().0) {
                 words[r] = u32::from_le_bytes(*bytes);

@@ -72,6 +72,16 @@ pub fn load(pool: &mut Pool, requests: &[Request]) -> Result<Vec<Linear>> {
 /// # Errors
 /// If memory is short.
 pub fn load_timed(pool: &mut Pool, requests: &[Request], clock: &Clock) -> Result<Vec<Linear>> {
+    let stored = requests;
+    let copies: Vec<Option<Matrix>> = (requests.iter())
+        .map(|(matrix, _)| match matrix {
+            Matrix::Gathered(gathered) => Some(gathered.materialize()),
+            _ => None,
+        })
+        .collect();
+    let requests: Vec<Request> = (requests.iter().zip(&copies))
+        .map(|(&(matrix, precision), copy)| (copy.as_ref().unwrap_or(matrix), precision))
+        .collect();
     let forms: Vec<Form> = requests.iter().map(Form::of).collect();
     let int16 = pack(pool, clock, &forms, |form| match form {
         Form::Int16(m, tiles) => Some((m, *tiles)),
@@ -105,7 +115,7 @@ pub fn load_timed(pool: &mut Pool, requests: &[Request], clock: &Clock) -> Resul
         })
         .collect();
     // Scales, and what a neighbouring job read again.
-    requests.iter().for_each(|(matrix, _)| matrix.release());
+    stored.iter().for_each(|(matrix, _)| matrix.release());
     linears
 }
 
@@ -129,6 +139,7 @@ impl<'a> Form<'a> {
                 },
                 _ => Form::DenseF32,
             },
+            Matrix::Gathered(_) => unreachable!("a copy took its place"),
         }
     }
 }
@@ -214,7 +225,7 @@ fn widen<W: Weight + Send + Sync>(
                     let row_bytes = cols * m.dtype.size_bytes();
                     &m.data[rows.start * row_bytes..rows.end * row_bytes]
                 }
-                Matrix::Nf4(_) => &[],
+                _ => &[],
             };
             clock.time(stored, || {
                 for (row, blocks) in rows.clone().zip(blocks.chunks_exact_mut(kblocks)) {

@@ -7,13 +7,6 @@ pub struct Rotation {
     pub sin: Vec<f32>,
 }
 
-/// `1 / theta^(2j / rotary_dim)` for j below rotary_dim / 2, in f32.
-pub fn inverse_frequencies(theta: f64, rotary_dim: usize) -> Vec<f32> {
-    (0..rotary_dim / 2)
-        .map(|j| 1.0 / (theta as f32).powf((2 * j) as f32 / rotary_dim as f32))
-        .collect()
-}
-
 impl Rotation {
     /// Angles in f32, as transformers has them: at position 100,000 an f64 angle would differ.
     pub fn set(&mut self, position: usize, inverse_frequencies: &[f32]) {
@@ -40,11 +33,12 @@ impl Rotation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Rope;
 
     #[test]
     fn position_zero_changes_nothing() {
         let mut rotation = Rotation::default();
-        rotation.set(0, &inverse_frequencies(1e7, 8));
+        rotation.set(0, &Rope::plain(1e7).inverse_frequencies(8));
         let mut head = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0];
         rotation.apply(&mut head);
         assert_eq!(head, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]);
@@ -53,7 +47,7 @@ mod tests {
     #[test]
     fn pairs_turn_by_position_times_frequency_and_the_rest_stays() {
         let mut rotation = Rotation::default();
-        rotation.set(3, &inverse_frequencies(100.0, 4));
+        rotation.set(3, &Rope::plain(100.0).inverse_frequencies(4));
         let mut head = [1.0, 0.0, 0.0, 1.0, 7.0];
         rotation.apply(&mut head);
         // Frequencies are 1 and 1/10; the pairs are (0, 2) and (1, 3).

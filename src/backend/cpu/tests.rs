@@ -25,6 +25,7 @@ pub fn random_nf4(rows: usize, cols: usize, seed: u64) -> Matrix {
     Matrix::Nf4(Nf4Matrix {
         packed: Bytes::from(packed),
         absmax: Absmax::Plain(Bytes::from(absmax)),
+        blocksize: 64,
         first: 0,
         rows,
         cols,

@@ -9,7 +9,6 @@ use crate::backend::cpu::layout::TILE_COLS;
 use crate::backend::cpu::linear::{Linear, Weights};
 use crate::backend::cpu::load::{self, Request};
 use crate::backend::cpu::offload::{self, Offload};
-use crate::backend::cpu::rope;
 use crate::backend::cpu::{CpuPrecision, Progress};
 use crate::backend::{
     BackendError, ExpertWeights, LayerWeights, MixerWeights, ModelShape, ModelWeights, Result,
@@ -147,7 +146,7 @@ pub fn load(
         false => Head::Vram(loader.linears(&[&weights.lm_head])?.remove(0)),
     };
     let attention = &shape.attention;
-    let frequencies = rope::inverse_frequencies(attention.rope_theta, attention.rotary_dim);
+    let frequencies = attention.rope.inverse_frequencies(attention.rotary_dim);
     let dense = DenseWeights {
         layers,
         norm: loader.one_plus(&weights.norm)?,

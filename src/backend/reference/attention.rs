@@ -132,9 +132,7 @@ pub fn forward(
 /// Cosines and sines of positions `past..past + tokens`, `[T, 1, rotary_dim / 2]` each, in f32.
 fn rotary_angles(shape: &AttentionShape, past: usize, tokens: usize) -> Result<(Tensor, Tensor)> {
     let half = shape.rotary_dim / 2;
-    let theta = shape.rope_theta as f32;
-    let inv_freq = (0..half).map(|j| 1.0 / theta.powf((2 * j) as f32 / shape.rotary_dim as f32));
-    let inv_freq: Vec<f32> = inv_freq.collect();
+    let inv_freq = shape.rope.inverse_frequencies(shape.rotary_dim);
     let angles: Vec<f32> = (past..past + tokens)
         .flat_map(|position| inv_freq.iter().map(move |f| position as f32 * f))
         .collect();

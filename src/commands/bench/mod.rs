@@ -159,7 +159,7 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         return against::execute(&args, console);
     }
     flags::check(&args.compute, GpuFlags::Plan, console)?;
-    let source = Source::resolve(args.model.model.as_deref())?;
+    let source = Source::resolve_os(args.model.model.as_deref())?;
     let config = source.config()?;
     let plan = args.measure_plan(config.synthetic);
     let longest = *plan.contexts.last().expect("clap gives one at least");

@@ -154,7 +154,7 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
         )
         .into());
     }
-    let source = Source::resolve(args.model.model.as_deref())?;
+    let source = Source::resolve_os(args.model.model.as_deref())?;
     let config = source.config()?;
     let checkpoint = source.local_checkpoint()?;
     if checkpoint.is_none() {

@@ -108,8 +108,10 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
             }
         }
         flags::check(&args.compute, GpuFlags::Place, console)?;
-        let source = Source::resolve(args.model.model.as_deref())?;
+        let source = Source::resolve_os(args.model.model.as_deref())?;
         let corpora = open_corpora(&args.corpora)?;
+        let notes = corpora.iter().flat_map(Corpus::notes);
+        notes.for_each(|note| console.note(note));
         let limit = source.config()?.max_position_embeddings;
         let room = (args.ctx as usize + args.generate).min(limit);
         let mut outline = load::outline(&source, &args.compute, None, console)?;

@@ -187,7 +187,7 @@ fn feed(
     } else {
         let options = GenerateOptions {
             max_new_tokens: new_tokens,
-            sampling: SamplingParams::from(&engine.text().generation_config),
+            sampling: SamplingParams::from(engine.text().generation_config()?),
             stop: Vec::new(),
             ignore_eos: false,
             logprobs: 0,

@@ -261,7 +261,10 @@ fn plan(source: &Checkpoint, options: &QuantizeOptions) -> Result<(Vec<Weight>, 
             }
         } else {
             let linear = name.strip_suffix(".weight").is_some_and(|module| {
-                tensor.shape.len() == 2 && !is_embedding(module) && !is_skipped(module, options)
+                tensor.shape.len() == 2
+                    && !is_embedding(module)
+                    && !is_of_images(module)
+                    && !is_skipped(module, options)
             });
             jobs.push(Weight {
                 quantize: linear && tensor.dtype.is_float() && !tensor.data.is_empty(),
@@ -293,6 +296,11 @@ fn fused_projections(name: &str) -> Option<(&str, &'static [&'static str])> {
 /// Embeddings are matrices, but no Linear layers.
 fn is_embedding(module: &str) -> bool {
     last_name(module).contains("embed")
+}
+
+/// What sees images is small, and nobody here reads it.
+fn is_of_images(module: &str) -> bool {
+    module.starts_with("model.visual.") || module.starts_with("visual.")
 }
 
 /// Whether transformers 4.57 leaves a module alone, given the skip list.

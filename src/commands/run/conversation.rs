@@ -79,7 +79,7 @@ impl Conversation {
     /// Adds the answer to `prompt`, the ids of all before it.
     pub fn push_answer(&mut self, text: &TextModel, prompt: &[u32], answer: &Generation) {
         self.seen = self.rendered(text).and_then(|before| {
-            let eos = &text.generation_config.eos_token_ids;
+            let eos = &text.generation_config().ok()?.eos_token_ids;
             let said = match answer.token_ids.split_last() {
                 Some((last, said)) if eos.contains(last) => said,
                 _ => &answer.token_ids,

@@ -157,23 +157,26 @@ pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
     }
     let wants_chat = args.chat || args.could_chat(console);
     flags::check(&args.compute, GpuFlags::Place, console)?;
-    let source = Source::resolve(args.model.model.as_deref())?;
+    let source = Source::resolve_os(args.model.model.as_deref())?;
     let config = source.config()?;
     if let Some(ctx) = args.ctx {
         check_context(&config, ctx)?;
     }
     let text = TextModel::load(&source)?;
+    text.generation_config()?
+        .notes()
+        .for_each(|note| console.note(note));
     let options = GenerateOptions {
         max_new_tokens: args.max_tokens,
         sampling: args
             .sampling
-            .over(SamplingParams::from(&text.generation_config))?,
+            .over(SamplingParams::from(text.generation_config()?))?,
         stop: args.stop.clone(),
         ignore_eos: args.ignore_eos,
         logprobs: args.logprobs,
         forced: Vec::new(),
     };
-    if args.chat || (wants_chat && text.chat_template.is_some()) {
+    if args.chat || (wants_chat && text.has_chat_template()) {
         chat::chat(&args, &source, &config, options, console)
     } else {
         let prompt_ids = prompt::prompt_ids(&args, &config, &text)?;

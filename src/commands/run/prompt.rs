@@ -24,7 +24,7 @@ pub fn prompt_ids(
     }
     let prompt = prompt_text(args)?;
     // A system message needs a template; without one, that is an error of encoding.
-    let templated = text.chat_template.is_some() || args.system.is_some();
+    let templated = text.has_chat_template() || args.system.is_some();
     let templated = templated && !args.raw;
     // White space alone is something to continue, but nothing to answer.
     if prompt.is_empty() || (templated && prompt.trim().is_empty()) {
@@ -36,7 +36,7 @@ pub fn prompt_ids(
             messages.push(Message::new("user", prompt));
             text.encode_chat(&messages)?
         }
-        false => text.tokenizer.encode(&prompt)?,
+        false => text.tokenizer.encode_document(&prompt)?,
     };
     match ids.is_empty() {
         true => Err(empty()),

@@ -10,8 +10,8 @@ use super::{
     CacheChange, Controls, Event, ExpertsReport, FinishReason, Finished, Job, Jobs, LayerRouting,
     Logprob, ModelFacts, RoutingSummary, Timings, Token, Usage,
 };
+use crate::backend::LogitRows;
 use crate::backend::{BackendError, NextLogits, Routing};
-use crate::engine::LogitRows;
 use crate::engine::experts::ExpertManager;
 use crate::engine::sampler::{Sampler, token_logprob, top_logprobs};
 use crate::engine::stream::TextStream;
@@ -318,7 +318,10 @@ struct Decode {
 impl Decode {
     fn new(engine: &Engine, job: &Job) -> Result<Self, String> {
         let request = &job.request;
+        let config = engine.text().generation_config();
+        let config = config.map_err(|e| e.to_string())?;
         let mut sampler = Sampler::new(request.sampling.clone()).map_err(|e| e.to_string())?;
+        sampler.suppress(config.suppressed.clone());
         sampler.observe_prompt(&request.prompt);
         let changes_logits = request.logprobs.is_some()
             || request.constraint.is_some()
@@ -330,7 +333,7 @@ impl Decode {
             stream: TextStream::new(engine.tokenizer(), true, &request.stop),
             eos: match ignores_eos {
                 true => Vec::new(),
-                false => engine.text().generation_config.eos_token_ids.clone(),
+                false => config.eos_token_ids.clone(),
             },
             generated: 0,
             bias: request.logit_bias.iter().copied().collect(),

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{BLOCKSIZE, CODE_BOOK, NESTED_BLOCKSIZE};
+use super::{CODE_BOOK, NESTED_BLOCKSIZE};
 use crate::formats::Bytes;
 
 /// A `[rows, cols]` part of an NF4 weight, starting at element `first` of the stored, flattened
@@ -12,12 +12,14 @@ pub struct Nf4Matrix {
     /// `[ceil(n / 2)]` for the whole stored tensor of `n` weights, high nibble first
     pub packed: Bytes,
     pub absmax: Absmax,
+    /// Weights of the stored tensor that share a scale
+    pub blocksize: usize,
     pub first: usize,
     pub rows: usize,
     pub cols: usize,
 }
 
-/// The scale of each block of 64 weights of a stored tensor.
+/// The scale of each block of weights of a stored tensor.
 #[derive(Clone, Debug)]
 pub enum Absmax {
     /// `[blocks]` f32
@@ -59,9 +61,14 @@ fn f32_at(bytes: &[u8], i: usize) -> f32 {
 }
 
 impl Nf4Matrix {
+    /// The scale of weight `i` of the stored tensor.
+    pub fn scale(&self, i: usize) -> f32 {
+        self.absmax.get(i / self.blocksize)
+    }
+
     pub(crate) fn stored_bytes(&self) -> usize {
         let n = self.rows * self.cols;
-        let scales = n.div_ceil(BLOCKSIZE);
+        let scales = n.div_ceil(self.blocksize);
         n.div_ceil(2)
             + match self.absmax {
                 Absmax::Plain(_) => 4 * scales,
@@ -89,15 +96,15 @@ impl Nf4Matrix {
         std::iter::once(first).chain(second)
     }
 
-    /// Rows as f32: `code_book[c[i]] * s[i / 64]`, one rounding. Blocks may cross row ends.
+    /// Rows as f32: `code_book[c[i]] * s[i / blocksize]`, one rounding. Blocks may cross row ends.
     pub(crate) fn dequantize_rows(&self, rows: Range<usize>, out: &mut [f32]) {
         let packed: &[u8] = &self.packed;
         let start = self.first + rows.start * self.cols;
         let end = self.first + rows.end * self.cols;
         let mut i = start;
         while i < end {
-            let block_end = end.min((i / BLOCKSIZE + 1) * BLOCKSIZE);
-            let scale = self.absmax.get(i / BLOCKSIZE);
+            let block_end = end.min((i / self.blocksize + 1) * self.blocksize);
+            let scale = self.scale(i);
             let scaled = CODE_BOOK.map(|code| code * scale);
             for j in i..block_end {
                 let nibble = if j.is_multiple_of(2) {

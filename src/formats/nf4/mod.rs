@@ -1,4 +1,4 @@
-//! bitsandbytes NF4: 4-bit codes, one scale per 64 weights, the scales themselves in 8 bits.
+//! bitsandbytes NF4: 4-bit codes, one scale per block of weights, the scales themselves in 8 bits.
 //!
 //! Six tensors hold one weight `NAME`: the packed codes, `.absmax`, `.nested_absmax`,
 //! `.nested_quant_map`, `.quant_map` and the JSON `.quant_state.bitsandbytes__nf4`. Without double
@@ -16,8 +16,12 @@ pub mod state;
 pub use dequantize::{Absmax, Nf4Matrix};
 pub use state::QuantState;
 
-/// Weights that share one scale.
+/// Weights that share one scale where this program quantises: the default of bitsandbytes.
 pub const BLOCKSIZE: usize = 64;
+
+/// Every number of weights that bitsandbytes lets share a scale. 128 was its default on AMD CDNA
+/// until February 2026.
+pub const BLOCKSIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 /// Scales that share one scale of scales.
 pub const NESTED_BLOCKSIZE: usize = 256;

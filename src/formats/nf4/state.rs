@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{BLOCKSIZE, NESTED_BLOCKSIZE};
+use super::{BLOCKSIZES, NESTED_BLOCKSIZE};
 use crate::formats::FormatError;
 
 /// Parsed quantisation state. Field order is the order bitsandbytes writes.
@@ -40,7 +40,8 @@ impl QuantState {
             reason,
         };
         let not_expected = |e| damaged(format!("not the expected JSON: {e}"));
-        let json: serde_json::Value = serde_json::from_slice(json).map_err(not_expected)?;
+        let json: serde_json::Value =
+            crate::formats::json::from_slice(json).map_err(not_expected)?;
         let mut state = QuantState::deserialize(&json).map_err(not_expected)?;
         // A flattened option is silently absent when one of its fields is.
         let nested = ["nested_blocksize", "nested_dtype", "nested_offset"];
@@ -53,9 +54,9 @@ impl QuantState {
                 found: state.quant_type,
             });
         }
-        if state.blocksize != BLOCKSIZE {
+        if !BLOCKSIZES.contains(&state.blocksize) {
             return Err(damaged(format!(
-                "blocksize {}, expected {BLOCKSIZE}",
+                "blocksize {}, expected one of {BLOCKSIZES:?}",
                 state.blocksize
             )));
         }

@@ -38,9 +38,9 @@ impl Spec {
     /// # Errors
     /// [`SynthError::NoBuiltin`].
     pub fn weights(&self) -> Result<Vec<Weight>, SynthError> {
-        let shape = self.config()?.shape;
-        let depth = self.depth.unwrap_or(shape.num_layers());
-        weights::weights(&shape, depth, self.seed, self.locality)
+        let config = self.config()?;
+        let depth = self.depth.unwrap_or(config.shape.num_layers());
+        weights::weights(&config, depth, self.seed, self.locality)
     }
 
     /// The model in memory, whose tensors are made when they are read: planning reads only the headers,

@@ -20,11 +20,13 @@ const VERSION: u32 = 3;
 pub const DEFAULT_LOCALITY: f64 = 0.6;
 
 /// Shapes by name and what config.json says of them.
-const SHAPES: [(&str, &str); 2] = [
+const SHAPES: [(&str, &str); 4] = [
     (
         "qwen3-next-80b-a3b",
         include_str!("qwen3-next-80b-a3b.json"),
     ),
+    ("qwen3.6-35b-a3b", include_str!("qwen3.6-35b-a3b.json")),
+    ("qwen3-30b-a3b", include_str!("qwen3-30b-a3b.json")),
     ("tiny", include_str!("tiny.json")),
 ];
 
@@ -256,7 +258,11 @@ mod tests {
 
     #[test]
     fn bad_specs_are_refused_by_field() {
-        refused("foo", "no shape `foo`; shapes: qwen3-next-80b-a3b, tiny");
+        refused(
+            "foo",
+            "no shape `foo`; shapes: qwen3-next-80b-a3b, qwen3.6-35b-a3b, qwen3-30b-a3b, \
+             tiny",
+        );
         refused("tiny?layers=0", "layers is `0`, expected a whole number");
         refused("tiny?layers", "layers is ``, expected a whole number");
         refused(
@@ -298,6 +304,9 @@ mod tests {
         let shape = |spec: &str| spec.parse::<Spec>().unwrap().config().unwrap().shape;
         assert_eq!(shape("qwen3-next-80b-a3b").num_layers(), 48);
         assert_eq!(shape("qwen3-next-80b-a3b").moe.num_experts, 512);
+        assert_eq!(shape("qwen3.6-35b-a3b").num_layers(), 40);
+        assert_eq!(shape("qwen3.6-35b-a3b").moe.num_experts_per_tok, 8);
+        assert_eq!(shape("qwen3-30b-a3b").attention.rotary_dim, 128);
         let builtin = include_bytes!("../../../workloads/tiny-moe/config.json");
         assert_eq!(shape("tiny"), ModelConfig::parse(builtin).unwrap().shape);
     }

@@ -26,6 +26,8 @@ use crate::formats::Dtype;
 use crate::formats::nf4::dynamic_map::DYNAMIC_MAP;
 use crate::formats::nf4::{BLOCKSIZE, CODE_BOOK, STATE_SUFFIX, quantize as nf4};
 use crate::formats::writer::Planned;
+use crate::model::ModelConfig;
+use crate::model::families::{Attention, Family, Norms};
 
 /// Variance that all layers together add to a residual stream whose tokens start with 1.
 const RESIDUAL_VARIANCE: f64 = 0.25;
@@ -186,20 +188,23 @@ impl Rows {
     }
 }
 
-/// All weights of a model of that shape.
+/// All weights of such a model. Their names are those of Qwen3-Next, whatever the family, without
+/// what the family does not have.
 ///
-/// - `depth`: layers of the whole model, where `shape` is the first few of it
+/// - `depth`: layers of the whole model, where `config` is of the first few of it
 ///
 /// # Errors
 /// If this build has no built-in model.
 pub fn weights(
-    shape: &ModelShape,
+    config: &ModelConfig,
     depth: usize,
     seed: u64,
     locality: f64,
 ) -> Result<Vec<Weight>, SynthError> {
+    let shape = &config.shape;
     let mut maker = Maker {
         shape,
+        family: config.family,
         seed,
         locality,
         regions: Regions::new(shape.hidden_size),
@@ -225,6 +230,7 @@ pub fn weights(
 
 pub(super) struct Maker<'a> {
     pub(super) shape: &'a ModelShape,
+    family: &'static Family,
     seed: u64,
     locality: f64,
     pub(super) regions: Regions,
@@ -306,7 +312,11 @@ impl Maker<'_> {
     fn attention(&mut self, prefix: &str) {
         let attention = self.shape.attention.clone();
         let hidden = self.shape.hidden_size;
-        self.reader(&format!("{prefix}.q_proj"), attention.q_proj_rows(), hidden);
+        let query_rows = match self.family.attention {
+            Attention::Gated => attention.q_proj_rows(),
+            Attention::Plain => attention.q_proj_rows() / 2,
+        };
+        self.reader(&format!("{prefix}.q_proj"), query_rows, hidden);
         self.reader(&format!("{prefix}.k_proj"), attention.kv_rows(), hidden);
         self.reader(&format!("{prefix}.v_proj"), attention.kv_rows(), hidden);
         self.norm(&format!("{prefix}.q_norm.weight"), attention.head_dim);
@@ -324,6 +334,9 @@ impl Maker<'_> {
         for expert in 0..moe.num_experts {
             let prefix = format!("{prefix}.experts.{expert}");
             self.expert(&prefix, moe.moe_intermediate_size, share);
+        }
+        if !self.family.shared_expert {
+            return;
         }
         let shared = format!("{prefix}.shared_expert");
         self.expert(&shared, moe.shared_expert_intermediate_size, SILU_RMS / 2.0);
@@ -449,8 +462,11 @@ impl Maker<'_> {
         self.weights.push(Weight { parts });
     }
 
-    /// A norm's weight, zero-centred: near 0, as training leaves it.
+    /// A norm's weight: where it is zero-centred near 0, as training leaves it.
     fn norm(&mut self, name: &str, len: usize) {
+        if self.family.norms == Norms::Plain {
+            return self.values(name, len, |_| 1.0);
+        }
         self.shaped_rows(name, &[len], RowKind::Normal { std: 0.02 });
     }
 

@@ -9,7 +9,6 @@ use serde_json::{Map, Value, json};
 
 use super::messages_in::{self, ToolChoice};
 use super::{Call, params, read_call, text};
-use crate::engine::sampler::SamplingParams;
 use crate::engine::service::{FinishReason, Usage};
 use crate::server::error::{ApiError, ApiResult};
 use crate::server::fields::Fields;
@@ -247,7 +246,7 @@ fn prepare(app: &App, call: &Call) -> ApiResult<(Message, Generation)> {
     let generation = Generation {
         prompt: prompt.ids,
         max_tokens: Some(max_tokens as usize),
-        sampling: params::sampling(fields, SamplingParams::from(&app.text.generation_config))?,
+        sampling: params::sampling(fields, params::defaults(app)?)?,
         stop: params::stop(fields, "stop_sequences")?,
         ignore_eos: false,
         logprobs: None,

@@ -37,7 +37,7 @@ impl Params {
     /// # Errors
     /// 400 for the first field that cannot be taken.
     pub fn read(app: &App, fields: Fields<'_>) -> ApiResult<Self> {
-        let defaults = SamplingParams::from(&app.text.generation_config);
+        let defaults = defaults(app)?;
         let own = fields.object("moectl")?;
         let own = own.map(|map| Fields::within(map, "moectl"));
         let stream_options = fields.object("stream_options")?;
@@ -104,6 +104,16 @@ fn max_tokens(fields: Fields<'_>) -> ApiResult<Option<usize>> {
         }
     }
     Ok(None)
+}
+
+/// How the model's generation_config.json samples.
+///
+/// # Errors
+/// 500 if that file cannot be used; the program says so when it starts.
+pub fn defaults(app: &App) -> ApiResult<SamplingParams> {
+    let config = app.text.generation_config();
+    let config = config.map_err(|error| ApiError::internal(error.to_string()))?;
+    Ok(SamplingParams::from(config))
 }
 
 pub fn sampling(fields: Fields<'_>, defaults: SamplingParams) -> ApiResult<SamplingParams> {

@@ -111,7 +111,7 @@ fn prepare(app: &App, call: &Call) -> ApiResult<(Answer, HashMap<String, ToolKin
     };
     let prompt = app.prompts.of_chat(&app.text, &conversation)?;
     let max_tokens = fields.integer("max_output_tokens", 1..=i64::MAX)?;
-    let sampling = params::sampling(fields, SamplingParams::from(&app.text.generation_config))?;
+    let sampling = params::sampling(fields, params::defaults(app)?)?;
     let answer = Answer {
         stream: fields.bool("stream")?.unwrap_or(false),
         object: object(app, fields, &sampling)?,

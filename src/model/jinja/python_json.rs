@@ -8,6 +8,8 @@ use std::fmt::Write;
 use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
+use super::python_text::{self, as_float};
+
 /// The `tojson` filter of transformers: `json.dumps` with `ensure_ascii=False` and no HTML escapes.
 ///
 /// Takes the keyword arguments `ensure_ascii`, `indent`, `separators` and `sort_keys`.
@@ -15,7 +17,9 @@ use minijinja::{Error, ErrorKind, Value};
 /// # Errors
 /// If `value` holds something JSON has no form for, or an argument is unknown.
 pub fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = options.get("indent")?;
+    let indent: Option<Value> = options.get("indent")?;
+    let indent = indent.filter(|indent| !indent.is_none()).map(indentation);
+    let indent = indent.transpose()?;
     let separators: Option<Vec<String>> = options.get("separators")?;
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;
@@ -41,12 +45,20 @@ pub fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     Ok(writer.out)
 }
 
+/// One level of `indent`, which is a number of spaces or the text itself.
+fn indentation(indent: Value) -> Result<String, Error> {
+    match indent.as_str() {
+        Some(text) => Ok(text.to_owned()),
+        None => Ok(" ".repeat(usize::try_from(i64::try_from(indent)?.max(0)).unwrap_or(0))),
+    }
+}
+
 struct Writer {
     out: String,
     item_separator: String,
     key_separator: String,
-    /// Spaces per level; None keeps everything on one line.
-    indent: Option<usize>,
+    /// What a line starts with, per level; None keeps everything on one line.
+    indent: Option<String>,
     depth: usize,
     ensure_ascii: bool,
     sort_keys: bool,
@@ -54,13 +66,16 @@ struct Writer {
 
 impl Writer {
     fn value(&mut self, value: &Value) -> Result<(), Error> {
+        if let Some(x) = as_float(value) {
+            self.out.push_str(&float(x));
+            return Ok(());
+        }
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self
                 .out
                 .push_str(if value.is_true() { "true" } else { "false" }),
-            ValueKind::Number if value.is_integer() => self.out.push_str(&value.to_string()),
-            ValueKind::Number => self.out.push_str(&float(f64::try_from(value.clone())?)),
+            ValueKind::Number => self.out.push_str(&value.to_string()),
             ValueKind::String => self.string(value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<Value> = value.try_iter()?.collect();
@@ -120,10 +135,9 @@ impl Writer {
     }
 
     fn line_break(&mut self) {
-        if let Some(spaces) = self.indent {
+        if let Some(indent) = &self.indent {
             self.out.push('\n');
-            self.out
-                .extend(std::iter::repeat_n(' ', spaces * self.depth));
+            self.out.push_str(&indent.repeat(self.depth));
         }
     }
 
@@ -151,55 +165,16 @@ impl Writer {
     }
 }
 
-/// `repr(float)`: the shortest digits that read back the same, exponents only far from 1.
+/// A float as `json.dumps` writes it: `repr`, with JavaScript's words for what is not finite.
 fn float(x: f64) -> String {
-    if x.is_nan() {
-        return "NaN".into();
-    }
-    if x.is_infinite() {
-        return if x > 0.0 { "Infinity" } else { "-Infinity" }.into();
-    }
-    let scientific = format!("{x:e}");
-    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    let exponent: i32 = exponent.parse().unwrap_or(0);
-    if (-4..16).contains(&exponent) {
-        format!("{x:?}")
-    } else {
-        let sign = if exponent < 0 { '-' } else { '+' };
-        format!("{digits}e{sign}{:02}", exponent.abs())
+    match x {
+        x if x.is_nan() => "NaN".into(),
+        f64::INFINITY => "Infinity".into(),
+        f64::NEG_INFINITY => "-Infinity".into(),
+        x => python_text::float(x),
     }
 }
 
 fn invalid(detail: String) -> Error {
     Error::new(ErrorKind::InvalidOperation, detail)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::float;
-
-    /// Right-hand sides are what CPython 3.11 prints.
-    #[test]
-    fn floats_have_the_digits_of_python() {
-        for (x, python) in [
-            (0.0, "0.0"),
-            (-0.0, "-0.0"),
-            (1.0, "1.0"),
-            (-2.5, "-2.5"),
-            (0.1, "0.1"),
-            (0.0001, "0.0001"),
-            (0.00001, "1e-05"),
-            (1.25e-7, "1.25e-07"),
-            (123456789012345.6, "123456789012345.6"),
-            (1e15, "1000000000000000.0"),
-            (1e16, "1e+16"),
-            (1.5e300, "1.5e+300"),
-            (5e-324, "5e-324"),
-            (f64::INFINITY, "Infinity"),
-            (f64::NEG_INFINITY, "-Infinity"),
-            (f64::NAN, "NaN"),
-        ] {
-            assert_eq!(float(x), python);
-        }
-    }
 }

@@ -1,0 +1,116 @@
+//! A template's source as minijinja can take it: newlines as Jinja2 reads them, and the
+//! `generation` block of transformers, which marks what the assistant says and changes no text.
+//!
+//! In transformers the block is a call block: names that are set inside stay inside. So they do in
+//! a `with` block, which takes its place.
+
+/// The source with every newline as `\n`, and `generation` blocks as `with` blocks.
+///
+/// The newline after `{% raw %}` is kept, as Jinja2 keeps it in spite of `trim_blocks`.
+pub fn prepare(source: &str) -> String {
+    let source = source.replace("\r\n", "\n").replace('\r', "\n");
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source.as_str();
+    let mut raw = false;
+    while let Some(start) = rest.find('{') {
+        let (before, tag) = rest.split_at(start);
+        out.push_str(before);
+        let length = match tag.as_bytes().get(1) {
+            Some(b'#') if !raw => tag.find("#}").map(|end| end + 2),
+            Some(b'{') if !raw => end_of_tag(tag, "}}"),
+            Some(b'%') => end_of_tag(tag, "%}"),
+            _ => Some(1),
+        };
+        // Without an end, it is the parser's to say so.
+        let (tag, after) = tag.split_at(length.unwrap_or(tag.len()));
+        let replacement = match tag.starts_with("{%") {
+            true => block_tag(tag, &mut raw),
+            false => None,
+        };
+        match replacement {
+            Some(replacement) => out.push_str(&replacement),
+            None if raw && tag.len() > 1 => {
+                // Not the end of the raw block: its text may hold one further on.
+                out.push('{');
+                rest = &rest[start + 1..];
+                continue;
+            }
+            None => out.push_str(tag),
+        }
+        rest = after;
+    }
+    out + rest
+}
+
+/// Bytes of `tag` up to the end of `close`, which may stand in strings.
+fn end_of_tag(tag: &str, close: &str) -> Option<usize> {
+    let bytes = tag.as_bytes();
+    let mut at = 2;
+    let mut quote = None;
+    while at < bytes.len() {
+        match (quote, bytes[at]) {
+            (Some(_), b'\\') => at += 1,
+            (Some(open), found) if open == found => quote = None,
+            (None, found @ (b'"' | b'\'')) => quote = Some(found),
+            (None, _) if tag.as_bytes()[at..].starts_with(close.as_bytes()) => {
+                return Some(at + close.len());
+            }
+            _ => {}
+        }
+        at += 1;
+    }
+    None
+}
+
+/// What replaces a whole block tag, `{%` to `%}`; notes where raw text begins and ends.
+fn block_tag(tag: &str, raw: &mut bool) -> Option<String> {
+    let inner = tag.strip_prefix("{%")?.strip_suffix("%}")?;
+    let name = inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
+    let replacement = match (name, *raw) {
+        ("raw", false) => {
+            *raw = true;
+            return Some(match inner.ends_with(['-', '+']) {
+                true => tag.to_owned(),
+                false => format!("{{%{inner}+%}}"),
+            });
+        }
+        ("endraw", true) => {
+            *raw = false;
+            "endraw"
+        }
+        ("generation", false) => "with",
+        ("endgeneration", false) => "endwith",
+        _ => return None,
+    };
+    Some(tag.replacen(name, replacement, 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_tags_are_replaced() {
+        for (source, expected) in [
+            (
+                "{%- generation -%}a{% endgeneration %}",
+                "{%- with -%}a{% endwith %}",
+            ),
+            (
+                "{{ '{% generation %}' }}{# {% generation %} #}",
+                "{{ '{% generation %}' }}{# {% generation %} #}",
+            ),
+            (
+                "{% raw %}{% generation %}{{ '{% endraw %}{% generation %}",
+                "{% raw +%}{% generation %}{{ '{% endraw %}{% with %}",
+            ),
+            (
+                "{% if x == '%}' %}{%+generation%}",
+                "{% if x == '%}' %}{%+with%}",
+            ),
+            ("a\r\nb\rc\n{% generation", "a\nb\nc\n{% generation"),
+        ] {
+            assert_eq!(prepare(source), expected);
+        }
+    }
+}

@@ -1,0 +1,37 @@
+//! `strftime_now` of transformers: `datetime.now().strftime(format)`.
+
+use std::fmt::Write;
+
+use chrono::{Local, Timelike};
+use minijinja::{Error, ErrorKind};
+
+/// The local time of now by a format of C, as Python writes it: without a time zone, which Python's
+/// `now` does not have, and with microseconds for `%f`.
+///
+/// # Errors
+/// If the format has a character that is no conversion.
+pub fn strftime_now(format: &str) -> Result<String, Error> {
+    let now = Local::now();
+    let mut python = String::new();
+    let mut rest = format;
+    while let Some(at) = rest.find('%') {
+        let end = at + 1 + rest[at + 1..].chars().next().map_or(0, char::len_utf8);
+        python.push_str(&rest[..at]);
+        match &rest[at..end] {
+            "%z" | "%Z" => {}
+            "%f" => python.push_str(&format!("{:06}", now.nanosecond() / 1000 % 1_000_000)),
+            conversion => python.push_str(conversion),
+        }
+        rest = &rest[end..];
+    }
+    python.push_str(rest);
+    let mut text = String::new();
+    // chrono reports an unknown format character only when writing.
+    write!(text, "{}", now.format(&python)).map_err(|_| {
+        Error::new(
+            ErrorKind::InvalidOperation,
+            format!("strftime_now: format `{format}` is not valid"),
+        )
+    })?;
+    Ok(text)
+}
