@@ -203,7 +203,8 @@ impl Rule {
             base: super::stats::median(base),
             new: super::stats::median(new),
             worse_by: Some(worse_by),
-            worse_by_interval: Some(interval),
+            // Of fewer samples it would be less than 95%.
+            worse_by_interval: (shift.least_p <= rank::TAIL).then_some(interval),
             p: Some(p),
             outcome,
             reason,

@@ -32,8 +32,11 @@ use crate::formats::Document;
 use crate::formats::corpus::Corpus;
 use crate::hardware::{HardwareBody, Monitor, probe};
 use crate::model::Source;
+use crate::planning::hardware::Hardware;
+use crate::planning::placement::Placement;
+use crate::planning::profile::ProfileBody;
 use crate::planning::units::parse_tokens;
-use crate::report::record::{Continuation, RunBody};
+use crate::report::record::{Continuation, Quality, RunBody};
 
 /// Measure throughput, latency and memory on real text
 ///
@@ -149,121 +152,176 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     if args.against_binary.is_some() || args.against_flags.is_some() {
         return against::execute(&args, console);
     }
-    let source = Source::resolve(args.model.model.as_deref())?;
-    let config = source.config()?;
-    let plan = args.measure_plan(config.synthetic);
-    let longest = *plan.contexts.last().expect("clap gives one at least");
-    check_context(&config, longest as u64)?;
-    let given = (args.hardware.as_ref())
-        .map(HardwareChoice::load)
-        .transpose()?;
-    std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
-    check_output(&args.output.join("run.json"))?;
-    say_if_replaced(console, &args.output.join("run.json"));
-
-    let corpus = match &args.corpus {
-        Some(path) => Corpus::open(path)?,
-        None => workloads::by_name(workloads::LONG).expect("is built in")?,
-    };
-    let cache_file = args.cache.cache_state.as_deref();
-    let mut outline = load::outline(&source, &args.compute, cache_file, console)?;
-    let room = longest
-        .max(PROFILE_TOKENS)
-        .min(config.max_position_embeddings);
-    let mut engine = load::engine(&source, &args.compute, &mut outline, room, console)?;
-    // What a plan needs is not spent time on if there is no text to measure with.
-    let repeat = args.repeat_text || args.corpus.is_none();
-    let text = text::read(&engine, &corpus, plan.text_tokens(), repeat)?;
-    let mut hardware = HardwareBody::detect();
-    let mut notes = Vec::new();
-    notes.extend(text.note(&corpus));
-    notes.extend(workloads::beyond_training(&source, longest));
-    console.note(format!(
-        "{} on {}, by {}",
-        source.id(),
-        hardware.summary(),
-        assemble::executed_on(&engine)
-    ));
-    notes
-        .iter()
-        .for_each(|note| console.note(format!("note: {note}")));
-
-    let (placement, profile) = match outline.placement {
-        Some(placement) => (placement, None),
-        None => {
-            let (placement, profile) = round::plan(
-                &args,
-                given
-                    .clone()
-                    .unwrap_or_else(|| round::machine(&engine, &hardware)),
-                &mut engine,
-                &outline.footprint,
-                longest as u64,
-                console,
-            )?;
-            load::place(
-                &mut engine,
-                &args.compute,
-                &placement.body,
-                cache_file,
-                console,
-            )?;
-            (placement, Some(profile))
-        }
-    };
-    let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&engine));
-    let mut contenders = Contenders::new(&engine, &placement.body, &args.compute, &args.against)?;
-    let measured = measure::contexts(&mut engine, &text.ids, &plan, &mut contenders, console);
-    cache_state::save(cache_file, &engine, console)?;
-    let mut measured = measured?;
+    let mut ready = Ready::new(&args, console)?;
+    let (placement, profile) = ready.placement(&args, console)?;
+    let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&ready.engine));
+    let compute = &args.compute;
+    let mut contenders = Contenders::new(&ready.engine, &placement.body, compute, &args.against)?;
+    let measured = measure::contexts(
+        &mut ready.engine,
+        &ready.text.ids,
+        &ready.plan,
+        &mut contenders,
+        console,
+    );
+    cache_state::save(args.cache.cache_state.as_deref(), &ready.engine, console)?;
+    let measured = measured?;
     let monitor = monitor.stop();
     if measured.contexts.iter().all(Vec::is_empty) {
         return Err(Failure::Interrupted.into());
     }
-    notes.append(&mut measured.notes);
     for reason in (0..contenders.len()).filter_map(|i| contenders.stopped(i)) {
         console.note(format!("note: {reason}"));
     }
-    kernel_times(&mut engine, console)?;
-    let mut quality = None;
+    kernel_times(&mut ready.engine, console)?;
+    let quality = match measured.interrupted {
+        true => None,
+        false => ready.after(&args, console)?,
+    };
+    ready.notes.extend(measured.notes);
     if measured.interrupted {
-        notes.push("interrupted: repetitions until then".into());
-    } else {
-        // Not before: its buffer would count as the model's memory.
-        let threads = engine.backend().threads;
-        hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
-        if args.quality_tokens > 0 && engine.backend().name != "reference" {
-            let tokens = args.quality_tokens;
-            quality = Some(quality::against_reference(
-                &mut engine,
-                &source,
-                tokens,
-                console,
-            )?);
-        }
+        ready
+            .notes
+            .push("interrupted: repetitions until then".into());
     }
-    let interrupted = measured.interrupted;
     let results = assemble::Results {
         args: &args,
-        engine: &engine,
-        synthetic: config.synthetic,
-        corpus: &corpus,
-        plan: &plan,
-        footprint: &outline.footprint,
+        engine: &ready.engine,
+        synthetic: ready.synthetic,
+        corpus: &ready.corpus,
+        plan: &ready.plan,
+        footprint: &ready.outline.footprint,
         placement: &placement,
         profile: profile.as_ref(),
-        machine: assemble::machine(&engine, given, &hardware),
-        hardware,
+        machine: assemble::machine(&ready.engine, ready.given, &ready.hardware),
+        hardware: ready.hardware,
         contenders: &contenders,
-        notes,
+        notes: ready.notes,
         quality,
         monitor,
     };
     let written = results.write(measured.contexts)?;
     print(&written, &contenders, console)?;
-    match interrupted {
+    match measured.interrupted {
         true => Err(Failure::Interrupted.into()),
         false => Ok(()),
+    }
+}
+
+/// A loaded model, and the text to measure it with.
+struct Ready {
+    source: Source,
+    synthetic: bool,
+    plan: measure::MeasurePlan,
+    /// Machine that was named to plan and predict with
+    given: Option<Hardware>,
+    corpus: Corpus,
+    text: text::Text,
+    outline: load::Outline,
+    engine: Engine,
+    hardware: HardwareBody,
+    /// For readers of the results
+    notes: Vec<String>,
+}
+
+impl Ready {
+    /// # Errors
+    /// Whatever can be refused before anything is planned or measured.
+    fn new(args: &BenchArgs, console: &Console) -> anyhow::Result<Self> {
+        let source = Source::resolve(args.model.model.as_deref())?;
+        let config = source.config()?;
+        let plan = args.measure_plan(config.synthetic);
+        let longest = plan.longest();
+        check_context(&config, longest as u64)?;
+        let given = (args.hardware.as_ref())
+            .map(HardwareChoice::load)
+            .transpose()?;
+        let run_path = args.output.join("run.json");
+        std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
+        check_output(&run_path)?;
+        say_if_replaced(console, &run_path);
+        let corpus = match &args.corpus {
+            Some(path) => Corpus::open(path)?,
+            None => workloads::by_name(workloads::LONG).expect("is built in")?,
+        };
+        let cache_file = args.cache.cache_state.as_deref();
+        let mut outline = load::outline(&source, &args.compute, cache_file, console)?;
+        let room = longest
+            .max(PROFILE_TOKENS)
+            .min(config.max_position_embeddings);
+        let engine = load::engine(&source, &args.compute, &mut outline, room, console)?;
+        // What a plan needs is not spent time on if there is no text to measure with.
+        let repeat = args.repeat_text || args.corpus.is_none();
+        let text = text::read(&engine, &corpus, plan.text_tokens(), repeat)?;
+        let hardware = HardwareBody::detect();
+        console.note(format!(
+            "{} on {}, by {}",
+            source.id(),
+            hardware.summary(),
+            assemble::executed_on(&engine)
+        ));
+        let notes = text.note(&corpus).into_iter();
+        let notes = notes.chain(workloads::beyond_training(&source, longest));
+        let notes: Vec<String> = notes.collect();
+        for note in &notes {
+            console.note(format!("note: {note}"));
+        }
+        Ok(Ready {
+            synthetic: config.synthetic,
+            source,
+            plan,
+            given,
+            corpus,
+            text,
+            outline,
+            engine,
+            hardware,
+            notes,
+        })
+    }
+
+    /// The placement that was given, or one that is made here from a quick profile, which then stands
+    /// beside it; either is carried out.
+    fn placement(
+        &mut self,
+        args: &BenchArgs,
+        console: &Console,
+    ) -> anyhow::Result<(Document<Placement>, Option<Document<ProfileBody>>)> {
+        if let Some(placement) = self.outline.placement.take() {
+            return Ok((placement, None));
+        }
+        let here = || round::machine(&self.engine, &self.hardware);
+        let machine = self.given.clone().unwrap_or_else(here);
+        let (placement, profile) = round::plan(
+            args,
+            machine,
+            &mut self.engine,
+            &self.outline.footprint,
+            self.plan.longest() as u64,
+            console,
+        )?;
+        let cache_file = args.cache.cache_state.as_deref();
+        load::place(
+            &mut self.engine,
+            &args.compute,
+            &placement.body,
+            cache_file,
+            console,
+        )?;
+        Ok((placement, Some(profile)))
+    }
+
+    /// What is measured of machine and model after all repetitions: the bandwidth of the RAM, whose buffer
+    /// would have counted as the model's memory, and quality.
+    fn after(&mut self, args: &BenchArgs, console: &Console) -> anyhow::Result<Option<Quality>> {
+        let hardware = &mut self.hardware;
+        let threads = self.engine.backend().threads;
+        hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
+        if args.quality_tokens == 0 || self.engine.backend().name == "reference" {
+            return Ok(None);
+        }
+        let tokens = args.quality_tokens;
+        quality::against_reference(&mut self.engine, &self.source, tokens, console).map(Some)
     }
 }
 
