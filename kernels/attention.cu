@@ -2,6 +2,7 @@
 decode_attention: attention of one token over the whole context, one pass over K and V.
   q     [H, 2 hd] f32: per head its query, then its gate
   k, v  [Hkv, hd] f32 of this token: appended to the cache at step->position
+  cache places in the sequence's states (Step::state)
   out   [H, hd] f32, times sigmoid(gate)
 G = H / Hkv query heads share a KV head; a block serves 8 of them, so with G > 8 K and V are read
 ceil(G / 8) times (the second time mostly from L2).
@@ -480,6 +481,10 @@ KERNEL __launch_bounds__(THREADS, 1)
   DYNAMIC_SMEM(smem);
   launch_next_kernel();
   (void)splits; /* gridDim.x */
+  cache.k = of_sequence((uint8_t *)cache.k, step);
+  cache.v = of_sequence((uint8_t *)cache.v, step);
+  cache.k_scales = of_sequence(cache.k_scales, step);
+  cache.v_scales = of_sequence(cache.v_scales, step);
 #define RUN(HD, INT8)                                                                            \
   Attention<HD, INT8>::run(smem, step, q, k, v, q_norm, k_norm, eps, inverse_frequencies,        \
                            rotary_dim, cache, num_heads, num_kv_heads, partial, counters, out)

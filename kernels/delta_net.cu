@@ -1,6 +1,7 @@
 /*
 decode_delta_net: convolution, gates and one step of the gated delta rule for one token.
-  ring   [taps, qkvz_rows] f32: the projection of position p in slot p % taps
+  ring   [taps, qkvz_rows] f32: the projection of position p in slot p % taps; it and `state` are places in the
+         sequence's states (Step::state)
   ba     [2 Hv] f32: per key head its value heads' b, then their a
   conv   [C, taps] f32, channels q of all key heads, k, then v of all value heads
   state  [Hv, dv, dk] f32, one row per value column: read and written
@@ -176,6 +177,8 @@ KERNEL __launch_bounds__(DELTA_THREADS)
                      int num_value_heads, int dk, int dv) {
   __shared__ __align__(16) DeltaShared shared;
   launch_next_kernel();
+  ring = of_sequence(ring, step);
+  state = of_sequence(state, step);
   if (dk == 128)
     delta_step<128>(shared, step, ring, ring_slots, qkvz_rows, ba, conv, negative_a, dt_bias, state, o,
                     num_key_heads, num_value_heads, dv);

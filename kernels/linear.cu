@@ -190,6 +190,7 @@ KERNEL __launch_bounds__(NORM_WARPS * 32, 3)
     block -= a_blocks, blocks = b_blocks, m = b, to = out_b, ring = false;
     if (block >= b_blocks) block -= b_blocks, blocks = c_blocks, m = c, to = out_c;
   }
+  if (ring) to = of_sequence(to, step);
   const Normed n = {hidden, norm_scale, m.cols};
   const auto out = [=]() { return ring ? to + (int64_t)(step->position % ring_slots) * m.rows : to; };
   if (m.format == NF4_TILES)
@@ -331,6 +332,7 @@ KERNEL __launch_bounds__(ADD_WARPS * 32, 2)
                      Linear w, float *hidden) {
   DYNAMIC_SMEM(shared);
   launch_next_kernel();
+  ring = of_sequence(ring, step);
   Gated n = {o, nullptr, norm, eps, num_value_heads * dv, dk, 31 - __clz(dv), num_value_heads / num_key_heads};
   const auto find_projection = [&]() {
     n.projection = ring + (int64_t)(step->position % ring_slots) * qkvz_rows;

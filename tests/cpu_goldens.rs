@@ -5,8 +5,8 @@ mod support;
 use moectl::backend::cpu::isa::Isa;
 use moectl::backend::cpu::{Cpu, CpuOptions, CpuPrecision};
 use moectl::backend::reference::Reference;
+use moectl::backend::{BlockExecutor, LogitRows};
 use moectl::backend::{KvDtype, ModelShape, ModelWeights};
-use moectl::model::{LogitRows, Runner, Sequence};
 use support::*;
 
 /// Largest difference of a logit.
@@ -27,7 +27,7 @@ fn cpu(
     precision: CpuPrecision,
     threads: Option<usize>,
     (shape, weights): &(ModelShape, ModelWeights),
-) -> Sequence<Cpu> {
+) -> One<BlockExecutor<Cpu>> {
     let options = CpuOptions {
         threads,
         precision,
@@ -40,9 +40,9 @@ fn with(
     isa: Isa,
     options: CpuOptions,
     (shape, weights): (&ModelShape, &ModelWeights),
-) -> Sequence<Cpu> {
+) -> One<BlockExecutor<Cpu>> {
     let backend = Cpu::with_isa(isa, shape.clone(), weights, options, &|_, _| {}).unwrap();
-    Sequence::new(backend, 4096).unwrap()
+    one(backend, 4096)
 }
 
 fn each_kind() -> impl Iterator<Item = (Isa, CpuPrecision)> {
@@ -194,8 +194,7 @@ fn held_out_text_diverges_from_the_reference_by_less_than_the_target() {
     let len = heldout["row_tokens"].as_u64().unwrap() as usize;
     let model = open(&tiny_moe());
     let vocab = model.0.vocab_size;
-    let mut reference =
-        Sequence::new(Reference::new(model.0.clone(), model.1.clone()), len).unwrap();
+    let mut reference = one(Reference::new(model.0.clone(), model.1.clone()), len);
     let isa = Isa::detect().unwrap();
     // Of int8 the divergence is only reported; a bound tells lost precision from a broken kernel.
     let targets = [

@@ -15,9 +15,10 @@ use std::time::Duration;
 
 use moectl::backend::KvDtype;
 use moectl::backend::cpu::CpuPrecision;
+use moectl::backend::{LogitRows, OnRouting};
 use moectl::engine::experts::ExpertManager;
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions, Residency};
-use moectl::model::{LogitRows, OnRouting, Source};
+use moectl::model::Source;
 use moectl::planning::execution::PrefillSettings;
 use moectl::planning::simulator::simulate;
 use moectl::planning::trace::{Phase, Picks, Record};

@@ -11,9 +11,12 @@ mod support;
 
 use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::{CudaOptions, Residency};
-use moectl::backend::{BackendError, KvDtype, NextLogits, SlotChange};
+use moectl::backend::{
+    BackendError, DeviceMemory, Diagnostics, Executor, ExpertSlots, KvDtype, LogitRows, NextLogits,
+    Piece, Routing, RunEvents, SlotChange,
+};
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
-use moectl::model::{LogitRows, Runner, Source};
+use moectl::model::Source;
 use sequence::*;
 use support::*;
 
@@ -115,7 +118,7 @@ fn starting_over_gives_the_same_bits() {
         let mut sequence = cuda(&device, with(residency), &model, 256);
         // What came before: other tokens, one by one and in a chunk, a longer context, a shorter one.
         for (round, max_tokens) in [200, 4096].into_iter().enumerate() {
-            Runner::reset(&mut sequence, max_tokens).unwrap();
+            sequence.reset(max_tokens).unwrap();
             assert_eq!(sequence.position(), 0);
             let (mut logits, _) = prefill(&mut sequence, ids, ids.len());
             logits.extend(sequence.forward(&[7], 0..1, &mut |_, _, _| {}).unwrap());
@@ -172,7 +175,7 @@ fn a_prompt_given_up_between_chunks_leaves_a_working_sequence() {
         assert_eq!(sequence.prefill_chunk(200), 64);
         let some = if is_emulated(&device) { 2..=2 } else { 1..=3 };
         for given_up_after in some {
-            Runner::reset(&mut sequence, 256).unwrap();
+            sequence.reset(256).unwrap();
             for chunk in long.ids.chunks(64).take(given_up_after) {
                 let none = sequence.forward(chunk, 0..0, &mut |_, _, _| {}).unwrap();
                 assert!(none.is_empty());
@@ -182,7 +185,7 @@ fn a_prompt_given_up_between_chunks_leaves_a_working_sequence() {
             assert_eq!(tokens, short.greedy[..16], "after {given_up_after} chunks");
         }
         // And it may as well go on from there.
-        Runner::reset(&mut sequence, 256).unwrap();
+        sequence.reset(256).unwrap();
         sequence
             .forward(&long.ids[..64], 0..0, &mut |_, _, _| {})
             .unwrap();
@@ -240,6 +243,35 @@ fn the_engine_gives_up_a_prompt_when_told_to() {
     }
 }
 
+/// Wants three experts in slots of every layer, the last of which there is none.
+#[derive(Default)]
+struct Admitting {
+    /// Layer, position, tokens
+    routed: Vec<(usize, usize, usize)>,
+    /// Layer, position of the chunk, changes that are allowed
+    asked: Vec<(usize, usize, usize)>,
+}
+
+impl RunEvents for Admitting {
+    fn routed(&mut self, piece: usize, layer: usize, position: usize, routing: &Routing) {
+        assert_eq!(piece, 0);
+        self.routed.push((layer, position, routing.tokens()));
+    }
+
+    fn admit(&mut self, _: usize, layer: usize, at_most: usize) -> Vec<SlotChange> {
+        let &(routed, position, _) = self.routed.last().unwrap();
+        assert_eq!(routed, layer);
+        self.asked.push((layer, position, at_most));
+        let changes = [(2, 60), (47, 61), (99, 62)];
+        let changes = changes.map(|(slot, expert)| SlotChange {
+            layer,
+            slot,
+            expert,
+        });
+        changes.into_iter().take(at_most).collect()
+    }
+}
+
 #[test]
 fn a_prompts_last_piece_leaves_in_slots_what_is_asked_for() {
     let _alone = alone();
@@ -255,25 +287,22 @@ fn a_prompts_last_piece_leaves_in_slots_what_is_asked_for() {
     contents[layers - 1][47] = None;
     let mut sequence = cuda(&device, options(), &model, 128);
     assert_eq!(sequence.place(&contents).unwrap(), 48 * layers);
-    let mut asked = Vec::new();
-    let logits =
-        sequence.forward_renewing(&ids, 59..60, &mut |layer, position, routing, at_most| {
-            let tokens = routing.topk_ids.len() / routing.num_experts_per_tok;
-            asked.push((layer, position, tokens, at_most));
-            // The last one is passed over: there is no such slot.
-            let changes = [(2, 60), (47, 61), (99, 62)];
-            let changes = changes.map(|(slot, expert)| SlotChange {
-                layer,
-                slot,
-                expert,
-            });
-            changes.into_iter().take(at_most).collect()
-        });
-    let pieces = [(0, 24, 0), (24, 24, 0), (48, 12, 8)];
-    let expected = pieces.iter().flat_map(|&(position, tokens, at_most)| {
-        (0..layers).map(move |layer| (layer, position, tokens, at_most))
-    });
-    assert_eq!(asked, expected.collect::<Vec<_>>());
+    let mut admitting = Admitting::default();
+    let piece = Piece {
+        admits: true,
+        ..Piece::new(sequence.id, &ids, LogitRows::Last)
+    };
+    let logits = run_one(&mut sequence.executor, piece, &mut admitting).map(all);
+    let pieces = [(0, 24), (24, 24), (48, 12)];
+    let expected = pieces
+        .iter()
+        .flat_map(|&(position, tokens)| (0..layers).map(move |layer| (layer, position, tokens)));
+    assert_eq!(admitting.routed, expected.collect::<Vec<_>>());
+    let expected: Vec<_> = (0..layers).map(|layer| (layer, 48, 8)).collect();
+    assert_eq!(
+        admitting.asked, expected,
+        "in the last chunk, after its routing"
+    );
     assert_eq!(sequence.resident_experts(), 48 * layers);
     let times = sequence.take_times();
     assert_eq!(times.promotions, 2 * layers as u64);
@@ -288,7 +317,7 @@ fn a_prompts_last_piece_leaves_in_slots_what_is_asked_for() {
     let logits = placed.forward(&ids, 59..60, &mut |_, _, _| {}).unwrap();
     assert!(found == [logits, step(&mut placed, 7).logits]);
     // A new context fills the slots with the same.
-    Runner::reset(&mut sequence, 4096).unwrap();
+    sequence.reset(4096).unwrap();
     assert_eq!(sequence.resident_experts(), 48 * layers);
     let logits = sequence.forward(&ids, 59..60, &mut |_, _, _| {}).unwrap();
     assert!(found == [logits, step(&mut sequence, 7).logits]);
@@ -366,12 +395,7 @@ fn a_full_context_and_bad_calls_are_errors() {
         .ids;
     let (logits, _) = prefill(&mut sequence, ids, 66);
     for (count, rows) in [(5, LogitRows::Last), (70, LogitRows::None)] {
-        let error = Runner::forward(
-            &mut sequence,
-            &ids[..count.min(66)],
-            rows,
-            &mut |_, _, _| {},
-        );
+        let error = sequence.forward(&ids[..count.min(66)], rows, &mut |_, _, _| {});
         assert!(
             matches!(error, Err(BackendError::ContextFull { capacity: 70, .. })),
             "{error:?}"

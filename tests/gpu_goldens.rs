@@ -11,8 +11,7 @@ use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::budget::Usage;
 use moectl::backend::cuda::device::Device;
 use moectl::backend::cuda::{Cuda, CudaOptions, Residency};
-use moectl::backend::{ModelShape, ModelWeights};
-use moectl::model::Runner;
+use moectl::backend::{DeviceMemory, ModelShape, ModelWeights};
 use moectl::planning::execution::PrefillSettings;
 use support::*;
 
@@ -20,10 +19,10 @@ use support::*;
 /// of the goldens magnify.
 const TOLERANCE: f32 = 5e-3;
 
-fn cuda(device: &Device, options: CudaOptions, model: &(ModelShape, ModelWeights)) -> Cuda {
+fn cuda(device: &Device, options: CudaOptions, model: &(ModelShape, ModelWeights)) -> One<Cuda> {
     let (shape, weights) = (model.0.clone(), &model.1);
     let usage = Usage::alone(device);
-    Cuda::on(
+    let cuda = Cuda::on(
         device.clone(),
         0,
         usage,
@@ -32,8 +31,8 @@ fn cuda(device: &Device, options: CudaOptions, model: &(ModelShape, ModelWeights
         options,
         512,
         &|_, _| {},
-    )
-    .unwrap()
+    );
+    One::new(cuda.unwrap())
 }
 
 fn with(residency: Residency) -> CudaOptions {
@@ -60,7 +59,7 @@ fn greedy_tokens_of_one_term_equal_transformers() {
             let what = format!("{} {}", golden.name, prompt.name);
             let expected = golden.f32s(&format!("logits.{}", prompt.name));
             let vocab = expected.len() / prompt.ids.len();
-            Runner::reset(&mut sequence, 512).unwrap();
+            sequence.reset(512).unwrap();
             let (logits, _) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
             let last = &logits[logits.len() - vocab..];
             let diff = max_diff(last, &expected[expected.len() - vocab..]);
@@ -82,7 +81,7 @@ fn logits_routing_and_greedy_tokens_equal_transformers() {
             let what = format!("{} {}", golden.name, prompt.name);
             let expected = golden.f32s(&format!("logits.{}", prompt.name));
             let vocab = expected.len() / prompt.ids.len();
-            Runner::reset(&mut sequence, 512).unwrap();
+            sequence.reset(512).unwrap();
             let (logits, routing) = prefill(&mut sequence, &prompt.ids, prompt.ids.len());
             if prompt.router_gap < DECIDED_GAP {
                 continue;

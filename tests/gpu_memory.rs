@@ -12,8 +12,7 @@ mod support;
 use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::budget::Usage;
 use moectl::backend::cuda::{Cuda, CudaOptions, Residency};
-use moectl::backend::{BackendError, Result, Routing};
-use moectl::model::Runner;
+use moectl::backend::{BackendError, DeviceMemory, Result, Routing};
 use sequence::*;
 use support::*;
 
@@ -35,7 +34,7 @@ fn a_long_generation_neither_drifts_nor_leaks() {
         let mut sequence = cuda(&device, with(residency), &model, limit);
         let mut first: Option<(Vec<u32>, u64)> = None;
         for round in 0..2 {
-            Runner::reset(&mut sequence, limit).unwrap();
+            sequence.reset(limit).unwrap();
             let (logits, _) = prefill(&mut sequence, &ids, ids.len());
             let mut tokens = vec![argmax(&last_row(&logits, &model.0))];
             let error = loop {
@@ -222,8 +221,8 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
         let resident = sequence.resident_experts();
         // The last logits of a prompt, whose experts all go to the GPU, greedy tokens, and the steps
         // after the prompt, which the CPU takes part in.
-        let answer = |sequence: &mut Cuda| {
-            Runner::reset(sequence, 512).unwrap();
+        let answer = |sequence: &mut One<Cuda>| {
+            sequence.reset(512).unwrap();
             let last = ids.len() - 1;
             let logits = sequence
                 .forward(&ids, last..last + 1, &mut |_, _, _| {})

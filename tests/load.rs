@@ -1,8 +1,11 @@
 //! What loading a checkpoint from disk takes: never both forms of the weights at once.
 
+mod support;
+
 use moectl::backend::cpu::{Cpu, CpuOptions};
-use moectl::backend::{Backend, MixerKind};
-use moectl::model::{LogitRows, Runner, Sequence, Source, weights};
+use moectl::backend::{Backend, LogitRows, MixerKind};
+use moectl::model::{Source, weights};
+use support::one;
 
 /// A field of /proc/self/status, in bytes.
 fn status(field: &str) -> Option<u64> {
@@ -65,7 +68,7 @@ fn loading_takes_under_a_tenth_more_memory_than_the_packed_weights() {
 
     // The embedding was not packed, and is read from the file still.
     assert!(config.shape.mixers.contains(&MixerKind::GatedAttention));
-    let mut sequence = Sequence::new(cpu, 16).unwrap();
+    let mut sequence = one(cpu, 16);
     let logits = sequence
         .forward(&[5, 6, 7], LogitRows::Last, &mut |_, _, _| {})
         .unwrap();

@@ -7,16 +7,16 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Tensor};
 use moectl::backend::reference::{LayerState, Reference, delta_rule};
+use moectl::backend::{BlockExecutor, LogitRows};
 use moectl::engine::sampler::log_sum_exp;
 use moectl::formats::Checkpoint;
-use moectl::model::{LogitRows, Runner, Sequence};
 use support::*;
 
 const TOLERANCE: f32 = 1e-3;
 
-fn sequence(golden: &Golden) -> Sequence<Reference> {
+fn sequence(golden: &Golden) -> One<BlockExecutor<Reference>> {
     let (shape, weights) = open(&golden.model_dir);
-    Sequence::new(Reference::new(shape, weights), 4096).unwrap()
+    one(Reference::new(shape, weights), 4096)
 }
 
 #[test]
@@ -62,7 +62,13 @@ fn states_after_the_prompt_equal_transformers() {
             for piece in [prompt.ids.len(), 7] {
                 sequence.reset(4096).unwrap();
                 prefill(&mut sequence, &prompt.ids, piece);
-                for (layer, state) in sequence.state.iter().enumerate() {
+                for (layer, state) in sequence
+                    .executor
+                    .state(sequence.id)
+                    .unwrap()
+                    .iter()
+                    .enumerate()
+                {
                     let compare = |part: &str, found: &Tensor| {
                         let name = format!("state.{layer}.{part}.{}", prompt.name);
                         if golden.results.contains(&name) {
@@ -102,7 +108,7 @@ fn every_recorded_intermediate_result_is_met() {
                 .unwrap()
                 .insert((layer, name.to_string()), values(tensor));
         }));
-        let mut sequence = Sequence::new(backend, 4096).unwrap();
+        let mut sequence = one(backend, 4096);
         let detail = &golden.detail_prompt;
         let prompt = golden.prompts.iter().find(|p| p.name == *detail).unwrap();
         prefill(&mut sequence, &prompt.ids, prompt.ids.len());
@@ -190,7 +196,7 @@ fn delta_rule_equals_torch_chunked_and_token_by_token() {
 fn built_in_model_reproduces_its_recorded_prompts() {
     let golden = json(data("tiny-moe/golden.json"));
     let (shape, weights) = open(&tiny_moe());
-    let mut sequence = Sequence::new(Reference::new(shape, weights), 4096).unwrap();
+    let mut sequence = one(Reference::new(shape, weights), 4096);
     for (name, prompt) in golden["prompts"].as_object().unwrap() {
         let ids = ids(&prompt["ids"]);
         sequence.reset(4096).unwrap();
@@ -229,7 +235,7 @@ fn built_in_model_has_its_recorded_held_out_loss() {
     );
     let (shape, weights) = open(&tiny_moe());
     let vocab = shape.vocab_size;
-    let mut sequence = Sequence::new(Reference::new(shape, weights), len).unwrap();
+    let mut sequence = one(Reference::new(shape, weights), len);
     let mut total = 0.0;
     for row in tokens.chunks(len) {
         sequence.reset(len).unwrap();

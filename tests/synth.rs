@@ -2,13 +2,14 @@
 
 mod support;
 
+use moectl::backend::LogitRows;
 use moectl::backend::cpu::{Cpu, CpuOptions};
 use moectl::backend::reference::Reference;
 use moectl::formats::{Checkpoint, Matrix};
-use moectl::model::{LogitRows, Runner, Sequence, Source, Tokenizer, weights};
+use moectl::model::{Source, Tokenizer, weights};
 use moectl::planning::stack_distance::{DistanceHistogram, LruStack};
 use sha2::{Digest, Sha256};
-use support::{argmax, greedy};
+use support::{argmax, greedy, one};
 
 /// Small enough for a test, with the routing of the default shape: many experts, ten a token.
 const SPEC: &str = "synth:qwen3-next-80b-a3b?layers=4&experts=64&hidden-size=256&vocab-size=8192\
@@ -52,7 +53,7 @@ fn both_backends_run_it_to_the_same_tokens_and_sane_logits() {
         CpuOptions::default(),
         &|_, _| {},
     );
-    let mut cpu = Sequence::new(cpu.unwrap(), 64).unwrap();
+    let mut cpu = one(cpu.unwrap(), 64);
     let logits = cpu
         .forward(&prompt, LogitRows::Last, &mut |_, _, _| {})
         .unwrap();
@@ -60,7 +61,7 @@ fn both_backends_run_it_to_the_same_tokens_and_sane_logits() {
     let tokens = greedy(&mut cpu, &logits, 16);
 
     let reference = Reference::new(config.shape.clone(), weights);
-    let mut reference = Sequence::new(reference, 64).unwrap();
+    let mut reference = one(reference, 64);
     let logits = reference
         .forward(&prompt, LogitRows::Last, &mut |_, _, _| {})
         .unwrap();
@@ -103,7 +104,7 @@ fn routing(spec: &str) -> Vec<Figures> {
     let tokenizer = Tokenizer::from_bytes(&tokenizer, None).unwrap();
     let (shape, layers) = (config.shape.clone(), config.shape.num_layers());
     let cpu = Cpu::new(shape, &weights, CpuOptions::default(), &|_, _| {}).unwrap();
-    let mut sequence = Sequence::new(cpu, 128).unwrap();
+    let mut sequence = one(cpu, 128);
     let mut distances = vec![DistanceHistogram::new(EXPERTS); layers];
     let mut picks = vec![[vec![0u64; EXPERTS], vec![0; EXPERTS]]; layers];
     for corpus in ["prose", "code", "multilingual"] {

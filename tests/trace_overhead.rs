@@ -4,10 +4,11 @@ mod support;
 
 use std::time::{Duration, Instant};
 
+use moectl::backend::LogitRows;
 use moectl::backend::Routing;
 use moectl::backend::cpu::CpuPrecision;
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
-use moectl::model::{LogitRows, Source};
+use moectl::model::Source;
 use moectl::planning::trace::{Phase, Picks, Record, TraceHeader};
 use moectl::planning::{RoutingStats, TraceWriter};
 

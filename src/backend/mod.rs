@@ -6,13 +6,16 @@
 //!
 //! Shapes: `T` tokens of one chunk, `D` hidden_size, `E` num_experts, `k` num_experts_per_tok.
 
+pub mod block;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "emulate"))]
 pub mod cuda;
+pub mod executor;
 pub mod kv;
 pub mod reference;
 mod residency;
 pub mod shape;
+pub mod tally;
 mod times;
 pub mod weights;
 
@@ -20,6 +23,11 @@ use std::ops::Range;
 
 use thiserror::Error;
 
+pub use block::BlockExecutor;
+pub use executor::{
+    DeviceMemory, Diagnostics, Executor, ExpertSlots, LogitRows, OnRouting, Piece, RunEvents,
+    SequenceBytes, SequenceId, SharedPage, Snapshot, Wanted,
+};
 pub use kv::KvDtype;
 pub use residency::Residency;
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
@@ -38,6 +46,21 @@ pub enum BackendError {
          --vram, or lower --ctx"
     )]
     DoesNotFit { needed: u64, budget: u64 },
+    #[error("all {capacity} sequences that there is room for are in use; drop or park one")]
+    NoRoom { capacity: usize },
+    #[error("sequence {0} is not there: it was dropped, or never made")]
+    UnknownSequence(SequenceId),
+    #[error("sequence {0} was lost with an earlier error; drop it and start a new one")]
+    SequenceLost(SequenceId),
+    #[error(
+        "sequence {sequence} has seen {position} tokens and cannot be cut to {tokens}: states of \
+         delta nets only go forward; restore a snapshot"
+    )]
+    CannotTruncate {
+        sequence: SequenceId,
+        position: usize,
+        tokens: usize,
+    },
     #[error("{0}")]
     Other(String),
 }
@@ -70,7 +93,7 @@ pub struct LoadRates {
 /// What the next token can be chosen from.
 #[derive(Clone, Debug, PartialEq)]
 pub enum NextLogits {
-    /// `[vocab_size]`
+    /// `[rows, vocab_size]`, usually of one row
     All(Vec<f32>),
     Best(BestLogits),
 }
@@ -140,21 +163,18 @@ pub trait Backend: Send {
     /// Activations of one chunk, `[T, D]`, wherever the backend keeps them.
     type Hidden;
     /// What one sequence carries on: conv and delta-rule states, keys and values.
-    type State: Send;
+    /// A clone is another sequence that has seen the same.
+    type State: Clone + Send + Sync + 'static;
 
     /// What a report says of this backend.
     fn facts(&self) -> BackendFacts;
 
     /// Tokens that a prompt is best fed in at once. Large enough that weights are read for several
     /// tokens, small enough that Ctrl-C and progress bars answer soon.
-    fn prefill_chunk(&self) -> usize {
-        512
-    }
+    fn prefill_chunk(&self) -> usize;
 
     /// How fast loading was, where it is measured.
-    fn load_rates(&self) -> Option<LoadRates> {
-        None
-    }
+    fn load_rates(&self) -> Option<LoadRates>;
 
     /// Bytes of weights and state that decoding one token reads with `context` tokens seen: what
     /// its memory bandwidth bounds. `None` where nothing is laid out to be read once.
@@ -164,6 +184,15 @@ pub trait Backend: Send {
 
     /// An empty sequence that can grow to `max_tokens`.
     fn new_state(&self, max_tokens: usize) -> Result<Self::State>;
+
+    /// Takes back all tokens from `tokens` on; only asked of models without delta nets.
+    fn truncate(&self, state: &mut Self::State, tokens: usize) -> Result<()>;
+
+    /// Bytes of a state that nothing else holds, and those it may share with its clones.
+    fn state_bytes(&self, state: &Self::State) -> (usize, Vec<SharedPage>);
+
+    /// Bytes of all living states, what they share counted once.
+    fn held_bytes(&self) -> usize;
 
     /// Token ids (each below vocab_size) to `[T, D]`.
     fn embed(&mut self, ids: &[u32]) -> Result<Self::Hidden>;

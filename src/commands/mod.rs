@@ -1,20 +1,26 @@
 //! The verbs: flags and flow of each. Results go to stdout, everything else to stderr.
 
 pub mod bench;
+pub mod completions;
 pub mod doctor;
 pub mod plan;
 pub mod profile;
+pub mod pull;
 pub mod quantize;
 pub mod report;
 pub mod run;
+pub mod serve;
 pub mod synth;
 
 mod cache_state;
 mod checkpoint_folder;
 mod console;
+mod flags;
 mod interrupt;
 mod load;
 mod machine;
+mod output;
+mod ram;
 mod workloads;
 
 use std::path::Path;
@@ -64,11 +70,15 @@ pub fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Profile(args) => profile::execute(args, &console),
         Command::Plan(args) => plan::execute(args, &console),
         Command::Run(args) => run::execute(args, &console),
+        Command::Serve(args) => serve::execute(args, &console),
         Command::Bench(args) => bench::execute(args, &console),
         Command::Report(args) => report::execute(args, &console),
         Command::Doctor(args) => doctor::execute(args, &console),
         Command::Quantize(args) => quantize::execute(args, &console),
         Command::Synth(args) => synth::execute(args, &console),
+        Command::Pull(args) => pull::execute(&args, &console),
+        Command::Completions(args) => completions::completions(&args),
+        Command::Man(args) => completions::man(&args),
     }
 }
 
@@ -113,13 +123,6 @@ fn message(error: &anyhow::Error) -> String {
 fn check_output(path: &Path) -> anyhow::Result<()> {
     atomic::check_writable(path)
         .map_err(|e| anyhow::anyhow!("{}: cannot be written: {e}", path.display()))
-}
-
-/// Tells that a file of an earlier run is about to be replaced.
-fn say_if_replaced(console: &Console, path: &Path) {
-    if path.is_file() {
-        console.note(format!("note: {} is replaced", path.display()));
-    }
 }
 
 /// The experts of a run: of its decode steps, if a GPU took part, else the CPU computed all

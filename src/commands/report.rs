@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::console::Console;
+use super::output::prepare_folder;
 use super::plan::budget_curve;
 use super::{Failure, profile};
 use crate::formats::Document;
@@ -127,6 +128,7 @@ pub fn execute(args: ReportArgs, console: &Console) -> anyhow::Result<()> {
         budget: placement.as_ref().map(budget),
         verdicts,
     };
+    prepare_folder(&args.output, &["report.html", "report.md"], console)?;
     let mut files = write_report(&inputs, &args.output)?;
     if let Some(folder) = &args.ci {
         files.extend(ci::write(&inputs, folder)?);

@@ -205,6 +205,12 @@ impl ExpertManager {
         self.config
     }
 
+    /// Leaves slots as they are from now on, or has them follow the policy again.
+    pub fn freeze(&mut self, frozen: bool) {
+        self.trial = Trial::default();
+        self.stopped = frozen.then(|| "the expert cache is frozen, as was asked".into());
+    }
+
     /// Why the cache was stopped, if it was.
     pub fn stopped(&self) -> Option<&str> {
         self.stopped.as_deref()
@@ -255,9 +261,12 @@ impl Engine {
     /// # Errors
     /// If the backend fails.
     pub fn place(&mut self, manager: ExpertManager) -> Result<Option<usize>> {
-        let fitting = self.runner.place(&manager.contents())?;
-        self.experts = fitting.is_some().then_some(manager);
-        Ok(fitting)
+        let Some(slots) = self.executor.expert_slots() else {
+            return Ok(None);
+        };
+        let fitting = slots.place(&manager.contents())?;
+        self.experts = Some(manager);
+        Ok(Some(fitting))
     }
 
     /// Has the experts' cache bring in what a prompt taught it.
@@ -271,9 +280,12 @@ impl Engine {
     /// Starts the copies that the experts' cache asked for.
     pub(super) fn change_slots(&mut self) -> Result<()> {
         let changes = self.experts.as_mut().map(ExpertManager::take_changes);
+        let (Some(changes), Some(slots)) = (changes, self.executor.expert_slots()) else {
+            return Ok(());
+        };
         // A backend tells of copies call by call: the first need not wait for the last of many.
-        for some in changes.unwrap_or_default().chunks(CHANGES_AT_ONCE) {
-            self.runner.change_slots(some)?;
+        for some in changes.chunks(CHANGES_AT_ONCE) {
+            slots.change(some)?;
         }
         Ok(())
     }
@@ -284,12 +296,11 @@ impl Engine {
     /// # Errors
     /// If the backend fails.
     pub fn restart_experts(&mut self) -> Result<()> {
-        if let Some(mut manager) = self.experts.take() {
-            if manager.config().is_dynamic() {
-                manager.start_over();
-                self.runner.place(&manager.contents())?;
-            }
-            self.experts = Some(manager);
+        if let (Some(manager), Some(slots)) = (&mut self.experts, self.executor.expert_slots())
+            && manager.config().is_dynamic()
+        {
+            manager.start_over();
+            slots.place(&manager.contents())?;
         }
         Ok(())
     }
@@ -301,18 +312,28 @@ impl Engine {
     pub fn place_nothing(&mut self, slots: &[usize]) -> Result<()> {
         let empty: Vec<Vec<Option<u16>>> = slots.iter().map(|&n| vec![None; n]).collect();
         self.experts = None;
-        self.runner.place(&empty)?;
+        if let Some(slots) = self.executor.expert_slots() {
+            slots.place(&empty)?;
+        }
         Ok(())
     }
 
-    /// See [`Runner::tune`](crate::model::Runner::tune).
+    /// See [`Diagnostics::tune`](crate::backend::Diagnostics::tune); `None` too where no GPU takes part.
+    /// The sequence starts over where something was measured.
     ///
     /// # Errors
     /// If the backend fails.
     pub fn tune(&mut self, tuning: Option<Tuning>) -> Result<Option<Tuning>> {
-        let tuning = self.runner.tune(tuning)?;
+        let Some(diagnostics) = self.executor.diagnostics() else {
+            return Ok(None);
+        };
+        let known = tuning.is_some();
+        let tuning = diagnostics.tune(tuning)?;
         self.notes.truncate(self.own_notes);
-        self.notes.extend(self.runner.notes());
+        self.notes.extend(diagnostics.notes());
+        if !known {
+            self.begin()?;
+        }
         Ok(tuning)
     }
 
@@ -321,7 +342,16 @@ impl Engine {
     /// # Errors
     /// If the backend fails.
     pub fn warm_up(&mut self) -> Result<()> {
-        Ok(self.runner.warm_up()?)
+        let Some(diagnostics) = self.executor.diagnostics() else {
+            return Ok(());
+        };
+        diagnostics.warm_up()?;
+        self.begin()
+    }
+
+    /// The same, to be changed.
+    pub fn experts_mut(&mut self) -> Option<&mut ExpertManager> {
+        self.experts.as_mut()
     }
 
     /// The cache of a placement, if one was placed.
@@ -367,6 +397,104 @@ mod tests {
             assert_eq!(manager.take_changes().is_empty(), still, "step {step}");
         }
         assert!(manager.stopped().unwrap().contains("stopped"));
+    }
+
+    /// Each group of picks over and over for a trial, on slots that at first hold none of them.
+    fn stopped_by(picks: &[u16]) -> bool {
+        let mut manager = lru(&[0, 1]);
+        for &expert in picks.iter().cycle().take(TRIAL_STEPS as usize) {
+            for layer in 0..2 {
+                manager.observe(layer, &routing(&[expert]), true);
+            }
+        }
+        manager.stopped().is_some()
+    }
+
+    #[test]
+    fn a_cache_must_bring_as_many_more_hits_as_it_copies_experts() {
+        // Each copy brings one hit.
+        assert!(!stopped_by(&[2, 2, 3, 3, 4, 4, 5, 5]));
+        // Many hits more than without copies, but fewer than copies.
+        assert!(stopped_by(&[2, 2, 3, 3, 4, 4, 5, 6]));
+        let trial = |copies| Trial {
+            steps: TRIAL_STEPS,
+            hits: 110,
+            hits_at_first: 100,
+            copies,
+        };
+        assert!(trial(10).pays() && !trial(11).pays());
+    }
+
+    fn lfu() -> ExpertManager {
+        let config = PolicyConfig::LfuDecay {
+            half_life_tokens: 64.0,
+            margin_picks: 0.0,
+        };
+        let layer = config.fill(2, &[0, 1]);
+        ExpertManager::new(config, 8, &[layer.clone(), layer], Throttle::NONE)
+    }
+
+    /// `[layer]` the experts that are copied after a prompt of six tokens with these picks.
+    fn prompt(manager: &mut ExpertManager, picks: [u16; 2]) -> [Vec<usize>; 2] {
+        for layer in 0..2 {
+            manager.observe(layer, &routing(&picks.repeat(6)), false);
+        }
+        manager.prompt_ended();
+        let mut copied = [Vec::new(), Vec::new()];
+        for change in manager.take_changes() {
+            copied[change.layer].push(change.expert);
+        }
+        copied
+    }
+
+    #[test]
+    fn every_prompt_admits_what_it_taught_also_where_the_backend_asked_in_the_one_before() {
+        let mut manager = lfu();
+        // Over PCIe one slot of two changes.
+        assert_eq!(prompt(&mut manager, [2, 3]), [[2], [2]]);
+        assert_eq!(prompt(&mut manager, [4, 4]), [[4], [4]]);
+        manager.observe(0, &routing(&[5, 5, 5, 5, 5, 5, 5, 5]), false);
+        assert_eq!(manager.renew(0, 2).len(), 1);
+        // Layer 0 has had its turn in this prompt, and has one again in the next.
+        assert_eq!(prompt(&mut manager, [5, 5])[0], [0; 0]);
+        assert_eq!(prompt(&mut manager, [6, 6])[0], [6]);
+        // A backend that allows nothing has not had its turn.
+        assert!(manager.renew(0, 0).is_empty());
+        assert_eq!(prompt(&mut manager, [7, 7])[0], [7]);
+    }
+
+    #[test]
+    fn another_sequence_leaves_an_eighth_of_what_was_learnt() {
+        let mut manager = lfu();
+        manager.observe(0, &routing(&[3, 3, 3, 3]), false);
+        let picks = |manager: &ExpertManager| manager.state().layers[0].worth[3];
+        let before = picks(&manager);
+        manager.begin_sequence();
+        assert!(before > 1.0 && (picks(&manager) / before - 0.125).abs() < 1e-6);
+    }
+
+    /// Nothing of what came before may show: copies not yet made, whether a backend has asked, the trial.
+    #[test]
+    fn a_cache_that_starts_over_is_as_it_was_at_first() {
+        let long = 2 * TRIAL_STEPS as u16 - 1;
+        for (mut manager, steps) in [(lru(&[0, 1]), long), (lru(&[0, 1]), 3), (lfu(), 3)] {
+            let first = manager.state();
+            for step in 0..steps {
+                for layer in 0..2 {
+                    manager.observe(layer, &routing(&[2 + step % 6]), true);
+                }
+            }
+            assert_eq!(manager.stopped().is_some(), steps == long);
+            manager.renew(1, 1);
+            manager.start_over();
+            assert_eq!(manager.state(), first);
+            assert!(manager.stopped().is_none() && manager.take_changes().is_empty());
+            assert_eq!((manager.trial.steps, manager.trial.copies), (0, 0));
+            assert_eq!((manager.trial.hits, manager.trial.hits_at_first), (0, 0));
+            if manager.renews() {
+                assert_eq!(prompt(&mut manager, [6, 6]), [[6], [6]]);
+            }
+        }
     }
 
     #[test]

@@ -6,8 +6,7 @@ use std::time::{Duration, Instant};
 use super::sampler::{Sampler, SamplingParams, TokenLogprob, top_logprobs};
 use super::stream::TextStream;
 use super::{Engine, EngineError, Result};
-use crate::backend::NextLogits;
-use crate::model::{LogitRows, OnRouting};
+use crate::backend::{LogitRows, NextLogits, OnRouting};
 
 /// How to generate.
 #[derive(Clone, Debug)]

@@ -4,6 +4,7 @@ pub mod experts;
 pub mod footprint;
 pub mod generate;
 pub mod sampler;
+pub mod service;
 pub mod stream;
 pub mod text;
 
@@ -15,17 +16,18 @@ use thiserror::Error;
 use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
 use crate::backend::{
-    self, BackendError, BackendFacts, DecodeTimes, KernelTimes, KvDtype, LoadRates, ModelShape,
-    ModelWeights, NextLogits, VramHeld, VramMeter,
+    BackendError, BackendFacts, BlockExecutor, DecodeTimes, Executor, KernelTimes, KvDtype,
+    LoadRates, LogitRows, ModelShape, ModelWeights, NextLogits, OnRouting, Piece, Routing,
+    RunEvents, SequenceId, SlotChange, VramHeld, VramMeter, Wanted,
 };
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::hardware::GpuProbe;
 use crate::model::weights;
 use crate::model::{
-    ChatError, GenerationConfigError, LogitRows, ModelConfig, OnRouting, Runner, Sequence, Source,
-    SourceError, Tokenizer, TokenizerError,
+    ChatError, GenerationConfigError, ModelConfig, Source, SourceError, Tokenizer, TokenizerError,
 };
 use crate::planning::execution::PrefillSettings;
+use experts::ExpertManager;
 
 pub use crate::backend::Residency;
 pub use sampler::{
@@ -193,7 +195,7 @@ fn cuda(
     config: &ModelConfig,
     weights: &ModelWeights,
     options: &LoadOptions,
-) -> Result<Box<dyn Runner>> {
+) -> Result<Box<dyn Executor>> {
     use crate::backend::cuda::{Cuda, CudaOptions};
     let gpu = options.gpu.clone();
     let cuda_options = CudaOptions {
@@ -220,7 +222,7 @@ fn cuda(
     _: &ModelConfig,
     _: &ModelWeights,
     _: &LoadOptions,
-) -> Result<Box<dyn Runner>> {
+) -> Result<Box<dyn Executor>> {
     Err(BackendError::Other(format!(
         "this build has no kernels for cuda:{index}; run scripts/setup-cuda.sh and build with \
          --features cuda, or use --backend cpu"
@@ -230,9 +232,10 @@ fn cuda(
 
 /// A model in memory with one sequence.
 pub struct Engine {
-    runner: Box<dyn Runner>,
+    executor: Box<dyn Executor>,
+    sequence: SequenceId,
     /// Decides which experts are in VRAM, once a placement is in force
-    experts: Option<experts::ExpertManager>,
+    experts: Option<ExpertManager>,
     /// What the sequence holds
     tokens: Vec<u32>,
     config: ModelConfig,
@@ -271,7 +274,7 @@ impl Engine {
                 "skipped {mtp_tensors} multi-token-prediction tensors (mtp.*)"
             ));
         }
-        let runner: Box<dyn Runner> = match options.backend.resolve() {
+        let mut executor: Box<dyn Executor> = match options.backend.resolve() {
             BackendChoice::Cuda(index) => cuda(index, &config, &weights, options)?,
             BackendChoice::Auto | BackendChoice::Cpu => {
                 let cpu = CpuOptions {
@@ -280,17 +283,18 @@ impl Engine {
                     kv_dtype: options.kv_dtype.unwrap_or_default(),
                 };
                 let backend = Cpu::new(config.shape.clone(), &weights, cpu, options.progress)?;
-                Box::new(Sequence::new(backend, options.max_tokens)?)
+                Box::new(BlockExecutor::new(backend, options.max_tokens))
             }
             BackendChoice::Reference => {
                 let backend = Reference::new(config.shape.clone(), weights);
-                Box::new(Sequence::new(backend, options.max_tokens)?)
+                Box::new(BlockExecutor::new(backend, options.max_tokens))
             }
         };
         let own_notes = notes.len();
-        notes.extend(runner.notes());
+        notes.extend(executor.diagnostics().map_or_else(Vec::new, |d| d.notes()));
         Ok(Engine {
-            runner,
+            sequence: executor.new_sequence()?,
+            executor,
             experts: None,
             tokens: Vec::new(),
             config,
@@ -327,49 +331,57 @@ impl Engine {
     }
 
     pub fn backend(&self) -> BackendFacts {
-        self.runner.facts()
+        self.executor.facts()
     }
 
     /// How fast loading was, if the backend measures it.
     pub fn load_rates(&self) -> Option<LoadRates> {
-        self.runner.load_rates()
+        self.executor.load_rates()
     }
 
     /// Bytes that decoding one token reads with `context` tokens seen, if the backend knows.
     pub fn decode_read_bytes(&self, context: usize) -> Option<u64> {
-        self.runner.decode_read_bytes(context)
+        self.executor.decode_read_bytes(context)
     }
 
     /// Where decode steps spent their time since the last call, if a GPU took part.
     pub fn take_times(&mut self) -> Option<DecodeTimes> {
-        self.runner.take_times()
+        self.executor.diagnostics().map(|d| d.take_times())
     }
 
     /// Measures the GPU with this model; `None` if none takes part. The sequence starts over.
     pub fn measure_gpu(&mut self) -> Result<Option<GpuProbe>> {
-        self.tokens.clear();
-        Ok(self.runner.measure(&self.model_id.id)?)
+        let Some(diagnostics) = self.executor.diagnostics() else {
+            return Ok(None);
+        };
+        let probe = diagnostics.measure(&self.model_id.id)?;
+        self.begin()?;
+        Ok(Some(probe))
     }
 
     /// What each GPU kernel takes; the sequence starts over.
     pub fn kernel_times(&mut self) -> Result<KernelTimes> {
-        self.tokens.clear();
-        Ok(self.runner.kernel_times()?)
+        let Some(diagnostics) = self.executor.diagnostics() else {
+            return Ok(KernelTimes::default());
+        };
+        let times = diagnostics.kernel_times()?;
+        self.begin()?;
+        Ok(times)
     }
 
     /// Bytes this process holds on the GPU, by the driver's figure.
     pub fn vram_bytes(&self) -> Option<u64> {
-        self.runner.vram_bytes()
+        self.executor.device_memory()?.used_bytes().ok()
     }
 
     /// The same item by item.
     pub fn vram_held(&self) -> Option<VramHeld> {
-        self.runner.vram_held()
+        self.executor.device_memory()?.held().ok()
     }
 
     /// The same figure for a thread that watches.
     pub fn vram_meter(&self) -> Option<VramMeter> {
-        self.runner.vram_meter()
+        self.executor.device_memory().map(|memory| memory.meter())
     }
 
     /// The ids the sequence has been fed, in order.
@@ -386,11 +398,18 @@ impl Engine {
                 limit,
             });
         }
-        self.tokens.clear();
         if let Some(experts) = &mut self.experts {
             experts.begin_sequence();
         }
-        Ok(self.runner.reset(max_tokens)?)
+        self.executor.reserve(1, max_tokens)?;
+        self.begin()
+    }
+
+    /// A new sequence, where the executor forgot the one before.
+    fn begin(&mut self) -> Result<()> {
+        self.tokens.clear();
+        self.sequence = self.executor.new_sequence()?;
+        Ok(())
     }
 
     /// Feeds one chunk of tokens; `[rows, vocab_size]` logits.
@@ -404,9 +423,8 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
     ) -> Result<Vec<f32>> {
         let decode = ids.len() == 1;
-        self.feed(ids, decode, on_routing, |runner, on_routing| {
-            runner.forward(ids, rows, on_routing)
-        })
+        let piece = Piece::new(self.sequence, ids, rows);
+        self.feed(piece, decode, on_routing).map(all_logits)
     }
 
     /// As [`forward`](Engine::forward) of one token, for whoever needs only its `wanted` best logits:
@@ -420,34 +438,32 @@ impl Engine {
         wanted: usize,
         on_routing: &mut OnRouting<'_>,
     ) -> Result<NextLogits> {
-        self.feed(&[id], true, on_routing, |runner, on_routing| {
-            runner.forward_best(id, wanted, on_routing)
-        })
+        let ids = [id];
+        let piece = Piece {
+            wanted: Wanted::Best(wanted),
+            ..Piece::new(self.sequence, &ids, LogitRows::Last)
+        };
+        self.feed(piece, true, on_routing)
     }
 
-    /// Has the runner feed `ids`, and the experts' cache see what the router picks. `decode`: it
-    /// counts and moves, else it only learns.
-    fn feed<T>(
+    /// Runs a piece, and has the experts' cache see what the router picks. `decode`: it counts and
+    /// moves, else it only learns.
+    fn feed(
         &mut self,
-        ids: &[u32],
+        piece: Piece<'_>,
         decode: bool,
         on_routing: &mut OnRouting<'_>,
-        run: impl FnOnce(&mut dyn Runner, &mut OnRouting<'_>) -> backend::Result<T>,
-    ) -> Result<T> {
-        check_ids(ids, self.config.shape.vocab_size)?;
-        let runner = self.runner.as_mut();
-        let Some(experts) = &mut self.experts else {
-            let result = run(runner, on_routing)?;
-            self.tokens.extend(ids);
-            return Ok(result);
+    ) -> Result<NextLogits> {
+        check_ids(piece.ids, self.config.shape.vocab_size)?;
+        let mut events = Events {
+            experts: self.experts.as_mut(),
+            decode,
+            on_routing,
         };
-        let result = run(runner, &mut |layer, position, routing| {
-            experts.observe(layer, routing, decode);
-            on_routing(layer, position, routing);
-        })?;
-        self.tokens.extend(ids);
+        let mut outputs = (self.executor).run(std::slice::from_ref(&piece), &mut events)?;
+        self.tokens.extend(piece.ids);
         self.change_slots()?;
-        Ok(result)
+        Ok(outputs.remove(0))
     }
 
     /// Feeds a prompt in chunks; the logits of its last token.
@@ -463,45 +479,61 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
         proceed: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Option<Vec<f32>>> {
-        let chunk_len = self.runner.prefill_chunk(ids.len());
+        let renews = self.experts.as_ref().is_some_and(ExpertManager::renews);
+        let chunk_len = self.executor.prefill_chunk(ids.len());
         let chunks = ids.len().div_ceil(chunk_len);
         for (i, chunk) in ids.chunks(chunk_len).enumerate() {
             if !proceed(i * chunk_len) {
                 return Ok(None);
             }
-            if i + 1 == chunks {
-                return self.feed_last(chunk, on_routing).map(Some);
+            let last = i + 1 == chunks;
+            let rows = if last {
+                LogitRows::Last
+            } else {
+                LogitRows::None
+            };
+            let piece = Piece {
+                admits: last && renews,
+                ..Piece::new(self.sequence, chunk, rows)
+            };
+            // No decode step even where a chunk is one token.
+            let logits = self.feed(piece, false, on_routing)?;
+            if last {
+                self.prompt_ended()?;
+                return Ok(Some(all_logits(logits)));
             }
-            // Also where a chunk is one token.
-            self.feed(chunk, false, on_routing, |runner, on_routing| {
-                runner.forward(chunk, LogitRows::None, on_routing)
-            })?;
         }
         Err(EngineError::EmptyPrompt)
     }
+}
 
-    /// The last chunk of a prompt, and what the experts' cache learnt from all of it.
-    fn feed_last(&mut self, ids: &[u32], on_routing: &mut OnRouting<'_>) -> Result<Vec<f32>> {
-        let logits = match &mut self.experts {
-            Some(experts) if experts.renews() => {
-                check_ids(ids, self.config.shape.vocab_size)?;
-                let logits = self.runner.forward_renewing(
-                    ids,
-                    LogitRows::Last,
-                    &mut |layer, position, routing, at_most| {
-                        experts.observe(layer, routing, false);
-                        on_routing(layer, position, routing);
-                        experts.renew(layer, at_most)
-                    },
-                )?;
-                self.tokens.extend(ids);
-                logits
-            }
-            _ => self.feed(ids, false, on_routing, |runner, on_routing| {
-                runner.forward(ids, LogitRows::Last, on_routing)
-            })?,
-        };
-        self.prompt_ended()?;
-        Ok(logits)
+/// Of a piece that wanted rows.
+fn all_logits(logits: NextLogits) -> Vec<f32> {
+    match logits {
+        NextLogits::All(logits) => logits,
+        NextLogits::Best(_) => unreachable!("rows were wanted"),
+    }
+}
+
+/// Passes on what the router picks, and lets the experts' cache see it first.
+struct Events<'a, 'b> {
+    experts: Option<&'a mut ExpertManager>,
+    decode: bool,
+    on_routing: &'a mut OnRouting<'b>,
+}
+
+impl RunEvents for Events<'_, '_> {
+    fn routed(&mut self, _piece: usize, layer: usize, position: usize, routing: &Routing) {
+        if let Some(experts) = &mut self.experts {
+            experts.observe(layer, routing, self.decode);
+        }
+        (self.on_routing)(layer, position, routing);
+    }
+
+    fn admit(&mut self, _piece: usize, layer: usize, at_most: usize) -> Vec<SlotChange> {
+        match &mut self.experts {
+            Some(experts) => experts.renew(layer, at_most),
+            None => Vec::new(),
+        }
     }
 }

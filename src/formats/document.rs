@@ -6,7 +6,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::atomic;
+use super::atomic::{self, Written};
+use super::input;
 
 /// What a file is, who made it, and for which model.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -176,11 +177,11 @@ impl<T> Document<T> {
 }
 
 impl<T: Serialize> Document<T> {
-    /// Writes the file whole or not at all.
+    /// Writes the file as [`atomic::write_with`] does.
     ///
     /// # Errors
     /// [`DocumentError::Io`], naming the path.
-    pub fn write(&self, path: &Path) -> Result<(), DocumentError> {
+    pub fn write(&self, path: &Path) -> Result<Written, DocumentError> {
         atomic::write_json(path, self).map_err(|source| DocumentError::Io {
             path: path.into(),
             source,
@@ -189,12 +190,12 @@ impl<T: Serialize> Document<T> {
 }
 
 impl<T: DeserializeOwned> Document<T> {
-    /// Reads a file of the given kind. Unknown fields are ignored, newer versions refused.
+    /// Reads a file of the given kind, or `-`. Unknown fields are ignored, newer versions refused.
     ///
     /// # Errors
     /// Names the path and whether it is another kind of file, a newer one, or no JSON at all.
     pub fn read(path: &Path, schema: Schema) -> Result<Self, DocumentError> {
-        let text = std::fs::read(path).map_err(|source| DocumentError::Io {
+        let text = input::read(path).map_err(|source| DocumentError::Io {
             path: path.into(),
             source,
         })?;

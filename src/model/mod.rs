@@ -1,9 +1,7 @@
-//! What a checkpoint means: its configuration, its weights by role, its text, and the order in
-//! which blocks run. Knows no hardware: blocks are computed by a [`Backend`](crate::backend::Backend).
+//! What a checkpoint means: its configuration, its weights by role, its text. Knows no hardware.
 
 pub mod chat;
 pub mod config;
-pub mod forward;
 pub mod generation_config;
 mod python_json;
 pub mod source;
@@ -13,7 +11,6 @@ pub mod weights;
 
 pub use chat::{ChatError, ChatTemplate, Message};
 pub use config::{ConfigError, ModelConfig};
-pub use forward::{LogitRows, OnRouting, Runner, Sequence};
 pub use generation_config::{GenerationConfig, GenerationConfigError};
 pub use source::{Source, SourceError};
 pub use tokenizer::{Tokenizer, TokenizerError};

@@ -261,6 +261,26 @@ mod tests {
         assert!(many.low <= 105.0 && 105.0 <= many.high);
     }
 
+    /// Of nine draws with replacement from 1 to 9 the median is at most 1, 2, 3 with probability 0.001,
+    /// 0.030, 0.145: 2.5% of the medians end at 2, and 5% would at 3. From above as from below.
+    #[test]
+    fn the_interval_of_nine_samples_ends_where_the_binomial_distribution_says() {
+        let samples: Vec<f64> = (1..=9).map(f64::from).collect();
+        let interval = Summary::of(&samples).unwrap().interval;
+        assert_eq!((interval.low, interval.high), (2.0, 8.0));
+    }
+
+    #[test]
+    fn a_sample_is_far_from_22_median_deviations_on() {
+        let outliers = |far: f64| {
+            let samples = [8.0, 9.0, 10.0, 10.0, 11.0, 12.0, far];
+            let summary = Summary::of(&samples).unwrap();
+            assert_eq!((summary.median, summary.mad), (10.0, 1.0));
+            summary.outliers
+        };
+        assert_eq!([outliers(31.9), outliers(32.1)], [0, 1]);
+    }
+
     #[test]
     fn a_far_sample_is_named_and_scatter_is_not() {
         let mut samples = vec![10.0, 10.1, 9.9, 10.2, 9.8];

@@ -1,9 +1,9 @@
 //! What a prompt taught, in the slots when it ends.
 
+use moectl::backend::LogitRows;
 use moectl::backend::Routing;
 use moectl::engine::Engine;
 use moectl::engine::experts::ExpertManager;
-use moectl::model::LogitRows;
 use moectl::planning::{ExpertCache, PolicyConfig, Throttle};
 
 use super::{LFU, engine_of, layers, some_ids};

@@ -6,11 +6,11 @@ use std::sync::{Mutex, MutexGuard};
 use moectl::backend::cuda::budget::Usage;
 use moectl::backend::cuda::device::Device;
 use moectl::backend::cuda::{Cuda, CudaOptions, Residency};
-use moectl::backend::{ModelShape, ModelWeights, Result, Routing};
+use moectl::backend::{Executor, LogitRows, ModelShape, ModelWeights, Result, Routing};
 use moectl::engine::TextModel;
-use moectl::model::{LogitRows, Runner, Source};
+use moectl::model::Source;
 
-use crate::support::{DECIDED_GAP, argmax, exact, greedy, max_diff, prefill, tiny_moe};
+use crate::support::{DECIDED_GAP, One, argmax, exact, greedy, max_diff, prefill, tiny_moe};
 
 /// Largest difference of a logit between two ways to compute it on the GPU. Sums in another order
 /// differ by 1e-6; where that moves a key or value across a rounding of f16, by 5e-4 of it.
@@ -33,7 +33,7 @@ pub fn load(
     options: CudaOptions,
     model: &Model,
     max_tokens: usize,
-) -> Result<Cuda> {
+) -> Result<One<Cuda>> {
     let (shape, weights) = (model.0.clone(), &model.1);
     let usage = Usage::of(device, 0);
     Cuda::on(
@@ -46,9 +46,10 @@ pub fn load(
         max_tokens,
         &|_, _| {},
     )
+    .map(One::new)
 }
 
-pub fn cuda(device: &Device, options: CudaOptions, model: &Model, max_tokens: usize) -> Cuda {
+pub fn cuda(device: &Device, options: CudaOptions, model: &Model, max_tokens: usize) -> One<Cuda> {
     load(device, options, model, max_tokens).unwrap()
 }
 
@@ -97,13 +98,13 @@ pub fn last_row(logits: &[f32], shape: &ModelShape) -> Vec<f32> {
 
 /// All logits of a prompt fed in pieces, then `n` greedy tokens.
 pub fn answer(
-    sequence: &mut Cuda,
+    sequence: &mut One<Cuda>,
     ids: &[u32],
     piece: usize,
     n: usize,
     max_tokens: usize,
 ) -> (Vec<f32>, Vec<u32>) {
-    Runner::reset(sequence, max_tokens).unwrap();
+    sequence.reset(max_tokens).unwrap();
     let (logits, _) = prefill(sequence, ids, piece);
     let last = last_row(&logits, sequence.shape());
     let tokens = greedy(sequence, &last, n);
@@ -120,9 +121,9 @@ pub struct Step {
     pub routing: Vec<Routing>,
 }
 
-pub fn step(sequence: &mut Cuda, id: u32) -> Step {
+pub fn step(sequence: &mut One<Cuda>, id: u32) -> Step {
     let mut routing = Vec::new();
-    let logits = Runner::forward(sequence, &[id], LogitRows::Last, &mut |layer, _, chosen| {
+    let logits = sequence.forward(&[id], LogitRows::Last, &mut |layer, _, chosen| {
         assert_eq!(layer, routing.len());
         routing.push(chosen.clone());
     });
@@ -133,7 +134,7 @@ pub fn step(sequence: &mut Cuda, id: u32) -> Step {
 }
 
 /// As [`greedy`], with what each step gave.
-pub fn greedy_steps(sequence: &mut Cuda, logits: &[f32], n: usize) -> (Vec<u32>, Vec<Step>) {
+pub fn greedy_steps(sequence: &mut One<Cuda>, logits: &[f32], n: usize) -> (Vec<u32>, Vec<Step>) {
     let mut tokens = vec![argmax(logits)];
     let mut steps = Vec::new();
     while tokens.len() < n {

@@ -301,6 +301,7 @@ fn step(
     let step = gpu.up(&[Step {
         position: position as i32,
         number: 1,
+        state: 0,
     }]);
     let partial = gpu.nans(parts.partial);
     let counters = gpu.zeros(4 * parts.counters);

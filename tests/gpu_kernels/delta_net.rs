@@ -360,6 +360,7 @@ fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers
         let step = gpu.up(&[Step {
             position: position as i32,
             number: 1,
+            state: 0,
         }]);
         let (ba, o) = (gpu.up(&ba), gpu.nans(s.value_dim()));
         gpu.launch(

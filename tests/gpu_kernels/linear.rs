@@ -15,6 +15,7 @@ fn step(gpu: &Gpu, position: i32) -> moectl::backend::cuda::device::Buffer {
     gpu.up(&[Step {
         position,
         number: 1,
+        state: 0,
     }])
 }
 
@@ -37,8 +38,9 @@ fn begin_copies_embedding_and_step() {
         host_step.as_mut_slice()[0] = Step {
             position: 41,
             number: 0x8000_0002,
+            state: 0,
         };
-        let (hidden, step) = (gpu.nans(dim), gpu.zeros(8));
+        let (hidden, step) = (gpu.nans(dim), gpu.zeros(size_of::<Step>()));
         gpu.launch(
             "decode_begin",
             geometry::begin(dim),

@@ -98,6 +98,7 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
     let step = gpu.up(&[Step {
         position: 3,
         number,
+        state: 0,
     }]);
     let (hidden, norm) = (gpu.up(&x), gpu.up(&scale));
     let (w, g) = (router.upload(gpu), gate.upload(gpu));

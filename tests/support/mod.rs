@@ -1,11 +1,17 @@
 //! Recorded results of the real libraries, and how to compare with them.
 #![allow(dead_code)] // each test binary uses its part
 
+pub mod sequences;
+
+use std::ops::{Deref, DerefMut, Range};
 use std::path::PathBuf;
 
-use moectl::backend::{ModelShape, ModelWeights, Routing};
+use moectl::backend::{
+    Backend, BlockExecutor, Executor, LogitRows, ModelShape, ModelWeights, NextLogits, OnRouting,
+    Piece, Result, Routing, RunEvents, SequenceId, SlotChange, Wanted,
+};
 use moectl::formats::Checkpoint;
-use moectl::model::{LogitRows, ModelConfig, Runner, weights};
+use moectl::model::{ModelConfig, weights};
 use moectl::planning::Precision;
 use moectl::planning::execution::PrefillSettings;
 use serde_json::Value;
@@ -145,8 +151,137 @@ pub fn open(dir: &std::path::Path) -> (ModelShape, ModelWeights) {
     (config.shape, weights)
 }
 
+/// An executor and one sequence of it, for tests that need no more.
+pub struct One<E: Executor> {
+    pub executor: E,
+    pub id: SequenceId,
+}
+
+impl<E: Executor> One<E> {
+    pub fn new(mut executor: E) -> Self {
+        let id = executor.new_sequence().unwrap();
+        One { executor, id }
+    }
+
+    /// Forgets the sequence and makes room for one of `max_tokens`.
+    pub fn reset(&mut self, max_tokens: usize) -> Result<()> {
+        self.executor.reserve(1, max_tokens)?;
+        self.id = self.executor.new_sequence()?;
+        Ok(())
+    }
+
+    pub fn position(&self) -> usize {
+        self.executor.position(self.id).unwrap()
+    }
+
+    /// Feeds `ids`; `[rows, vocab_size]` logits.
+    pub fn forward(
+        &mut self,
+        ids: &[u32],
+        rows: impl Rows,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<Vec<f32>> {
+        let piece = Piece {
+            wanted: Wanted::Rows(rows.of(ids.len())),
+            ..Piece::new(self.id, ids, LogitRows::None)
+        };
+        Ok(all(run_one(
+            &mut self.executor,
+            piece,
+            &mut Quiet(on_routing),
+        )?))
+    }
+
+    /// As [`forward`](One::forward) of one token, of which only the best logits are wanted.
+    pub fn forward_best(
+        &mut self,
+        id: u32,
+        wanted: usize,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<NextLogits> {
+        let ids = [id];
+        let piece = Piece {
+            wanted: Wanted::Best(wanted),
+            ..Piece::new(self.id, &ids, LogitRows::Last)
+        };
+        run_one(&mut self.executor, piece, &mut Quiet(on_routing))
+    }
+}
+
+impl<E: Executor> Deref for One<E> {
+    type Target = E;
+
+    fn deref(&self) -> &E {
+        &self.executor
+    }
+}
+
+impl<E: Executor> DerefMut for One<E> {
+    fn deref_mut(&mut self) -> &mut E {
+        &mut self.executor
+    }
+}
+
+/// A sequence of at most `max_tokens` on a backend that computes block by block.
+pub fn one<B: Backend>(backend: B, max_tokens: usize) -> One<BlockExecutor<B>> {
+    One::new(BlockExecutor::new(backend, max_tokens))
+}
+
+/// Which tokens of a piece want logits.
+pub trait Rows {
+    fn of(self, tokens: usize) -> Range<usize>;
+}
+
+impl Rows for LogitRows {
+    fn of(self, tokens: usize) -> Range<usize> {
+        LogitRows::of(self, tokens)
+    }
+}
+
+impl Rows for Range<usize> {
+    fn of(self, _tokens: usize) -> Range<usize> {
+        self
+    }
+}
+
+/// Runs a batch of one piece.
+pub fn run_one(
+    executor: &mut dyn Executor,
+    piece: Piece<'_>,
+    events: &mut dyn RunEvents,
+) -> Result<NextLogits> {
+    let mut outputs = executor.run(&[piece], events)?;
+    assert_eq!(outputs.len(), 1);
+    Ok(outputs.remove(0))
+}
+
+/// The logits of a piece that wanted rows.
+pub fn all(logits: NextLogits) -> Vec<f32> {
+    match logits {
+        NextLogits::All(logits) => logits,
+        NextLogits::Best(_) => panic!("rows were wanted"),
+    }
+}
+
+/// Tells only what the router picks.
+pub struct Quiet<'a, 'b>(pub &'a mut OnRouting<'b>);
+
+impl RunEvents for Quiet<'_, '_> {
+    fn routed(&mut self, _: usize, layer: usize, position: usize, routing: &Routing) {
+        (self.0)(layer, position, routing);
+    }
+
+    fn admit(&mut self, _: usize, _: usize, _: usize) -> Vec<SlotChange> {
+        Vec::new()
+    }
+}
+
 /// Logits of every prompt token and the routing per layer, fed in pieces of at most `piece`.
-pub fn prefill(sequence: &mut impl Runner, ids: &[u32], piece: usize) -> (Vec<f32>, Vec<Routing>) {
+pub fn prefill(
+    sequence: &mut One<impl Executor>,
+    ids: &[u32],
+    piece: usize,
+) -> (Vec<f32>, Vec<Routing>) {
     let mut logits = Vec::new();
     let mut routing: Vec<Routing> = Vec::new();
     for piece in ids.chunks(piece) {
@@ -184,7 +319,7 @@ pub fn argmax(logits: &[f32]) -> u32 {
 }
 
 /// Greedy continuation of a sequence whose last logits are `logits`.
-pub fn greedy(sequence: &mut impl Runner, logits: &[f32], n: usize) -> Vec<u32> {
+pub fn greedy(sequence: &mut One<impl Executor>, logits: &[f32], n: usize) -> Vec<u32> {
     let mut tokens = vec![argmax(logits)];
     while tokens.len() < n {
         let last = *tokens.last().unwrap();

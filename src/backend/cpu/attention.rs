@@ -331,9 +331,10 @@ fn merge_body<S: Simd>(
 mod tests {
     use super::*;
     use crate::backend::cpu::isa::Scalar;
-    use crate::backend::cpu::kv_cache::{HeadMut, Kv, KvCache, KvData};
+    use crate::backend::cpu::kv_cache::{Kv, KvCache, KvData, KvLayout};
     use crate::backend::cpu::tests::{assert_close, random_vector};
     use crate::backend::kv::KvDtype;
+    use crate::backend::tally::Tally;
 
     /// Softmax attention of one query in f64.
     fn definition(q: &[f32], keys: &[Vec<f32>], values: &[Vec<f32>]) -> Vec<f32> {
@@ -375,7 +376,9 @@ mod tests {
     as_kv!(i8, Int8);
 
     /// What the cache holds at one position: key and value.
-    fn stored<T: Attend>(kv: &Kv<T>, dim: usize, p: usize) -> [Vec<f32>; 2] {
+    fn stored<T: Attend>(kv: &Kv<T>, layout: KvLayout, p: usize) -> [Vec<f32>; 2] {
+        let (chunk, p) = (kv.chunk(layout, 0, p / CHUNK), p % CHUNK);
+        let dim = layout.padded_dim;
         let blocks = dim.div_ceil(KV_BLOCK);
         let plain = |element: T| T::load(Scalar, &[element; LANES])[0];
         let scale = |scales: &[f16], i: usize| match T::SCALED {
@@ -385,11 +388,10 @@ mod tests {
         let group = p / LANES;
         let key = |d: usize| {
             let at = (group * blocks + d / KV_BLOCK) * LANES + p % LANES;
-            plain(kv.k[(group * dim + d) * LANES + p % LANES]) * scale(&kv.k_scales, at)
+            plain(chunk.k[(group * dim + d) * LANES + p % LANES]) * scale(chunk.k_scales, at)
         };
         let value = |d: usize| {
-            let at = (p / CHUNK * blocks + d / KV_BLOCK) * CHUNK + p % CHUNK;
-            plain(kv.v[p * dim + d]) * scale(&kv.v_scales, at)
+            plain(chunk.v[p * dim + d]) * scale(chunk.v_scales, d / KV_BLOCK * CHUNK + p)
         };
         [(0..dim).map(key).collect(), (0..dim).map(value).collect()]
     }
@@ -413,22 +415,17 @@ mod tests {
             let values: Vec<_> = (0..positions)
                 .map(|p| random_vector(dim, 1000 + p as u64))
                 .collect();
-            let mut cache = KvCache::new(dtype, 1, dim, positions);
+            let mut cache = KvCache::new(dtype, 1, dim, positions, &Tally::default());
             let layout = cache.layout;
             let kv: &mut Kv<T> = cache.data.as_kv();
-            let mut head = HeadMut {
-                layout,
-                k: &mut kv.k,
-                v: &mut kv.v,
-                k_scales: &mut kv.k_scales,
-                v_scales: &mut kv.v_scales,
-            };
+            let writer = kv.writer(layout, 0..positions);
             for p in 0..positions {
-                head.write(p, &keys[p], &values[p]);
+                // SAFETY: one thread.
+                unsafe { writer.write(0, p, &keys[p], &values[p]) };
             }
             let (mut held_keys, mut held_values) = (Vec::new(), Vec::new());
             for p in 0..positions {
-                let [key, value] = stored(kv, dim, p);
+                let [key, value] = stored(kv, layout, p);
                 assert_close(&key, &keys[p], rounding);
                 assert_close(&value, &values[p], rounding);
                 held_keys.push(key);

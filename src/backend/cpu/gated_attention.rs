@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use super::attention::{Attend, CHUNK, Stats, merge};
 use super::isa::Isa;
-use super::kv_cache::{HeadMut, Kv, KvCache, KvLayout, with_kv};
+use super::kv_cache::{Kv, KvCache, KvLayout, Writer, with_kv};
 use super::linear::{Linear, Panels};
 use super::math::sigmoid_f32;
 use super::rms_norm::rms_norm;
@@ -138,37 +138,22 @@ impl Call<'_> {
         buffers: &mut Buffers,
     ) -> Result<()> {
         let heads = self.shape.num_key_value_heads;
-        let (kv_len, q_len) = (self.layout.head_len(), self.head_queries_len());
-        let scales = self.layout.head_scales::<T>();
+        let q_len = self.head_queries_len();
         buffers.queries.resize(heads * q_len, 0.0);
-        let (k, v) = (Parts::new(&mut kv.k), Parts::new(&mut kv.v));
-        let k_scales = Parts::new(&mut kv.k_scales);
-        let v_scales = Parts::new(&mut kv.v_scales);
+        let writer = kv.writer(self.layout, self.start..self.start + self.tokens);
         let queries = Parts::new(&mut buffers.queries);
         pool.run(heads, &|head| {
-            let part = head * kv_len..(head + 1) * kv_len;
-            let scales = head * scales..(head + 1) * scales;
-            // SAFETY: each job has the parts of its own head, and is run once.
-            let (kv_head, queries) = unsafe {
-                (
-                    HeadMut {
-                        layout: self.layout,
-                        k: k.slice(part.clone()),
-                        v: v.slice(part),
-                        k_scales: k_scales.slice(scales.clone()),
-                        v_scales: v_scales.slice(scales),
-                    },
-                    queries.slice(head * q_len..(head + 1) * q_len),
-                )
-            };
-            SCRATCH.with_borrow_mut(|scratch| self.prepare_head(head, kv_head, queries, scratch));
+            // SAFETY: each job has the part of its own head, and is run once.
+            let queries = unsafe { queries.slice(head * q_len..(head + 1) * q_len) };
+            SCRATCH.with_borrow_mut(|scratch| self.prepare_head(head, &writer, queries, scratch));
         })
     }
 
+    /// The only job that writes to this head.
     fn prepare_head<T: Attend>(
         &self,
         kv_head: usize,
-        mut kv: HeadMut<T>,
+        writer: &Writer<T>,
         queries: &mut [f32],
         scratch: &mut Scratch,
     ) {
@@ -205,7 +190,8 @@ impl Call<'_> {
             rms_norm(self.isa, value, &layer.k_norm, self.eps, head);
             rotation.apply(head);
             self.projected.copy_rows(v_panel, t, kv_rows.clone(), value);
-            kv.write(position, head, value);
+            // SAFETY: no other job has this head.
+            unsafe { writer.write(kv_head, position, head, value) };
         }
     }
 

@@ -10,6 +10,7 @@ use super::math::{sigmoid_f32, softplus_f32};
 use super::rms_norm::gated_rms_norm;
 use super::simd::{LANES, Simd};
 use super::threads::{Parts, Pool};
+use crate::backend::tally::{Counted, Tally};
 use crate::backend::weights::DeltaNetWeights;
 use crate::backend::{DeltaNetShape, Result};
 
@@ -31,20 +32,30 @@ pub struct DeltaNet {
 }
 
 /// What one sequence carries on in one layer.
+#[derive(Clone)]
 pub struct DeltaNetState {
     /// `[taps - 1, qkvz_rows]` projections of the last tokens, oldest first
     history: Vec<f32>,
     /// `[value_heads, key_dim, padded value_dim]`
     memory: Vec<f32>,
+    counted: Counted,
 }
 
 impl DeltaNetState {
-    pub fn new(shape: &DeltaNetShape) -> Self {
+    /// The state before the first token, counted by `tally`.
+    pub fn new(shape: &DeltaNetShape, tally: &Tally) -> Self {
         let value_dim = shape.value_head_dim.next_multiple_of(LANES);
+        let history = vec![0.0; (shape.conv_kernel_dim - 1) * shape.qkvz_rows()];
+        let memory = vec![0.0; shape.num_value_heads * shape.key_head_dim * value_dim];
         DeltaNetState {
-            history: vec![0.0; (shape.conv_kernel_dim - 1) * shape.qkvz_rows()],
-            memory: vec![0.0; shape.num_value_heads * shape.key_head_dim * value_dim],
+            counted: tally.count(size_of_val(&history[..]) + size_of_val(&memory[..])),
+            history,
+            memory,
         }
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.counted.bytes()
     }
 }
 

@@ -1,12 +1,22 @@
 //! Keys and values of one layer and sequence, in the order attention reads them.
+//!
+//! They lie in pages of [`CHUNK`] positions, which sequences with the same beginning share: a clone
+//! of a cache costs no memory, and a page is copied when one of its holders writes to it.
+
+use std::ops::Range;
+use std::sync::Arc;
 
 use half::f16;
 
 use super::attention::CHUNK;
 use super::simd::{LANES, Simd};
+use super::threads::Parts;
+use crate::backend::executor::SharedPage;
 use crate::backend::kv::{KV_BLOCK, KvDtype};
+use crate::backend::tally::{Counted, Tally};
 
 /// Keys and values of one layer and one sequence.
+#[derive(Clone)]
 pub struct KvCache {
     /// Positions filled
     pub len: usize,
@@ -15,33 +25,42 @@ pub struct KvCache {
     pub data: KvData,
 }
 
-/// Where the elements of one head lie.
+/// How a page is laid out.
 #[derive(Clone, Copy, Debug)]
 pub struct KvLayout {
+    pub heads: usize,
     /// head_dim, padded to whole vectors
     pub padded_dim: usize,
-    /// capacity, padded to whole chunks
-    pub positions: usize,
 }
 
 /// The cache in its type.
+#[derive(Clone)]
 pub enum KvData {
     F32(Kv<f32>),
     F16(Kv<f16>),
     Int8(Kv<i8>),
 }
 
-/// Elements of all heads; `C` chunks, `D` padded_dim, `B` scales per row.
+/// Pages of [`CHUNK`] positions each, in order; those of positions not yet written are absent.
+#[derive(Clone)]
 pub struct Kv<T> {
-    /// `[kv_heads, C, CHUNK / 16, D, 16]`: 16 positions side by side, so that one load meets one
+    pages: Vec<Arc<Page<T>>>,
+    tally: Tally,
+}
+
+/// Keys and values of [`CHUNK`] positions, all heads; `D` padded_dim, `B` scales per row.
+#[derive(Clone)]
+struct Page<T> {
+    /// `[kv_heads, CHUNK / 16, D, 16]`: 16 positions side by side, so that one load meets one
     /// dimension of 16 keys and scores need no sums across lanes
-    pub k: Vec<T>,
-    /// `[kv_heads, C, CHUNK, D]`
-    pub v: Vec<T>,
-    /// `[kv_heads, C, CHUNK / 16, B, 16]`; empty if the type needs none
-    pub k_scales: Vec<f16>,
-    /// `[kv_heads, C, B, CHUNK]`: all positions of a block side by side, to scale weights with
-    pub v_scales: Vec<f16>,
+    k: Vec<T>,
+    /// `[kv_heads, CHUNK, D]`
+    v: Vec<T>,
+    /// `[kv_heads, CHUNK / 16, B, 16]`; empty if the type needs none
+    k_scales: Vec<f16>,
+    /// `[kv_heads, B, CHUNK]`: all positions of a block side by side, to scale weights with
+    v_scales: Vec<f16>,
+    _counted: Counted,
 }
 
 /// A stored key or value.
@@ -104,9 +123,9 @@ impl KvElement for i8 {
 }
 
 impl KvLayout {
-    /// Elements of `k`, and of `v`, that belong to one head.
-    pub fn head_len(self) -> usize {
-        self.positions * self.padded_dim
+    /// Elements of a page's keys, and of its values, that belong to one head.
+    fn head_len(self) -> usize {
+        CHUNK * self.padded_dim
     }
 
     /// Scales of one position and head.
@@ -114,45 +133,76 @@ impl KvLayout {
         self.padded_dim.div_ceil(KV_BLOCK)
     }
 
-    /// Scales of keys, and of values, that belong to one head.
-    pub fn head_scales<T: KvElement>(self) -> usize {
-        if T::SCALED {
-            self.positions * self.blocks()
-        } else {
-            0
+    /// Scales of a page's keys, and of its values, that belong to one head.
+    fn head_scales<T: KvElement>(self) -> usize {
+        match T::SCALED {
+            true => CHUNK * self.blocks(),
+            false => 0,
         }
+    }
+
+    /// Bytes of a page.
+    fn page_bytes<T: KvElement>(self) -> usize {
+        let values = self.head_len() * size_of::<T>();
+        2 * self.heads * (values + self.head_scales::<T>() * size_of::<f16>())
     }
 }
 
-/// One head's part of a cache, to write to.
-pub struct HeadMut<'a, T> {
-    pub layout: KvLayout,
-    pub k: &'a mut [T],
-    pub v: &'a mut [T],
-    pub k_scales: &'a mut [f16],
-    pub v_scales: &'a mut [f16],
+/// The pages that some positions lie in, to write to.
+pub struct Writer<'a, T> {
+    layout: KvLayout,
+    /// Number of the first page
+    first: usize,
+    pages: Vec<PageParts<'a, T>>,
 }
 
-impl<T: KvElement> HeadMut<'_, T> {
-    /// Writes the key and value of `position`.
-    pub fn write(&mut self, position: usize, key: &[f32], value: &[f32]) {
-        let dim = self.layout.padded_dim;
+struct PageParts<'a, T> {
+    k: Parts<'a, T>,
+    v: Parts<'a, T>,
+    k_scales: Parts<'a, f16>,
+    v_scales: Parts<'a, f16>,
+}
+
+impl<T: KvElement> Writer<'_, T> {
+    /// Writes the key and value of `position`, `[head_dim]` each.
+    ///
+    /// # Safety
+    /// Nobody else writes to this head meanwhile.
+    pub unsafe fn write(&self, head: usize, position: usize, key: &[f32], value: &[f32]) {
+        let KvLayout {
+            padded_dim: dim, ..
+        } = self.layout;
         let blocks = self.layout.blocks();
-        let (group, lane) = (position / LANES, position % LANES);
-        let keys = &mut self.k[group * LANES * dim..(group + 1) * LANES * dim];
+        let page = &self.pages[position / CHUNK - self.first];
+        let within = position % CHUNK;
+        let part = |len: usize| head * len..(head + 1) * len;
+        let (elements, scales) = (
+            part(self.layout.head_len()),
+            part(self.layout.head_scales::<T>()),
+        );
+        // SAFETY: the head's own part, by the caller's promise.
+        let (k, v, k_scales, v_scales) = unsafe {
+            (
+                page.k.slice(elements.clone()),
+                page.v.slice(elements),
+                page.k_scales.slice(scales.clone()),
+                page.v_scales.slice(scales),
+            )
+        };
+        let (group, lane) = (within / LANES, within % LANES);
+        let keys = &mut k[group * LANES * dim..(group + 1) * LANES * dim];
         for (b, part) in key.chunks(KV_BLOCK).enumerate() {
             let first = b * KV_BLOCK;
             let scale = T::encode(part, |i, k| keys[(first + i) * LANES + lane] = k);
             if T::SCALED {
-                self.k_scales[(group * blocks + b) * LANES + lane] = scale;
+                k_scales[(group * blocks + b) * LANES + lane] = scale;
             }
         }
-        let values = &mut self.v[position * dim..(position + 1) * dim];
+        let values = &mut v[within * dim..(within + 1) * dim];
         for (b, part) in value.chunks(KV_BLOCK).enumerate() {
             let scale = T::encode(part, |i, v| values[b * KV_BLOCK + i] = v);
             if T::SCALED {
-                let chunk = position / CHUNK * blocks + b;
-                self.v_scales[chunk * CHUNK + position % CHUNK] = scale;
+                v_scales[b * CHUNK + within] = scale;
             }
         }
     }
@@ -169,46 +219,88 @@ pub struct Chunk<'a, T> {
 }
 
 impl<T: KvElement> Kv<T> {
-    fn new(heads: usize, layout: KvLayout) -> Self {
-        let (len, scales) = (heads * layout.head_len(), heads * layout.head_scales::<T>());
+    fn new(tally: &Tally) -> Self {
         Kv {
-            k: vec![T::default(); len],
-            v: vec![T::default(); len],
-            k_scales: vec![f16::ZERO; scales],
-            v_scales: vec![f16::ZERO; scales],
+            pages: Vec::new(),
+            tally: tally.clone(),
+        }
+    }
+
+    /// The pages of `positions`, made where they are not there, copied where they are shared.
+    /// Positions before them have pages.
+    pub fn writer(&mut self, layout: KvLayout, positions: Range<usize>) -> Writer<'_, T> {
+        let (first, end) = (positions.start / CHUNK, positions.end.div_ceil(CHUNK));
+        assert!(first <= self.pages.len());
+        while self.pages.len() < end {
+            self.pages.push(Arc::new(Page::new(layout, &self.tally)));
+        }
+        let pages = self.pages[first..end].iter_mut().map(|page| {
+            let Page {
+                k,
+                v,
+                k_scales,
+                v_scales,
+                ..
+            } = Arc::make_mut(page);
+            PageParts {
+                k: Parts::new(k),
+                v: Parts::new(v),
+                k_scales: Parts::new(k_scales),
+                v_scales: Parts::new(v_scales),
+            }
+        });
+        Writer {
+            layout,
+            first,
+            pages: pages.collect(),
         }
     }
 
     pub fn chunk(&self, layout: KvLayout, head: usize, chunk: usize) -> Chunk<'_, T> {
-        let start = head * layout.head_len() + chunk * CHUNK * layout.padded_dim;
-        let range = start..start + CHUNK * layout.padded_dim;
-        let scales = match T::SCALED {
-            true => {
-                let start = head * layout.head_scales::<T>() + chunk * CHUNK * layout.blocks();
-                start..start + CHUNK * layout.blocks()
-            }
-            false => 0..0,
-        };
+        let page = &*self.pages[chunk];
+        let part = |len: usize| head * len..(head + 1) * len;
+        let (elements, scales) = (part(layout.head_len()), part(layout.head_scales::<T>()));
         Chunk {
             padded_dim: layout.padded_dim,
-            k: &self.k[range.clone()],
-            v: &self.v[range],
-            k_scales: &self.k_scales[scales.clone()],
-            v_scales: &self.v_scales[scales],
+            k: &page.k[elements.clone()],
+            v: &page.v[elements],
+            k_scales: &page.k_scales[scales.clone()],
+            v_scales: &page.v_scales[scales],
+        }
+    }
+}
+
+impl<T: KvElement> Page<T> {
+    fn new(layout: KvLayout, tally: &Tally) -> Self {
+        let len = layout.heads * layout.head_len();
+        let scales = layout.heads * layout.head_scales::<T>();
+        Page {
+            k: vec![T::default(); len],
+            v: vec![T::default(); len],
+            k_scales: vec![f16::ZERO; scales],
+            v_scales: vec![f16::ZERO; scales],
+            _counted: tally.count(layout.page_bytes::<T>()),
         }
     }
 }
 
 impl KvCache {
-    pub fn new(dtype: KvDtype, kv_heads: usize, head_dim: usize, capacity: usize) -> Self {
+    /// An empty cache, whose pages are counted by `tally`.
+    pub fn new(
+        dtype: KvDtype,
+        kv_heads: usize,
+        head_dim: usize,
+        capacity: usize,
+        tally: &Tally,
+    ) -> Self {
         let layout = KvLayout {
+            heads: kv_heads,
             padded_dim: head_dim.next_multiple_of(LANES),
-            positions: capacity.next_multiple_of(CHUNK),
         };
         let data = match dtype {
-            KvDtype::F32 => KvData::F32(Kv::new(kv_heads, layout)),
-            KvDtype::F16 => KvData::F16(Kv::new(kv_heads, layout)),
-            KvDtype::Int8 => KvData::Int8(Kv::new(kv_heads, layout)),
+            KvDtype::F32 => KvData::F32(Kv::new(tally)),
+            KvDtype::F16 => KvData::F16(Kv::new(tally)),
+            KvDtype::Int8 => KvData::Int8(Kv::new(tally)),
         };
         KvCache {
             len: 0,
@@ -216,6 +308,25 @@ impl KvCache {
             layout,
             data,
         }
+    }
+
+    /// Forgets all positions from `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        assert!(len <= self.len);
+        self.len = len;
+        with_kv!(&mut self.data, kv => kv.pages.truncate(len.div_ceil(CHUNK)));
+    }
+
+    /// Each page: an id that no other living page has, and its bytes.
+    pub fn pages(&self) -> Vec<SharedPage> {
+        fn of<T: KvElement>(kv: &Kv<T>, layout: KvLayout) -> Vec<SharedPage> {
+            let page = |page: &Arc<Page<T>>| SharedPage {
+                id: Arc::as_ptr(page) as usize,
+                bytes: layout.page_bytes::<T>(),
+            };
+            kv.pages.iter().map(page).collect()
+        }
+        with_kv!(&self.data, kv => of(kv, self.layout))
     }
 }
 
@@ -267,11 +378,68 @@ mod tests {
     #[test]
     fn bytes_are_those_of_the_cache() {
         for dtype in KvDtype::ALL {
-            let cache = KvCache::new(dtype, 2, 256, CHUNK);
-            let bytes = with_kv!(&cache.data, kv => size_of_val(&kv.k[..])
-                + size_of_val(&kv.v[..]) + size_of_val(&kv.k_scales[..])
-                + size_of_val(&kv.v_scales[..]));
+            let tally = Tally::default();
+            let mut cache = KvCache::new(dtype, 2, 256, CHUNK, &tally);
+            assert_eq!(tally.bytes(), 0);
+            let layout = cache.layout;
+            let bytes = with_kv!(&mut cache.data, kv => {
+                kv.writer(layout, 0..1);
+                let page = &kv.pages[0];
+                size_of_val(&page.k[..]) + size_of_val(&page.v[..])
+                    + size_of_val(&page.k_scales[..]) + size_of_val(&page.v_scales[..])
+            });
             assert_eq!(bytes, 2 * CHUNK * dtype.bytes(2, 256), "{dtype}");
+            assert_eq!(tally.bytes(), bytes);
         }
+    }
+
+    #[test]
+    fn a_clone_shares_pages_until_one_of_both_writes() {
+        let tally = Tally::default();
+        let mut cache = KvCache::new(KvDtype::F32, 2, 32, 4 * CHUNK, &tally);
+        let write = |cache: &mut KvCache, positions: Range<usize>, value: f32| {
+            let layout = cache.layout;
+            cache.len = positions.end;
+            let KvData::F32(kv) = &mut cache.data else {
+                unreachable!("made with this type")
+            };
+            let writer = kv.writer(layout, positions.clone());
+            for position in positions {
+                for head in 0..2 {
+                    // SAFETY: one thread.
+                    unsafe { writer.write(head, position, &[value; 32], &[value; 32]) };
+                }
+            }
+        };
+        let key_of = |cache: &KvCache, position: usize| -> f32 {
+            let KvData::F32(kv) = &cache.data else {
+                unreachable!("made with this type")
+            };
+            let chunk = kv.chunk(cache.layout, 1, position / CHUNK);
+            chunk.k[(position % CHUNK) / LANES * LANES * 32 + position % LANES]
+        };
+        write(&mut cache, 0..CHUNK + 10, 1.0);
+        let page = tally.bytes() / 2;
+        let mut other = cache.clone();
+        assert_eq!(tally.bytes(), 2 * page);
+        write(&mut other, CHUNK + 10..CHUNK + 11, 2.0);
+        assert_eq!(tally.bytes(), 3 * page, "the page that was written to");
+        assert_eq!(cache.pages()[0].id, other.pages()[0].id);
+        write(&mut cache, CHUNK + 10..CHUNK + 12, 3.0);
+        assert_eq!(tally.bytes(), 3 * page, "nobody else had that one any more");
+        assert_eq!(
+            (key_of(&cache, CHUNK + 9), key_of(&other, CHUNK + 9)),
+            (1.0, 1.0)
+        );
+        assert_eq!(
+            (key_of(&cache, CHUNK + 10), key_of(&other, CHUNK + 10)),
+            (3.0, 2.0)
+        );
+        drop(cache);
+        assert_eq!(tally.bytes(), 2 * page);
+        other.truncate(CHUNK);
+        assert_eq!(tally.bytes(), page);
+        drop(other);
+        assert_eq!(tally.bytes(), 0);
     }
 }

@@ -49,9 +49,10 @@ use linear::{Linear, Panels, add_product};
 use load::Request;
 use threads::{Parts, Pool};
 
+use super::tally::Tally;
 use super::{
     Backend, BackendError, BackendFacts, KvDtype, LoadRates, MixerKind, ModelShape, ModelWeights,
-    Result, Routing,
+    Result, Routing, SharedPage,
 };
 use crate::formats::Matrix;
 
@@ -101,6 +102,8 @@ pub struct Cpu {
     norm: Vec<f32>,
     lm_head: Linear,
     load: LoadRates,
+    /// Bytes of states
+    states: Tally,
     scratch: Scratch,
 }
 
@@ -126,10 +129,12 @@ pub struct Hidden {
 }
 
 /// One sequence.
+#[derive(Clone)]
 pub struct State {
     layers: Vec<LayerState>,
 }
 
+#[derive(Clone)]
 enum LayerState {
     DeltaNet(DeltaNetState),
     Attention(KvCache),
@@ -204,6 +209,7 @@ impl Cpu {
             norm: one_plus(&weights.norm),
             lm_head,
             load,
+            states: Tally::default(),
             scratch: Scratch::default(),
         })
     }
@@ -355,17 +361,43 @@ impl Backend for Cpu {
             .iter()
             .map(|kind| match kind {
                 MixerKind::GatedDeltaNet => {
-                    LayerState::DeltaNet(DeltaNetState::new(&shape.delta_net))
+                    LayerState::DeltaNet(DeltaNetState::new(&shape.delta_net, &self.states))
                 }
                 MixerKind::GatedAttention => LayerState::Attention(KvCache::new(
                     self.kv_dtype,
                     shape.attention.num_key_value_heads,
                     shape.attention.head_dim,
                     max_tokens,
+                    &self.states,
                 )),
             })
             .collect();
         Ok(State { layers })
+    }
+
+    fn truncate(&self, state: &mut State, tokens: usize) -> Result<()> {
+        for layer in &mut state.layers {
+            match layer {
+                LayerState::Attention(cache) => cache.truncate(tokens),
+                LayerState::DeltaNet(_) => unreachable!("only asked of models without delta nets"),
+            }
+        }
+        Ok(())
+    }
+
+    fn state_bytes(&self, state: &State) -> (usize, Vec<SharedPage>) {
+        let (mut own, mut pages) = (0, Vec::new());
+        for layer in &state.layers {
+            match layer {
+                LayerState::DeltaNet(state) => own += state.bytes(),
+                LayerState::Attention(cache) => pages.extend(cache.pages()),
+            }
+        }
+        (own, pages)
+    }
+
+    fn held_bytes(&self) -> usize {
+        self.states.bytes()
     }
 
     fn embed(&mut self, ids: &[u32]) -> Result<Hidden> {

@@ -75,6 +75,8 @@ pub struct Step {
     pub position: i32,
     /// Counts decode steps from 1, never repeats within a process
     pub number: u32,
+    /// Where the sequence's states lie: added to the places that kernels are given
+    pub state: u64,
 }
 
 /// The most experts a token may have.
@@ -129,7 +131,7 @@ mod tests {
     fn structures_have_the_sizes_of_the_kernels_ones() {
         assert_eq!(size_of::<Linear>(), 32);
         assert_eq!(size_of::<ExpertLayout>(), 48);
-        assert_eq!(size_of::<Step>(), 8);
+        assert_eq!(size_of::<Step>(), 16);
         assert_eq!(size_of::<Handoff>(), 528);
         assert_eq!(size_of::<KvCache>(), 40);
         assert_eq!(DECISION_BYTES, 672);

@@ -67,6 +67,24 @@ impl Usage {
     }
 }
 
+/// Whether `bytes` more may be taken under `budget`.
+///
+/// # Errors
+/// [`BackendError::DoesNotFit`].
+pub(super) fn check(usage: &Usage, budget: Option<u64>, bytes: usize) -> Result<()> {
+    let Some(limit) = budget else {
+        return Ok(());
+    };
+    let (room, bytes) = (usage.room(budget)?, bytes as u64);
+    match bytes <= room {
+        true => Ok(()),
+        false => Err(BackendError::DoesNotFit {
+            needed: limit - room + bytes,
+            budget: limit,
+        }),
+    }
+}
+
 /// Bytes that this process holds on the device, as the driver counts them.
 fn process_bytes(nvml: &Nvml, index: u32) -> Option<u64> {
     let device = nvml.device_by_index(index).ok()?;

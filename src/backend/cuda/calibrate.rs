@@ -8,7 +8,7 @@
 use std::time::Instant;
 
 use super::Cuda;
-use crate::backend::{Result, Tuning};
+use crate::backend::{Diagnostics, Result, Tuning};
 use crate::hardware::probe::median;
 
 /// Shares of a layer's missing experts that are tried, in percent. They come to whole experts: between two
@@ -67,7 +67,7 @@ impl Cuda {
             graphs: parts,
         };
         self.apply(tuning)?;
-        self.state.clear(&self.model.stream)?;
+        self.forget_sequences()?;
         self.take_times();
         self.notes = vec![format!(
             "of missing experts the GPU reads {share}% over PCIe{}; graphs of a step: {parts} \
@@ -80,14 +80,6 @@ impl Cuda {
             tried.join("; ")
         )];
         Ok(Some(tuning))
-    }
-
-    /// What calibration chose for what is in VRAM now, or `tuning` if it is known from before.
-    pub fn tune(&mut self, tuning: Option<Tuning>) -> Result<Option<Tuning>> {
-        match tuning {
-            Some(tuning) => self.apply(tuning).map(|()| Some(tuning)),
-            None => self.calibrate(),
-        }
     }
 
     fn is_too_small_to_time(&self) -> bool {
@@ -111,7 +103,7 @@ impl Cuda {
         Ok(SHARES[best])
     }
 
-    fn apply(&mut self, tuning: Tuning) -> Result<()> {
+    pub(super) fn apply(&mut self, tuning: Tuning) -> Result<()> {
         self.set_pcie_share(tuning.pcie_percent)?;
         self.decode.look_ahead(tuning.look_ahead, &self.device)?;
         self.decode.cut_into(tuning.graphs);
@@ -155,8 +147,8 @@ impl Cuda {
     /// Seconds of a step, logits included, with token number `number` of those that measurements use;
     /// where the context is full, the sequence starts over.
     pub(super) fn timed_step(&mut self, number: usize) -> Result<f64> {
-        if self.state.position + 1 >= self.state.max_tokens {
-            self.state.clear(&self.model.stream)?;
+        if self.states.active().position + 1 >= self.states.max_tokens() {
+            self.forget_sequences()?;
         }
         let id = number * ID_STRIDE % self.model.shape.vocab_size;
         let start = Instant::now();

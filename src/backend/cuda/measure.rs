@@ -12,7 +12,7 @@ use super::weights::{Head, Mixer};
 use super::{Cuda, Residency};
 use crate::backend::cpu::layout::{TILE_COLS, TILE_ROWS, Tile};
 use crate::backend::cpu::offload::Asked;
-use crate::backend::{BackendError, MixerKind, Result};
+use crate::backend::{BackendError, Diagnostics, MixerKind, Result};
 use crate::hardware::gpu_probe::{CopyRate, ExpertWait, GpuProbe, Micros};
 use crate::hardware::probe::{Rate, median};
 
@@ -165,7 +165,7 @@ impl Cuda {
     ///
     /// # Errors
     /// If memory is short, or the driver reports an error.
-    pub fn measure(&mut self, model: &str) -> Result<GpuProbe> {
+    pub(super) fn measure_device(&mut self, model: &str) -> Result<GpuProbe> {
         let started = Instant::now();
         let asked = self.options.residency.clone();
         let mut probe = GpuProbe {
@@ -181,7 +181,7 @@ impl Cuda {
         self.set_pcie_share(0)?;
         self.options.residency = asked;
         self.fill_slots()?;
-        self.state.clear(&self.model.stream)?;
+        self.forget_sequences()?;
         measured?;
         probe.seconds = started.elapsed().as_secs_f64();
         Ok(probe)
@@ -278,7 +278,7 @@ impl Cuda {
         let in_vram = middle(&in_vram);
         let dense_bytes = self.dense_bytes();
         probe.dense_kernel = Rate::of(repeat(|| {
-            let all = (self.decode).time_kernels(&self.model, &self.state, &[])? / 1e6;
+            let all = (self.decode).time_kernels(&self.model, &self.states.layout, &[])? / 1e6;
             Ok(gb_s(dense_bytes, rest(rest(all, in_vram), dense_least_s)))
         })?);
         self.measure_head_and_context(probe, least_s)?;
@@ -362,18 +362,18 @@ impl Cuda {
             return Ok(());
         }
         let at = |cuda: &mut Self, position: usize| {
-            cuda.state.position = position;
+            cuda.states.active_mut().position = position;
             // Kernels are told by a step where they are.
             cuda.timed_step(0)?;
-            let (decode, model, state) = (&cuda.decode, &cuda.model, &cuda.state);
+            let (decode, model, state) = (&cuda.decode, &cuda.model, &cuda.states.layout);
             repeat(|| decode.time_kernels(model, state, &["decode_attention"]))
         };
-        let tokens = self.state.max_tokens - 2;
+        let tokens = self.states.max_tokens() - 2;
         let short = middle(&at(self, 0)?);
         let long = at(self, tokens)?;
         let of = |us: &f64| gb_s(tokens * token_bytes, rest(*us, short) / 1e6);
         probe.kv_kernel = Rate::of(long.iter().map(of).collect());
-        self.state.clear(&self.model.stream)
+        self.forget_sequences()
     }
 
     /// Leaves this share of each layer's experts in RAM.
@@ -404,12 +404,12 @@ impl Cuda {
     fn give_slots(&mut self, residency: Residency) -> Result<()> {
         self.options.residency = residency;
         self.fill_slots()?;
-        self.state.clear(&self.model.stream)
+        self.forget_sequences()
     }
 
     /// Seconds of the expert kernels of a step, routers taken off.
     fn expert_kernel_seconds(&self) -> Result<Vec<f64>> {
-        let (decode, model, state) = (&self.decode, &self.model, &self.state);
+        let (decode, model, state) = (&self.decode, &self.model, &self.states.layout);
         let routers = middle(&repeat(|| {
             decode.time_kernels(model, state, &EXPERT_KERNELS[..1])
         })?);

@@ -1,16 +1,17 @@
 //! The `cuda` backend: dense weights, states and hot experts on the GPU, the other experts computed
 //! in RAM by the CPU at the same time.
 //!
-//! It is driven as a whole sequence, not block by block: a decode step is one captured graph, and a
-//! host call between blocks would cost more than the blocks. [`Cuda::forward`] has the contract of
-//! `model::forward::Runner`; the conformance tests hold it to the same results.
+//! It is an [`Executor`](super::Executor) by itself, not block by block: a decode step is one captured
+//! graph, and a host call between blocks would cost more than the blocks. The graph knows no sequence: a
+//! step names the one whose states it works on. The conformance tests hold it to the same results.
 //!
 //! | file | is |
 //! |---|---|
 //! | [`device`] | memory, streams, launches, graphs; behind it the driver or the emulator |
 //! | [`abi`], [`geometry`] | structures and launch sizes of `kernels/*.cu` |
 //! | [`weights`], [`store`] | dense weights in VRAM, all experts in pinned RAM, some in slots |
-//! | [`state`] | what a sequence carries on |
+//! | [`state`], [`saved`] | what sequences carry on, on the device and in RAM |
+//! | [`executor`] | sequences, batches, slots and figures, as the engine asks for them |
 //! | [`decode`] | one token; the hand-off between GPU and CPU |
 //! | [`prefill`] | chunks of tokens; experts stream over PCIe |
 //! | [`measure`] | the machine's figures that plans are made from |
@@ -25,9 +26,11 @@ pub mod device;
 pub mod driver;
 #[cfg(feature = "emulate")]
 pub mod emulated;
+mod executor;
 pub mod geometry;
 mod measure;
 mod prefill;
+mod saved;
 mod slots;
 pub mod state;
 mod store;
@@ -42,18 +45,15 @@ use budget::Usage;
 use decode::{Decode, Model, Wanted};
 use device::{Device, Stream};
 use prefill::Prefill;
-use state::SequenceState;
+use state::{StateLayout, StatePool};
 use weights::Loaded;
 
 pub use super::Residency;
 use super::cpu::offload::Offload;
 use super::cpu::{CpuPrecision, Progress};
-use super::{
-    BackendError, BackendFacts, DecodeTimes, KernelTimes, KvDtype, ModelShape, ModelWeights,
-    NextLogits, OnRenewing, Result, Routing, VramHeld, VramMeter,
-};
+use super::{BackendError, KvDtype, ModelShape, ModelWeights, Result, Routing};
 use crate::formats::Matrix;
-use crate::planning::execution::{MARGIN_BYTES, PrefillSettings};
+use crate::planning::execution::PrefillSettings;
 
 #[derive(Clone, Debug, Default)]
 pub struct CudaOptions {
@@ -82,12 +82,12 @@ pub struct CudaOptions {
 /// takes as long as about eighty steps.
 const MAX_STEPPED_TOKENS: usize = 48;
 
-/// A model on a device, with one sequence.
+/// A model on a device, with room for some sequences.
 pub struct Cuda {
     // Fields are dropped in order: buffers before the arena and streams they came from.
     prefill: Prefill,
     decode: Decode,
-    state: SequenceState,
+    states: StatePool,
     model: Model,
     offload: Offload,
     embed_tokens: Matrix,
@@ -97,8 +97,6 @@ pub struct Cuda {
     /// What the process held before this model
     context_bytes: u64,
     slots: slots::Slots,
-    /// A failed step leaves the sequence in an unknown state.
-    broken: bool,
     /// What calibration found, for who asks
     notes: Vec<String>,
     _arena: Arena,
@@ -184,7 +182,9 @@ impl Cuda {
             decode.look_ahead(true, &device)?;
         }
         decode.cut_into(options.parts.unwrap_or(1));
-        let state = SequenceState::new(&device, &shape, kv_dtype, max_tokens, &stream)?;
+        let layout = StateLayout::new(&shape, kv_dtype, max_tokens);
+        budget::check(&usage, options.vram_bytes, layout.bytes)?;
+        let states = StatePool::new(&device, layout, [1, max_tokens], &stream)?;
         let prefill = Prefill::new(
             &device,
             &shape,
@@ -197,7 +197,7 @@ impl Cuda {
         let mut cuda = Cuda {
             prefill,
             decode,
-            state,
+            states,
             model: Model {
                 shape,
                 dense,
@@ -212,25 +212,16 @@ impl Cuda {
             usage,
             context_bytes,
             slots: slots::Slots::default(),
-            broken: false,
             notes: Vec::new(),
             _arena: arena,
             copies,
             device,
             index,
         };
+        cuda.point_at_active()?;
         cuda.fill_slots()?;
         cuda.calibrate()?;
         Ok(cuda)
-    }
-
-    pub fn shape(&self) -> &ModelShape {
-        &self.model.shape
-    }
-
-    /// Tokens the sequence has seen.
-    pub fn position(&self) -> usize {
-        self.state.position
     }
 
     /// Experts in VRAM now.
@@ -238,187 +229,22 @@ impl Cuda {
         self.model.store.num_resident()
     }
 
-    /// Where the time of decode steps went since the last call.
-    pub fn take_times(&mut self) -> DecodeTimes {
-        std::mem::take(&mut self.decode.times)
+    /// Forgets all sequences; steps that measure work on an empty one.
+    fn forget_sequences(&mut self) -> Result<()> {
+        self.states.remove_all(&self.model.stream)?;
+        self.point_at_active()
     }
 
-    /// What calibration found.
-    pub fn notes(&self) -> &[String] {
-        &self.notes
+    /// Has kernels work on the active state.
+    fn point_at_active(&mut self) -> Result<()> {
+        let base = self.states.active().base();
+        self.decode.point_at(base, &self.model.stream)
     }
 
-    /// Records the graph of a step that samples; the sequence starts over.
-    pub fn warm_up(&mut self) -> Result<()> {
-        self.state.clear(&self.model.stream)?;
-        self.forward_best(0, 1, &mut |_, _, _| {})?;
-        self.take_times();
-        self.state.clear(&self.model.stream)
-    }
-
-    /// What each kernel of a decode step and of a chunk of a prompt takes; the sequence starts over.
-    pub fn kernel_times(&mut self) -> Result<KernelTimes> {
-        let decode_us = self.decode.kernel_times(&self.model, &self.state)?;
-        self.decode.forget_graphs();
-        let (prefill_tokens, prefill_us) = self.prefill_kernel_times()?;
-        self.give_slots_back()?;
-        self.state.clear(&self.model.stream)?;
-        Ok(KernelTimes {
-            decode_us,
-            prefill_tokens,
-            prefill_us,
-        })
-    }
-
-    /// Bytes that this process holds on the device, by the driver's figure.
-    pub fn used_bytes(&self) -> Result<u64> {
-        self.usage.now()
-    }
-
-    /// The same item by item.
-    pub fn held(&self) -> Result<VramHeld> {
-        let held = VramHeld {
-            context_bytes: self.context_bytes,
-            sequence_bytes: self.state.bytes(),
-            slots_bytes: self.model.store.slots_bytes() as u64,
-            other_bytes: 0,
-            margin_bytes: MARGIN_BYTES,
-        };
-        let known = held.context_bytes + held.sequence_bytes + held.slots_bytes;
-        Ok(VramHeld {
-            other_bytes: self.used_bytes()?.saturating_sub(known),
-            ..held
-        })
-    }
-
-    /// [`used_bytes`](Cuda::used_bytes) for a thread that watches.
-    pub fn meter(&self) -> VramMeter {
-        let usage = self.usage.clone();
-        Box::new(move || usage.now().ok())
-    }
-
-    pub fn facts(&self) -> BackendFacts {
-        BackendFacts {
-            name: format!("cuda:{}", self.index),
-            kernels: Some(format!(
-                "{}, prefill {}, {} {} for experts in RAM",
-                self.device.facts().name,
-                self.options.prefill.precision.name(),
-                self.offload.isa().name(),
-                self.options.cpu_precision.name()
-            )),
-            threads: self.offload.threads(),
-        }
-    }
-
-    /// Forgets the sequence and makes room for one of `max_tokens`.
-    pub fn reset(&mut self, max_tokens: usize) -> Result<()> {
-        self.model.stream.synchronize().ok();
-        self.broken = false;
-        if max_tokens <= self.state.max_tokens && 2 * max_tokens > self.state.max_tokens {
-            self.state.max_tokens = max_tokens;
-            return self.state.clear(&self.model.stream);
-        }
-        // Slots give their memory back first, then get what the new context leaves.
-        self.decode.forget_graphs();
-        self.model
-            .store
-            .set_slots(&self.device, 0, &self.model.stream)?;
-        let (shape, format) = (&self.model.shape, self.kv_dtype);
-        self.state = SequenceState::new(&self.device, shape, format, 1, &self.model.stream)?;
-        self.state =
-            SequenceState::new(&self.device, shape, format, max_tokens, &self.model.stream)?;
-        self.fill_slots()
-    }
-
-    /// Feeds `ids` after what the sequence has seen; `[rows, vocab_size]` logits of the tokens
-    /// `rows` of this chunk.
-    ///
-    /// `on_routing` gets layer, position of the first token it covers, and the choice.
-    ///
-    /// # Errors
-    /// The context is full, or driver, worker or watchdog report an error.
-    pub fn forward(
-        &mut self,
-        ids: &[u32],
-        rows: Range<usize>,
-        on_routing: &mut dyn FnMut(usize, usize, &Routing),
-    ) -> Result<Vec<f32>> {
-        self.feed(ids.len(), |cuda| match ids.len() {
-            ..=MAX_STEPPED_TOKENS => cuda.step_all(ids, rows, on_routing),
-            _ => {
-                let on_routing = &mut |layer: usize, position: usize, routing: &Routing, _| {
-                    on_routing(layer, position, routing);
-                    Vec::new()
-                };
-                cuda.prefill_all(ids, rows, false, on_routing)
-            }
-        })
-    }
-
-    /// As [`forward`](Cuda::forward) of a prompt's last chunk: while experts stream in, `on_renewing` is
-    /// asked what slots shall hold, once per layer. Where they do not, it may change none.
-    ///
-    /// # Errors
-    /// As [`forward`](Cuda::forward).
-    pub fn forward_renewing(
-        &mut self,
-        ids: &[u32],
-        rows: Range<usize>,
-        on_renewing: &mut OnRenewing<'_>,
-    ) -> Result<Vec<f32>> {
-        if ids.len() <= MAX_STEPPED_TOKENS {
-            return self.forward(ids, rows, &mut |layer, position, routing| {
-                on_renewing(layer, position, routing, 0);
-            });
-        }
-        let renews = !self.model.store.all_resident();
-        self.feed(ids.len(), |cuda| {
-            cuda.prefill_all(ids, rows, renews, on_renewing)
-        })
-    }
-
-    /// Has `work` feed `tokens` tokens, if they fit; what it leaves after an error is lost.
-    fn feed<T>(&mut self, tokens: usize, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
-        if self.broken {
-            return Err(BackendError::Other(
-                "the sequence was lost with an earlier error; start a new one".into(),
-            ));
-        }
-        let needed = self.state.position + tokens;
-        if needed > self.state.max_tokens {
-            return Err(BackendError::ContextFull {
-                needed,
-                capacity: self.state.max_tokens,
-            });
-        }
-        self.broken = true;
-        let result = work(self)?;
-        self.broken = false;
-        Ok(result)
-    }
-
-    /// Feeds one token, for whoever needs only its `wanted` best logits; all of them where the device
-    /// does not look for so many.
-    ///
-    /// # Errors
-    /// As [`forward`](Cuda::forward).
-    pub fn forward_best(
-        &mut self,
-        id: u32,
-        wanted: usize,
-        on_routing: &mut dyn FnMut(usize, usize, &Routing),
-    ) -> Result<NextLogits> {
+    /// Whether so many best logits are found on the device.
+    fn finds_best(&self, wanted: usize) -> bool {
         let here = matches!(self.model.dense.lm_head, weights::Head::Vram(_));
-        if !here || !decode::finds(&self.model.shape, wanted) {
-            return Ok(NextLogits::All(self.forward(&[id], 0..1, on_routing)?));
-        }
-        self.feed(1, |cuda| {
-            cuda.give_slots_back()?;
-            cuda.settle_slots()?;
-            cuda.step(id, Wanted::Best, on_routing)?;
-            (cuda.decode).best(&cuda.model, &mut cuda.offload, wanted)
-        })
+        here && decode::finds(&self.model.shape, wanted)
     }
 
     /// Tokens one after the other, each a decode step.
@@ -452,11 +278,13 @@ impl Cuda {
         wanted: Wanted,
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<()> {
-        let position = self.state.position;
+        let (layout, state) = self.states.layout_and_active();
+        let position = state.position;
         self.decode.step(
             &self.model,
             &mut self.offload,
-            &mut self.state,
+            layout,
+            state,
             wanted,
             |out| {
                 let id = id as usize;

@@ -118,7 +118,7 @@ impl Cuda {
             bytes,
             wanted_slots,
             slot_bytes: self.model.store.slot_bytes(),
-            context_tokens: self.state.max_tokens,
+            context_tokens: self.states.max_tokens(),
             chunk_tokens: self.options.prefill.chunk_tokens,
         };
         // Refused before it is taken: the budget is a ceiling at any moment.
@@ -135,7 +135,7 @@ impl Cuda {
     }
 
     /// Puts `[layer][slot]` experts into VRAM, as far as they fit: the number of slots that do.
-    pub fn place(&mut self, contents: &[Vec<Option<u16>>]) -> Result<usize> {
+    pub(super) fn place_in_slots(&mut self, contents: &[Vec<Option<u16>>]) -> Result<usize> {
         self.copies.synchronize()?;
         self.options.residency = Residency::Slots(contents.to_vec());
         self.fill_slots()?;
@@ -143,7 +143,7 @@ impl Cuda {
     }
 
     /// Starts copies into slots; changes of slots that did not fit are passed over.
-    pub fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
+    pub(super) fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
         if !changes.is_empty() {
             self.give_slots_back()?;
         }

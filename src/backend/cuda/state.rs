@@ -1,14 +1,20 @@
-//! What one sequence carries on: projections that the convolution still needs, delta-rule memories,
-//! keys and values.
+//! What sequences carry on: projections that the convolution still needs, delta-rule memories, keys
+//! and values. All sequences of a pool have the same layout, so that a graph knows places in it.
+
+use std::sync::Arc;
 
 use super::abi::KvCache;
 use super::device::{Buffer, Device, Stream};
+use super::saved::{HostPage, HostState, HostStore};
+use crate::backend::executor::SequenceId;
 use crate::backend::kv::KV_BLOCK;
-use crate::backend::{KvDtype, MixerKind, ModelShape, Result};
+use crate::backend::{BackendError, KvDtype, MixerKind, ModelShape, Result};
 
 /// Caches hold whole groups of this many tokens, so that kernels may read to the end of one.
 const CAPACITY_UNIT: usize = 64;
 
+/// Of one layer: addresses on the device, or places in a [`StateLayout`].
+#[derive(Clone, Copy)]
 pub enum LayerState {
     DeltaNet {
         /// `[taps, qkvz_rows]`: the projection of position p is in slot p % taps
@@ -19,13 +25,23 @@ pub enum LayerState {
     Attention(KvCache),
 }
 
-/// One sequence with room for `max_tokens`.
-pub struct SequenceState {
-    pub layers: Vec<LayerState>,
-    pub max_tokens: usize,
-    /// Tokens seen
-    pub position: usize,
-    buffer: Buffer,
+impl LayerState {
+    /// The addresses of these places in a state at `base`.
+    fn at(self, base: u64) -> Self {
+        match self {
+            LayerState::DeltaNet { ring, memory } => LayerState::DeltaNet {
+                ring: base + ring,
+                memory: base + memory,
+            },
+            LayerState::Attention(cache) => LayerState::Attention(KvCache {
+                k: base + cache.k,
+                v: base + cache.v,
+                k_scales: base + cache.k_scales,
+                v_scales: base + cache.v_scales,
+                ..cache
+            }),
+        }
+    }
 }
 
 /// Bytes of the keys of one token in one layer, and of their scales; as many for its values.
@@ -43,91 +59,387 @@ pub fn kv_token_bytes(dtype: KvDtype, shape: &ModelShape) -> usize {
     2 * (values + scales)
 }
 
-/// Bytes that a sequence takes on the device.
-pub fn state_bytes(shape: &ModelShape, format: KvDtype, max_tokens: usize) -> usize {
-    let capacity = max_tokens.next_multiple_of(CAPACITY_UNIT);
-    let layer = |kind: &MixerKind| -> usize { pieces(shape, format, capacity, *kind).iter().sum() };
-    shape.mixers.iter().map(layer).sum()
+/// Where the parts of a sequence's states lie, from its beginning on.
+pub struct StateLayout {
+    /// Places
+    pub layers: Vec<LayerState>,
+    pub bytes: usize,
+    /// Tokens that there is room for
+    pub capacity: usize,
+    /// Byte ranges of states of fixed size: rings and memories
+    pub fixed: Vec<std::ops::Range<usize>>,
+    /// One per layer of attention, head and kind: keys, values, and scales of each
+    pub rows: Vec<TokenRows>,
 }
 
-/// The pieces of one layer's state, each rounded up to 256 bytes.
-fn pieces(shape: &ModelShape, format: KvDtype, capacity: usize, kind: MixerKind) -> Vec<usize> {
-    let net = &shape.delta_net;
-    let sizes = match kind {
-        MixerKind::GatedDeltaNet => vec![
-            4 * net.conv_kernel_dim * net.qkvz_rows(),
-            4 * net.value_dim() * net.key_head_dim,
-        ],
-        MixerKind::GatedAttention => {
-            let (values, scales) = kv_bytes(format, shape);
-            vec![
-                values * capacity,
-                values * capacity,
-                scales * capacity,
-                scales * capacity,
-            ]
+/// A row per token.
+#[derive(Clone, Copy)]
+pub struct TokenRows {
+    /// Place of the first
+    pub start: usize,
+    pub row_bytes: usize,
+}
+
+impl StateLayout {
+    pub fn new(shape: &ModelShape, format: KvDtype, max_tokens: usize) -> Self {
+        let capacity = max_tokens.next_multiple_of(CAPACITY_UNIT);
+        let net = &shape.delta_net;
+        let (values, scales) = kv_bytes(format, shape);
+        let heads = shape.attention.num_key_value_heads;
+        let mut layout = StateLayout {
+            layers: Vec::new(),
+            bytes: 0,
+            capacity,
+            fixed: Vec::new(),
+            rows: Vec::new(),
+        };
+        for kind in &shape.mixers {
+            let state = match kind {
+                MixerKind::GatedDeltaNet => {
+                    let first = layout.bytes;
+                    let ring = layout.take(4 * net.conv_kernel_dim * net.qkvz_rows());
+                    let memory = layout.take(4 * net.value_dim() * net.key_head_dim);
+                    layout.fixed.push(first..layout.bytes);
+                    LayerState::DeltaNet { ring, memory }
+                }
+                MixerKind::GatedAttention => LayerState::Attention(KvCache {
+                    k: layout.take_rows(heads, values / heads),
+                    v: layout.take_rows(heads, values / heads),
+                    k_scales: layout.take_rows(heads, scales / heads),
+                    v_scales: layout.take_rows(heads, scales / heads),
+                    capacity: capacity as i32,
+                    format: (format == KvDtype::Int8) as i32,
+                }),
+            };
+            layout.layers.push(state);
         }
-    };
-    sizes
-        .into_iter()
-        .map(|bytes| bytes.next_multiple_of(256))
-        .collect()
+        layout
+    }
+
+    /// The place of the next part, rounded up to 256 bytes.
+    fn take(&mut self, bytes: usize) -> u64 {
+        let place = self.bytes as u64;
+        self.bytes += bytes.next_multiple_of(256);
+        place
+    }
+
+    /// The same of `[heads, capacity]` rows.
+    fn take_rows(&mut self, heads: usize, row_bytes: usize) -> u64 {
+        let place = self.take(heads * self.capacity * row_bytes);
+        if row_bytes > 0 {
+            let head = |head| TokenRows {
+                start: place as usize + head * self.capacity * row_bytes,
+                row_bytes,
+            };
+            self.rows.extend((0..heads).map(head));
+        }
+        place
+    }
+}
+
+/// One sequence.
+pub struct SequenceState {
+    /// Addresses
+    pub layers: Vec<LayerState>,
+    /// Tokens seen
+    pub position: usize,
+    buffer: Buffer,
+    /// Keys and values that a snapshot already has in RAM: whole pages, from the first token on
+    saved: Vec<Arc<HostPage>>,
 }
 
 impl SequenceState {
-    pub fn new(
-        device: &Device,
-        shape: &ModelShape,
-        format: KvDtype,
-        max_tokens: usize,
-        stream: &Stream,
-    ) -> Result<Self> {
-        let capacity = max_tokens.next_multiple_of(CAPACITY_UNIT);
-        let buffer = device.alloc(state_bytes(shape, format, max_tokens), stream)?;
-        let mut offset = 0;
-        let layers = shape
-            .mixers
-            .iter()
-            .map(|&kind| {
-                let addresses: Vec<u64> = pieces(shape, format, capacity, kind)
-                    .into_iter()
-                    .map(|bytes| {
-                        let address = buffer.at(offset);
-                        offset += bytes;
-                        address
-                    })
-                    .collect();
-                match (kind, &addresses[..]) {
-                    (MixerKind::GatedDeltaNet, &[ring, memory]) => {
-                        LayerState::DeltaNet { ring, memory }
-                    }
-                    (_, &[k, v, k_scales, v_scales]) => LayerState::Attention(KvCache {
-                        k,
-                        v,
-                        k_scales,
-                        v_scales,
-                        capacity: capacity as i32,
-                        format: (format == KvDtype::Int8) as i32,
-                    }),
-                    _ => unreachable!("two pieces or four"),
-                }
-            })
-            .collect();
+    fn new(device: &Device, layout: &StateLayout, stream: &Stream) -> Result<Self> {
+        let buffer = device.alloc(layout.bytes, stream)?;
+        let base = buffer.address();
         Ok(SequenceState {
-            layers,
-            max_tokens,
+            layers: layout.layers.iter().map(|layer| layer.at(base)).collect(),
             position: 0,
             buffer,
+            saved: Vec::new(),
         })
+    }
+
+    /// Its address.
+    pub fn base(&self) -> u64 {
+        self.buffer.address()
     }
 
     /// Starts over in the same memory.
     pub fn clear(&mut self, stream: &Stream) -> Result<()> {
         self.position = 0;
+        self.saved.clear();
         self.buffer.fill_zero(stream)
     }
+}
 
-    pub fn bytes(&self) -> u64 {
-        self.buffer.bytes() as u64
+/// Who has a state.
+#[derive(Clone, Copy)]
+struct Owner {
+    id: SequenceId,
+    /// An error left it in an unknown state
+    lost: bool,
+}
+
+fn new_states(
+    device: &Device,
+    layout: &StateLayout,
+    count: usize,
+    stream: &Stream,
+) -> Result<Vec<SequenceState>> {
+    let states = (0..count.max(1)).map(|_| SequenceState::new(device, layout, stream));
+    states.collect()
+}
+
+/// Sequences that are on the device, and room for more: `capacity` states of one layout.
+pub struct StatePool {
+    pub layout: StateLayout,
+    states: Vec<SequenceState>,
+    owners: Vec<Option<Owner>>,
+    active: usize,
+    max_tokens: usize,
+    next_id: u64,
+    host: Arc<HostStore>,
+}
+
+impl StatePool {
+    /// Room for `sequences` of the layout, at least one, each of up to `max_tokens`.
+    ///
+    /// # Errors
+    /// If the device has no memory for them.
+    pub fn new(
+        device: &Device,
+        layout: StateLayout,
+        [sequences, max_tokens]: [usize; 2],
+        stream: &Stream,
+    ) -> Result<Self> {
+        let states = new_states(device, &layout, sequences, stream)?;
+        Ok(StatePool {
+            owners: vec![None; states.len()],
+            states,
+            active: 0,
+            max_tokens,
+            next_id: 0,
+            host: Arc::new(HostStore::new(device, &layout)),
+            layout,
+        })
+    }
+
+    /// The same in place of what there is, all sequences of which are forgotten; snapshots stay.
+    /// Memory is given back before more is taken.
+    ///
+    /// # Errors
+    /// As [`new`](StatePool::new); there is then room for one short sequence.
+    pub fn resize(
+        &mut self,
+        device: &Device,
+        layout: StateLayout,
+        least: StateLayout,
+        [sequences, max_tokens]: [usize; 2],
+        stream: &Stream,
+    ) -> Result<()> {
+        stream.synchronize()?;
+        self.states.clear();
+        self.owners.clear();
+        let (states, failed) = match new_states(device, &layout, sequences, stream) {
+            Ok(states) => (states, None),
+            Err(error) => (new_states(device, &least, 1, stream)?, Some(error)),
+        };
+        (self.layout, self.max_tokens) = match failed {
+            None => (layout, max_tokens),
+            Some(_) => (least, 1),
+        };
+        self.owners = vec![None; states.len()];
+        self.states = states;
+        self.active = 0;
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Bytes on the device.
+    pub fn bytes(&self) -> usize {
+        self.states.len() * self.layout.bytes
+    }
+
+    /// Bytes of snapshots, in RAM.
+    pub fn host_bytes(&self) -> usize {
+        self.host.bytes()
+    }
+
+    pub fn len(&self) -> usize {
+        self.states.len()
+    }
+
+    pub fn in_use(&self) -> usize {
+        self.owners.iter().flatten().count()
+    }
+
+    pub fn max_tokens(&self) -> usize {
+        self.max_tokens
+    }
+
+    /// Sequences may now grow to `max_tokens`, for which there is room.
+    pub fn set_max_tokens(&mut self, max_tokens: usize) {
+        assert!(max_tokens <= self.layout.capacity);
+        self.max_tokens = max_tokens;
+    }
+
+    /// The state that kernels work on.
+    pub fn active(&self) -> &SequenceState {
+        &self.states[self.active]
+    }
+
+    pub fn active_mut(&mut self) -> &mut SequenceState {
+        &mut self.states[self.active]
+    }
+
+    /// The active state, and the layout it has.
+    pub fn layout_and_active(&mut self) -> (&StateLayout, &mut SequenceState) {
+        (&self.layout, &mut self.states[self.active])
+    }
+
+    /// The state of a sequence is the one that kernels work on from now on.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn activate(&mut self, id: SequenceId) -> Result<()> {
+        self.active = self.find(id)?;
+        Ok(())
+    }
+
+    /// Whether an error may have left the active state half advanced.
+    pub fn set_lost(&mut self, lost: bool) {
+        if let Some(owner) = &mut self.owners[self.active] {
+            owner.lost = lost;
+        }
+    }
+
+    /// # Errors
+    /// If there is no such sequence, or it was lost.
+    pub fn position(&self, id: SequenceId) -> Result<usize> {
+        Ok(self.states[self.find(id)?].position)
+    }
+
+    fn find(&self, id: SequenceId) -> Result<usize> {
+        let named = |owner: &Option<Owner>| owner.is_some_and(|owner| owner.id == id);
+        match self.owners.iter().position(named) {
+            None => Err(BackendError::UnknownSequence(id)),
+            Some(index) if self.owners[index].is_some_and(|owner| owner.lost) => {
+                Err(BackendError::SequenceLost(id))
+            }
+            Some(index) => Ok(index),
+        }
+    }
+
+    /// A state that nobody has, for a new sequence.
+    fn take(&mut self) -> Result<(usize, SequenceId)> {
+        let Some(index) = self.owners.iter().position(Option::is_none) else {
+            return Err(BackendError::NoRoom {
+                capacity: self.states.len(),
+            });
+        };
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        self.owners[index] = Some(Owner { id, lost: false });
+        Ok((index, id))
+    }
+
+    /// An empty sequence.
+    ///
+    /// # Errors
+    /// [`BackendError::NoRoom`].
+    pub fn add(&mut self, stream: &Stream) -> Result<SequenceId> {
+        let (index, id) = self.take()?;
+        self.states[index].clear(stream)?;
+        Ok(id)
+    }
+
+    /// Another sequence with the same state.
+    ///
+    /// # Errors
+    /// [`BackendError::NoRoom`]; if there is no such sequence.
+    pub fn fork(&mut self, of: SequenceId, stream: &Stream) -> Result<SequenceId> {
+        let from = self.find(of)?;
+        let (index, id) = self.take()?;
+        let source = &self.states[from];
+        let (base, position, saved) = (source.base(), source.position, source.saved.clone());
+        let state = &mut self.states[index];
+        (state.position, state.saved) = (position, saved);
+        // SAFETY: both buffers have this size, and freeing them waits for the device.
+        unsafe { stream.copy_on_device(state.base(), base, self.layout.bytes)? };
+        Ok(id)
+    }
+
+    /// The sequence has seen nothing.
+    pub fn clear(&mut self, id: SequenceId, stream: &Stream) -> Result<()> {
+        let index = self.find(id)?;
+        self.states[index].clear(stream)
+    }
+
+    /// Forgets keys and values from `position` on, of a sequence that has nothing else.
+    pub fn cut(&mut self, id: SequenceId, position: usize) -> Result<()> {
+        let index = self.find(id)?;
+        let state = &mut self.states[index];
+        state.position = position;
+        state.saved.truncate(position / super::saved::PAGE_TOKENS);
+        Ok(())
+    }
+
+    /// Copies a sequence to RAM.
+    ///
+    /// # Errors
+    /// If there is no such sequence, or no memory.
+    pub fn save(&mut self, id: SequenceId, stream: &Stream) -> Result<HostState> {
+        let index = self.find(id)?;
+        let state = &mut self.states[index];
+        let (base, position) = (state.base(), state.position);
+        let saved = HostState::save(
+            &self.host,
+            &self.layout,
+            base,
+            position,
+            &state.saved,
+            stream,
+        )?;
+        state.saved = saved.whole_pages().to_vec();
+        Ok(saved)
+    }
+
+    /// A sequence that goes on from what was saved.
+    ///
+    /// # Errors
+    /// [`BackendError::NoRoom`], or if it was saved of another layout of states.
+    pub fn load(&mut self, saved: &HostState, stream: &Stream) -> Result<SequenceId> {
+        if saved.position > self.max_tokens {
+            return Err(BackendError::ContextFull {
+                needed: saved.position,
+                capacity: self.max_tokens,
+            });
+        }
+        let (index, id) = self.take()?;
+        let state = &mut self.states[index];
+        let loaded =
+            (state.clear(stream)).and_then(|()| saved.load(&self.layout, state.base(), stream));
+        if let Err(error) = loaded {
+            self.owners[index] = None;
+            return Err(error);
+        }
+        state.position = saved.position;
+        state.saved = saved.whole_pages().to_vec();
+        Ok(id)
+    }
+
+    pub fn remove(&mut self, id: SequenceId) {
+        let named = |owner: &Option<Owner>| owner.is_some_and(|owner| owner.id == id);
+        if let Some(index) = self.owners.iter().position(named) {
+            self.owners[index] = None;
+            self.states[index].saved.clear();
+        }
+    }
+
+    /// Forgets all sequences; the state that kernels work on is then an empty one.
+    pub fn remove_all(&mut self, stream: &Stream) -> Result<()> {
+        self.owners.fill(None);
+        self.states.iter_mut().for_each(|state| state.saved.clear());
+        self.active_mut().clear(stream)
     }
 }

@@ -4,16 +4,47 @@ use candle_core::{D, Device, Tensor};
 
 use super::Probe;
 use super::ops::{linear, rms_norm, sigmoid, softmax};
+use crate::backend::tally::{Counted, Tally};
 use crate::backend::weights::AttentionWeights;
 use crate::backend::{AttentionShape, ModelShape, Result};
 
 /// Keys (after norm and rotary) and values of all tokens seen, `[Hkv, S, head_dim]` each.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct AttentionState {
     cache: Option<(Tensor, Tensor)>,
+    tally: Tally,
+    counted: Counted,
 }
 
 impl AttentionState {
+    /// The state before the first token, counted by `tally`.
+    pub(super) fn new(tally: &Tally) -> Self {
+        AttentionState {
+            cache: None,
+            tally: tally.clone(),
+            counted: tally.count(0),
+        }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.counted.bytes()
+    }
+
+    /// Takes back all tokens from `tokens` on.
+    pub(super) fn truncate(&mut self, tokens: usize) -> Result<()> {
+        if let Some((k, v)) = self.cache.take() {
+            let cut = |x: &Tensor| x.narrow(1, 0, tokens)?.contiguous();
+            self.set(cut(&k)?, cut(&v)?);
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, k: Tensor, v: Tensor) {
+        let bytes = size_of::<f32>() * (k.elem_count() + v.elem_count());
+        self.counted = self.tally.count(bytes);
+        self.cache = Some((k, v));
+    }
+
     /// `(keys, values)`, `[Hkv, S, head_dim]` each; `None` before the first token.
     pub fn keys_values(&self) -> Option<&(Tensor, Tensor)> {
         self.cache.as_ref()
@@ -29,7 +60,7 @@ impl AttentionState {
             Some((old_k, old_v)) => (Tensor::cat(&[old_k, k], 1)?, Tensor::cat(&[old_v, v], 1)?),
             None => (k.contiguous()?, v.contiguous()?),
         };
-        self.cache = Some((k.clone(), v.clone()));
+        self.set(k.clone(), v.clone());
         Ok((k, v))
     }
 }

@@ -5,30 +5,41 @@ use candle_core::{D, Device, Tensor};
 use super::Probe;
 use super::delta_rule::{chunked, recurrent};
 use super::ops::{l2norm, linear, normalize, sigmoid, silu};
+use crate::backend::tally::{Counted, Tally};
 use crate::backend::weights::DeltaNetWeights;
 use crate::backend::{DeltaNetShape, ModelShape, Result};
 
 /// What a sequence carries through one delta-net layer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct DeltaNetState {
     /// `[conv_dim, conv_kernel_dim]`: the last inputs of the convolution, oldest first, zeros
     /// before the first token.
     pub conv: Tensor,
     /// `[Hv, dk, dv]`
     pub recurrent: Tensor,
+    counted: Counted,
 }
 
 impl DeltaNetState {
-    pub(super) fn new(shape: &DeltaNetShape) -> Result<Self> {
+    /// The state before the first token, counted by `tally`.
+    pub(super) fn new(shape: &DeltaNetShape, tally: &Tally) -> Result<Self> {
         let zeros = |dims: &[usize]| Tensor::zeros(dims, candle_core::DType::F32, &Device::Cpu);
+        let conv = zeros(&[shape.conv_dim(), shape.conv_kernel_dim])?;
+        let recurrent = zeros(&[
+            shape.num_value_heads,
+            shape.key_head_dim,
+            shape.value_head_dim,
+        ])?;
+        let bytes = size_of::<f32>() * (conv.elem_count() + recurrent.elem_count());
         Ok(DeltaNetState {
-            conv: zeros(&[shape.conv_dim(), shape.conv_kernel_dim])?,
-            recurrent: zeros(&[
-                shape.num_value_heads,
-                shape.key_head_dim,
-                shape.value_head_dim,
-            ])?,
+            conv,
+            recurrent,
+            counted: tally.count(bytes),
         })
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.counted.bytes()
     }
 }
 

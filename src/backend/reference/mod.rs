@@ -15,7 +15,11 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
-use super::{Backend, BackendFacts, MixerWeights, ModelShape, ModelWeights, Result, Routing};
+use super::tally::Tally;
+use super::{
+    Backend, BackendFacts, LoadRates, MixerWeights, ModelShape, ModelWeights, Result, Routing,
+    SharedPage,
+};
 use ops::{linear, rms_norm};
 
 pub use attention::AttentionState;
@@ -28,11 +32,13 @@ pub type Tap = Box<dyn FnMut(usize, &str, &Tensor) + Send>;
 pub struct Reference {
     shape: ModelShape,
     weights: ModelWeights,
+    /// Bytes of states
+    states: Tally,
     tap: Option<Tap>,
 }
 
 /// Per layer what a sequence carries on.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum LayerState {
     DeltaNet(DeltaNetState),
     Attention(AttentionState),
@@ -44,6 +50,7 @@ impl Reference {
         Reference {
             shape,
             weights,
+            states: Tally::default(),
             tap: None,
         }
     }
@@ -81,6 +88,14 @@ impl Backend for Reference {
         }
     }
 
+    fn prefill_chunk(&self) -> usize {
+        512
+    }
+
+    fn load_rates(&self) -> Option<LoadRates> {
+        None
+    }
+
     fn decode_read_bytes(&self, _context: usize) -> Option<u64> {
         None
     }
@@ -95,13 +110,37 @@ impl Backend for Reference {
             .iter()
             .map(|layer| match layer.mixer {
                 MixerWeights::GatedDeltaNet(_) => {
-                    DeltaNetState::new(&self.shape.delta_net).map(LayerState::DeltaNet)
+                    DeltaNetState::new(&self.shape.delta_net, &self.states)
+                        .map(LayerState::DeltaNet)
                 }
                 MixerWeights::GatedAttention(_) => {
-                    Ok(LayerState::Attention(AttentionState::default()))
+                    Ok(LayerState::Attention(AttentionState::new(&self.states)))
                 }
             })
             .collect()
+    }
+
+    fn truncate(&self, state: &mut Self::State, tokens: usize) -> Result<()> {
+        for layer in state {
+            match layer {
+                LayerState::Attention(state) => state.truncate(tokens)?,
+                LayerState::DeltaNet(_) => unreachable!("only asked of models without delta nets"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Tensors never change, and clones share them; each holder counts them all the same.
+    fn state_bytes(&self, state: &Self::State) -> (usize, Vec<SharedPage>) {
+        let bytes = state.iter().map(|layer| match layer {
+            LayerState::DeltaNet(state) => state.bytes(),
+            LayerState::Attention(state) => state.bytes(),
+        });
+        (bytes.sum(), Vec::new())
+    }
+
+    fn held_bytes(&self) -> usize {
+        self.states.bytes()
     }
 
     fn embed(&mut self, ids: &[u32]) -> Result<Tensor> {

@@ -18,7 +18,8 @@ use rand_chacha::ChaCha8Rng;
 use super::pace::show_left;
 use super::{BenchArgs, TIME_LIMIT};
 use crate::commands::console::{Console, Unit};
-use crate::commands::{Failure, interrupt, report as reports, say_if_replaced};
+use crate::commands::output::prepare_folder;
+use crate::commands::{Failure, interrupt, report as reports};
 use crate::formats::Document;
 use crate::formats::document::RUN;
 use crate::report::comparable::Aspect;
@@ -36,7 +37,7 @@ const MEASURED_ON: usize = 3;
 const SEED: u64 = 0x6d6f_6563_746c;
 
 /// Flags that are not passed on, and whether a value follows.
-const OWN_FLAGS: [(&str, bool); 15] = [
+const OWN_FLAGS: [(&str, bool); 16] = [
     ("--against-binary", true),
     ("--against-flags", true),
     ("--fail-above", true),
@@ -44,6 +45,7 @@ const OWN_FLAGS: [(&str, bool); 15] = [
     ("--output", true),
     ("-o", true),
     ("--repetitions", true),
+    ("-r", true),
     ("--warmups", true),
     ("--time-limit", true),
     ("--quality-tokens", true),
@@ -71,7 +73,7 @@ const AGAIN: usize = 2;
 
 pub fn execute(args: &BenchArgs, console: &Console) -> anyhow::Result<()> {
     let mut sides = sides(args)?;
-    say_if_replaced(console, &args.output.join("report.html"));
+    prepare_folder(&args.output, &["report.html"], console)?;
     let started = Instant::now();
     console.note("a first run of each, not counted: profile, plan and quality");
     for side in &mut sides {
@@ -226,7 +228,9 @@ fn passed_on(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
             None => (text.as_ref(), false),
         };
         // `-ofolder`, as short flags may be written.
-        let glued = text.starts_with("-o") && text.len() > 2 && !text.starts_with("--");
+        let glued = ["-o", "-r"]
+            .iter()
+            .any(|own| text.starts_with(own) && text.len() > 2);
         match OWN_FLAGS.iter().find(|(own, _)| *own == flag) {
             Some((_, true)) if !inline => drop(args.next()),
             Some(_) => {}
@@ -362,7 +366,7 @@ mod tests {
     #[test]
     fn children_get_all_flags_but_those_of_the_comparison() {
         let line = "bench c.jsonl --ctx 64 --against-binary x -o out --fail-above=5% --json -q \
-                    --against-flags=--threads\u{a0}1 --repetitions 12 -n 8 -oother --ci=ci -m tiny";
+                    --against-flags=--threads\u{a0}1 --repetitions 12 -n 8 -oother -r 3 -r5 --ci=ci -m tiny";
         let kept = passed_on(line.split(' ').map(OsString::from));
         let kept: Vec<_> = kept.iter().map(|arg| arg.to_str().unwrap()).collect();
         assert_eq!(kept.join(" "), "bench c.jsonl --ctx 64 -n 8 -m tiny");

@@ -15,17 +15,17 @@ mod text;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use contenders::{Contenders, Rival};
 use pace::parse_duration;
 
 use super::console::Console;
+use super::flags::{self, GpuFlags};
 use super::machine::HardwareChoice;
-use super::{
-    Failure, cache_state, check_context, check_output, load, report, say_if_replaced, workloads,
-};
+use super::output::prepare_folder;
+use super::{Failure, cache_state, check_context, load, report, workloads};
+use crate::cli::values::whole;
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::Engine;
 use crate::formats::Document;
@@ -59,11 +59,11 @@ pub struct BenchArgs {
     #[arg(value_name = "CORPUS.jsonl")]
     corpus: Option<PathBuf>,
     /// Contexts to measure: prompt and generated tokens together (32k = 32768)
-    #[arg(long, value_name = "TOKENS,...", value_delimiter = ',', value_parser = parse_tokens,
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS,...", value_delimiter = ',', value_parser = parse_tokens,
           default_value = "512,2k")]
     ctx: Vec<u64>,
     /// Tokens to generate per repetition
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 32)]
+    #[arg(short = 'n', long, value_name = "N", value_parser = whole, default_value_t = 32)]
     max_tokens: usize,
     /// What decode is fed: the tokens it sampled, or the next ones of the corpus [default: text for
     /// synthetic weights, else sampled]
@@ -73,10 +73,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "WHICH")]
     continuation: Option<Feed>,
     /// Counted repetitions per context [default: 10, or as many as --time-limit leaves time for]
-    #[arg(long, value_name = "N")]
+    #[arg(short, long, value_name = "N", value_parser = whole)]
     repetitions: Option<usize>,
     /// Repetitions before those, not counted
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", value_parser = whole, default_value_t = 1)]
     warmups: usize,
     /// Begin no repetition that would end later, dealt out by the length of contexts, each of which is
     /// measured once at least [default: 6m; none with --repetitions]
@@ -91,7 +91,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "NAME|FILE")]
     hardware: Option<HardwareChoice>,
     /// Held-out tokens to compare with the reference backend on; 0 skips it
-    #[arg(long, value_name = "N", default_value_t = 512)]
+    #[arg(long, value_name = "N", value_parser = whole, default_value_t = 512)]
     quality_tokens: usize,
     /// Also measure another moectl, interleaved with this one in rounds, and this one a second time for the
     /// noise of the machine; see --fail-above
@@ -152,6 +152,7 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     if args.against_binary.is_some() || args.against_flags.is_some() {
         return against::execute(&args, console);
     }
+    flags::check(&args.compute, GpuFlags::Plan, console)?;
     let mut ready = Ready::new(&args, console)?;
     let (placement, profile) = ready.placement(&args, console)?;
     let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&ready.engine));
@@ -236,10 +237,8 @@ impl Ready {
         let given = (args.hardware.as_ref())
             .map(HardwareChoice::load)
             .transpose()?;
-        let run_path = args.output.join("run.json");
-        std::fs::create_dir_all(&args.output).with_context(|| args.output.display().to_string())?;
-        check_output(&run_path)?;
-        say_if_replaced(console, &run_path);
+        let files = ["run.json", "profile.json", "placement.json"];
+        prepare_folder(&args.output, &files, console)?;
         let corpus = match &args.corpus {
             Some(path) => Corpus::open(path)?,
             None => workloads::by_name(workloads::LONG).expect("is built in")?,
@@ -361,7 +360,7 @@ fn print(
         if let Some(rival) = contenders.name(i) {
             console.result(format!("\nagainst {rival}"))?;
         }
-        console.result(table::render(&document.body))?;
+        console.table(table::render(&document.body))?;
         if !console.quiet {
             console.result(files)?;
         }

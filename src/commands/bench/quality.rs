@@ -1,11 +1,12 @@
 //! Speed with quality beside it: how far the fast path is from the reference backend.
 
+use crate::backend::LogitRows;
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::console::Console;
 use crate::commands::workloads;
 use crate::engine::sampler::log_sum_exp;
 use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
-use crate::model::{LogitRows, Source};
+use crate::model::Source;
 use crate::report::record::Quality;
 
 /// Tokens of text compared in one piece.

@@ -4,7 +4,7 @@ use super::{BenchArgs, PROFILE_RECORDS, PROFILE_TOKENS, gpu};
 use crate::commands::console::Console;
 use crate::commands::machine;
 use crate::commands::profile::{self, Settings as ProfileSettings};
-use crate::commands::{load, plan, say_if_replaced, workloads};
+use crate::commands::{load, plan, workloads};
 use crate::engine::Engine;
 use crate::formats::Document;
 use crate::formats::document::PLACEMENT;
@@ -45,7 +45,6 @@ pub fn plan(
         console,
     )?;
     let path = args.output.join("profile.json");
-    say_if_replaced(console, &path);
     profile.write(&path)?;
     let (trace, _) = TraceReader::new(events.as_slice())?.read_all()?;
     let footprint = &gpu::measured(footprint, engine);
@@ -72,7 +71,6 @@ pub fn plan(
     placement.vram_budget_bytes = vram_budget_bytes;
     let placement = Document::new(PLACEMENT, Some(engine.model_id().clone()), placement);
     let path = args.output.join("placement.json");
-    say_if_replaced(console, &path);
     placement.write(&path)?;
     tell(&placement.body, engine, console);
     Ok((placement, profile))

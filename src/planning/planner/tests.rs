@@ -199,6 +199,75 @@ fn a_trace_chooses_the_policy_and_validates_it_on_held_out_documents() {
     assert_eq!(serde_json::from_str::<Placement>(&text).unwrap(), plan);
 }
 
+/// To the byte: one less, and an expert less is held.
+#[test]
+fn experts_in_ram_are_what_the_budget_holds_beside_embedding_and_head() {
+    let (f, laptop) = (qwen3_next_80b(), Hardware::laptop_4090());
+    let on_disk_at = |heads: &[Tier], ram_budget_bytes| {
+        let request = PlanRequest {
+            ram_budget_bytes: Some(ram_budget_bytes),
+            heads,
+            ..request(&f, &laptop)
+        };
+        plan(&request).map(|plan| {
+            assert!(plan.bytes_in(Tier::Ram) <= ram_budget_bytes);
+            plan.bytes_in(Tier::Disk) / f.expert_bytes
+        })
+    };
+    let all = f.total_experts() as u64;
+    for (heads, fixed) in [
+        (&[Tier::Vram][..], f.embedding_bytes),
+        (&[Tier::Ram], f.embedding_bytes + f.lm_head_bytes),
+        (
+            &[Tier::Vram, Tier::Ram],
+            f.embedding_bytes + f.lm_head_bytes,
+        ),
+    ] {
+        for held in [10, 5000, all] {
+            let budget = fixed + held * f.expert_bytes;
+            assert_eq!(on_disk_at(heads, budget), Ok(all - held));
+            assert_eq!(
+                on_disk_at(heads, budget + f.expert_bytes - 1),
+                Ok(all - held)
+            );
+        }
+        // A token's ten experts of one layer must at least pass through.
+        let smallest_bytes = fixed + 10 * f.expert_bytes;
+        let budget_bytes = smallest_bytes - 1;
+        let refused = PlanError::RamDoesNotFit {
+            budget_bytes,
+            smallest_bytes,
+        };
+        assert_eq!(on_disk_at(heads, budget_bytes), Err(refused));
+    }
+}
+
+#[test]
+fn the_memory_table_counts_every_byte_once() {
+    let (f, laptop) = (qwen3_next_80b(), Hardware::laptop_4090());
+    for (head, kv_dtype, kv_bytes_per_token) in [
+        (Tier::Vram, KvDtype::F16, 24_576),
+        (Tier::Ram, KvDtype::Int8, 13_056),
+    ] {
+        let plan = plan(&PlanRequest {
+            kv_dtypes: &[kv_dtype],
+            heads: &[head],
+            ..request(&f, &laptop)
+        })
+        .unwrap();
+        let slots = plan.total_slots() as u64 * f.expert_bytes;
+        let head_in = |tier| if head == tier { f.lm_head_bytes } else { 0 };
+        let vram = f.fixed_vram_bytes_without_head()
+            + head_in(Tier::Vram)
+            + 8192 * kv_bytes_per_token
+            + slots;
+        assert_eq!(plan.bytes_in(Tier::Vram), vram);
+        let ram = f.embedding_bytes + f.experts_bytes() + head_in(Tier::Ram);
+        assert_eq!(plan.bytes_in(Tier::Ram), ram);
+        assert_eq!(plan.bytes_in(Tier::Disk), 0);
+    }
+}
+
 #[test]
 fn routing_of_another_model_is_refused() {
     let (f, laptop) = (qwen3_next_80b(), Hardware::laptop_4090());

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use super::super::device::{Graph, args};
 use super::super::geometry;
-use super::super::state::SequenceState;
+use super::super::state::StateLayout;
 use super::{Decode, Kind, Model, WATCHDOG, Wanted};
 use crate::backend::{BackendError, Result};
 
@@ -18,11 +18,11 @@ impl Decode {
     /// Microseconds that each kernel of a step takes on the GPU, all its launches in a row.
     ///
     /// Beside each other in a step they overlap a little; alone, small ones show what a launch
-    /// costs. The sequence is not the same afterwards.
+    /// costs. The sequence that steps are of is not the same afterwards.
     pub fn kernel_times(
         &mut self,
         model: &Model,
-        state: &SequenceState,
+        states: &StateLayout,
     ) -> Result<Vec<(&'static str, f64)>> {
         const KERNELS: [&str; 9] = [
             "decode_norm_linear",
@@ -35,20 +35,20 @@ impl Decode {
             "decode_experts_down",
             "decode_combine",
         ];
-        let time = |name| Ok((name, self.time_kernels(model, state, &[name])?));
+        let time = |name| Ok((name, self.time_kernels(model, states, &[name])?));
         KERNELS.into_iter().map(time).collect()
     }
 
     /// Microseconds on the GPU of a step's kernels of these names, all of them if none is given. They run
     /// in a step's order, and wait for no CPU.
-    pub fn time_kernels(&self, model: &Model, state: &SequenceState, only: &[&str]) -> Result<f64> {
+    pub fn time_kernels(&self, model: &Model, states: &StateLayout, only: &[&str]) -> Result<f64> {
         let kind = Kind {
             wanted: Wanted::Nothing,
             // Flags are for whole steps: without the CPU those must not wait.
             hybrid: !only.is_empty(),
         };
         let graph = (model.stream)
-            .capture(|| self.record(model, state, kind, 0..model.shape.num_layers(), only))?;
+            .capture(|| self.record(model, states, kind, 0..model.shape.num_layers(), only))?;
         self.time_graph(model, &graph)
     }
 

@@ -12,13 +12,14 @@ mod serve;
 
 pub use best::finds;
 
+use std::mem::offset_of;
 use std::time::{Duration, Instant};
 
 use super::abi::{DECISION_BYTES, ExpertLayout, Handoff, Step};
 use super::arena::Arena;
 use super::device::{Device, Event, Graph, Pinned, Stream};
 use super::geometry::{self, AttentionParts};
-use super::state::SequenceState;
+use super::state::{SequenceState, StateLayout};
 use super::store::ExpertStore;
 use super::weights::{DenseWeights, Head};
 use crate::backend::cpu::offload::Offload;
@@ -82,6 +83,8 @@ pub struct Decode {
     split: u64,
     split_host: Vec<i32>,
 
+    /// [`Step::state`] on the way to the device
+    host_state: Pinned<u64>,
     embedding: Pinned<f32>,
     host_step: Pinned<Step>,
     handoffs: Pinned<Handoff>,
@@ -135,7 +138,7 @@ impl Decode {
         let stride = intermediate[0].max(intermediate[1]).next_multiple_of(64);
         Ok(Decode {
             hidden: floats(dim)?,
-            step: floats(2)?,
+            step: floats(size_of::<Step>() / 4)?,
             projected: [
                 floats(attention.q_proj_rows())?,
                 floats(attention.kv_rows().max(net.ba_rows()))?,
@@ -162,6 +165,7 @@ impl Decode {
             logits: floats(shape.vocab_size)?,
             split: floats(k + 1)?,
             split_host: vec![0; k + 1],
+            host_state: device.alloc_host(1)?,
             embedding: device.alloc_host(dim)?,
             host_step: device.alloc_host(1)?,
             handoffs: device.alloc_host(layers)?,
@@ -213,7 +217,22 @@ impl Decode {
         self.parts = parts;
     }
 
-    /// Graphs hold addresses of the sequence: they are made anew after it moved.
+    /// Steps are of the sequence whose states lie at device address `base` from now on.
+    pub fn point_at(&mut self, base: u64, stream: &Stream) -> Result<()> {
+        if self.host_state.as_slice()[0] == base {
+            return Ok(());
+        }
+        // The last copy from here is done: every step ends with a wait, and so does a switch.
+        self.host_state.as_mut_slice()[0] = base;
+        let to = self.step + offset_of!(Step, state) as u64;
+        let from = self.host_state.pointer(0).cast::<u8>();
+        // SAFETY: a u64 on both sides, and the copy is awaited.
+        unsafe { stream.copy_to_device(to, from, size_of::<u64>())? };
+        stream.synchronize()
+    }
+
+    /// Graphs hold addresses of experts' tables and places in a layout of states: they are made anew
+    /// after one of these changed.
     pub fn forget_graphs(&mut self) {
         self.graphs.clear();
     }
@@ -227,6 +246,7 @@ impl Decode {
         &mut self,
         model: &Model,
         offload: &mut Offload,
+        layout: &StateLayout,
         state: &mut SequenceState,
         wanted: Wanted,
         embedding: impl FnOnce(&mut [f32]),
@@ -238,7 +258,10 @@ impl Decode {
         self.host_step.as_mut_slice()[0] = Step {
             position: state.position as i32,
             number: self.number,
+            // Not copied: it is there already.
+            state: state.base(),
         };
+        assert_eq!(self.host_state.as_slice()[0], state.base());
         let kind = Kind {
             wanted,
             hybrid: self.hand_over_always || !model.store.all_resident(),
@@ -250,7 +273,7 @@ impl Decode {
                 let parts = self.parts.clamp(1, layers);
                 let graphs = (0..parts).map(|part| {
                     let layers = part_of(layers, parts, part);
-                    (model.stream).capture(|| self.record(model, state, kind, layers, &[]))
+                    (model.stream).capture(|| self.record(model, layout, kind, layers, &[]))
                 });
                 let graphs = graphs.collect::<Result<_>>()?;
                 self.graphs.push((kind, graphs));
@@ -260,7 +283,7 @@ impl Decode {
         // Without the CPU's part nothing is left to do but to hand over all of them.
         let at_once = if kind.hybrid { 1 } else { usize::MAX };
         for graph in self.graphs[index].1.iter().take(at_once) {
-            // SAFETY: the graph was recorded for this sequence, whose memory `state` holds.
+            // SAFETY: the graph was recorded for states of this layout, and `state` holds one.
             unsafe { model.stream.launch_graph(graph)? };
         }
         let launched = Instant::now();

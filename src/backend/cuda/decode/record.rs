@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::super::abi::Linear;
 use super::super::device::args;
 use super::super::geometry;
-use super::super::state::{LayerState, SequenceState};
+use super::super::state::{LayerState, StateLayout};
 use super::super::weights::{Head, Mixer};
 use super::{Decode, Kind, Model, RouterScratch, Wanted};
 use crate::backend::Result;
@@ -67,7 +67,7 @@ impl Decode {
     pub(super) fn record(
         &self,
         model: &Model,
-        state: &SequenceState,
+        states: &StateLayout,
         kind: Kind,
         part: Range<usize>,
         only: &[&str],
@@ -86,8 +86,8 @@ impl Decode {
         let k = shape.moe.num_experts_per_tok;
         let none = Linear::default();
         // SAFETY, of all launches here: arguments are those of the kernels in `kernels/`, in order,
-        // and addresses are of buffers that live as long as the graph: this struct's, the model's
-        // and the sequence's.
+        // and addresses are of buffers that live as long as the graph: this struct's and the model's;
+        // places are in states of this layout, one of which the step names.
         let first = Cell::new(true);
         let launch = |name, geometry, args, overlap| match only {
             [_, ..] if !only.contains(&name) => Ok(()),
@@ -140,7 +140,7 @@ impl Decode {
         let mut ahead = None;
         for index in part.clone() {
             let layer = &dense.layers[index];
-            match (&layer.mixer, &state.layers[index]) {
+            match (&layer.mixer, &states.layers[index]) {
                 (Mixer::DeltaNet(net), &LayerState::DeltaNet { ring, memory }) => {
                     let s = &shape.delta_net;
                     let rows = s.qkvz_rows() as i32;

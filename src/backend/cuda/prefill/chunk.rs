@@ -175,7 +175,7 @@ impl Chunk<'_> {
         let projected = p.projected.map(|place| self.at(place));
         let (mixed, gated) = (self.at(p.mixed), self.at(p.gated));
         self.split(hidden, layer.input_norm, x, 0, self.tokens, dim)?;
-        match (&layer.mixer, &cuda.state.layers[index]) {
+        match (&layer.mixer, &cuda.states.active().layers[index]) {
             (Mixer::DeltaNet(net), &LayerState::DeltaNet { ring, memory }) => {
                 let s = &shape.delta_net;
                 let rows = s.qkvz_rows() as i32;
@@ -211,11 +211,9 @@ impl Chunk<'_> {
                         taps
                     ],
                 )?;
-                let facts = &cuda.prefill.facts;
-                let rule = variants::prefill_delta_rule(s, self.tokens, self.precision(), facts);
                 self.launch(
-                    rule.name,
-                    rule.geometry,
+                    "prefill_delta_rule",
+                    geometry::prefill_delta_rule(s),
                     args![
                         q, k, v, decay, beta, memory, mixed, t, heads.0, heads.1, dims.0, dims.1
                     ],

@@ -20,7 +20,7 @@ use super::abi::ExpertLayout;
 use super::device::{Buffer, Device, DeviceFacts, Event, Pinned, Stream};
 use super::store::{ExpertStore, Held};
 use super::weights::DenseWeights;
-use crate::backend::{BackendError, ModelShape, OnRenewing, Result, Routing};
+use crate::backend::{BackendError, Executor, ModelShape, OnRenewing, Result, Routing};
 use crate::planning::execution::{
     GROUP_EXPERTS, PrefillPlan, PrefillSettings, PrefillSizes, RING_GROUPS as RING, Workspace,
     WorkspaceMemory, prefill_plan,
@@ -206,24 +206,17 @@ impl Prefill {
 }
 
 impl Cuda {
-    /// Tokens of a chunk of a prompt of `tokens`.
-    pub fn prefill_chunk(&self, tokens: usize) -> usize {
-        self.prefill
-            .plan(self.model.store.num_slots(), tokens)
-            .chunk_tokens
-    }
-
     /// Microseconds of each kernel of a chunk, the last of a prompt that fills the context, and its tokens;
     /// kernels run one after the other, and what streams is waited for between them. The sequence is lost.
     pub(super) fn prefill_kernel_times(&mut self) -> Result<(usize, Vec<(&'static str, f64)>)> {
-        let context = self.state.max_tokens;
+        let context = self.states.max_tokens();
         let tokens = self.prefill_chunk(context);
         let vocab = self.model.shape.vocab_size as u32;
         // As far apart as random ones, so that routers pick many experts.
         let ids: Vec<u32> = (0..tokens as u32)
             .map(|i| i.wrapping_mul(2_654_435_761) % vocab)
             .collect();
-        self.state.position = context - tokens;
+        self.states.active_mut().position = context - tokens;
         self.prefill.kernel_times = Some(LaunchTimer {
             start: self.device.new_event()?,
             end: self.device.new_event()?,
@@ -329,7 +322,7 @@ impl Cuda {
         on_routing: &mut OnRenewing<'_>,
     ) -> Result<Vec<Renewal>> {
         let dim = self.model.shape.hidden_size;
-        let position = self.state.position;
+        let position = self.states.active().position;
         // The last chunk's copies from here are done: every chunk ends with a wait.
         let embeddings = &mut self.prefill.host.embeddings.as_mut_slice()[..ids.len() * dim];
         for (&id, out) in ids.iter().zip(embeddings.chunks_exact_mut(dim)) {
@@ -354,7 +347,7 @@ impl Cuda {
         }
         self.model.stream.synchronize()?;
         self.copies.synchronize()?;
-        self.state.position += ids.len();
+        self.states.active_mut().position += ids.len();
 
         if let Some(renewals) = renewals {
             return Ok(renewals);
