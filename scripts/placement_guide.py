@@ -180,10 +180,10 @@ whose routing follows text as a trained router's does.
 ## In short
 
 - **All experts in VRAM, if they fit** (43 GiB and the context): no layer waits for the CPU, and all hand-offs
-  vanish at once. Leaving a part in RAM beside a full card is slower, however fast the CPU.
+  vanish at once. Leaving a part in RAM beside a full card is predicted slower on all machines here.
 - **Otherwise as many slots as the budget holds, spread evenly over the layers, with LFU that fades** (half-life about
   four tokens per expert) **and a pay-back test**: an expert moves in only when it is expected to save more than its copy
-  costs. LRU hits more often, and copies ten times as much; where RAM bandwidth is the limit, it is the slower one.
+  costs. LRU hits more often, and copies ten times as much; where RAM bandwidth is the limit, it is predicted slower.
 - **Give slots up for context, not the other way round**: what a token reads of keys and values comes first. From 128k
   on an int8 cache gives back half of the slots that context takes.
 - **The output matrix in VRAM** as soon as it fits beside the dense weights.
@@ -191,7 +191,8 @@ whose routing follows text as a trained router's does.
 
 ## Budget
 
-Predicted, context 32k, keys and values in f16.
+Predicted, context 32k, keys and values in f16. (Prefill is promised two to four times as fast as it was measured on the
+H100 and H200 with two f16 terms, see the last table: use those figures for comparisons of budgets only.)
 
 {by_budget}
 
@@ -236,7 +237,6 @@ give; `bench --against` measures the policy, a set that never changes and no exp
 ## What did not pay
 
 - LRU where RAM is the limit: the copies of its misses take the bandwidth that misses are computed with.
-- Pinning the most frequent half of the experts (`lru_pinned`): it takes the slots that follow the text.
 - Slots of different number per layer, with a curve that is alike in all of them: the exact solution spreads evenly.
 - A few slots only: below some hundred slots their copies cost more than their hits bring, and the plan leaves them empty.
 """

@@ -20,12 +20,17 @@ pub fn distinguishing(paths: &[&Path]) -> Vec<String> {
             shared(&|parts, i| parts[parts.len() - 1 - i].clone()),
         ),
     };
+    let differing: Vec<String> = all
+        .iter()
+        .map(|parts| {
+            // Where one path is a part of another, its last part is left.
+            let head = head.min(parts.len() - 1);
+            let end = (parts.len() - tail.min(parts.len() - 1)).max(head + 1);
+            parts[head..end].join("/")
+        })
+        .collect();
     let mut names: Vec<String> = Vec::new();
-    for parts in &all {
-        // Where one path is a part of another, its last part is left.
-        let head = head.min(parts.len() - 1);
-        let end = (parts.len() - tail.min(parts.len() - 1)).max(head + 1);
-        let name = parts[head..end].join("/");
+    for name in without_shared_words(differing) {
         let again = names
             .iter()
             .filter(|n| **n == name || n.starts_with(&format!("{name} #")));
@@ -36,6 +41,19 @@ pub fn distinguishing(paths: &[&Path]) -> Vec<String> {
         names.push(name);
     }
     names
+}
+
+/// Names without the words, divided by `-`, that all begin with; one word is left at least.
+fn without_shared_words(names: Vec<String>) -> Vec<String> {
+    let words: Vec<Vec<&str>> = names.iter().map(|name| name.split('-').collect()).collect();
+    let shortest = words.iter().map(Vec::len).min().unwrap_or(0);
+    let shared = (0..shortest.saturating_sub(1))
+        .take_while(|&i| words.iter().all(|w| w[i] == words[0][i]))
+        .count();
+    match names.len() {
+        0 | 1 => names,
+        _ => words.iter().map(|w| w[shared..].join("-")).collect(),
+    }
 }
 
 /// Folders and the file's stem; `run.json` says nothing where a folder does.
@@ -74,6 +92,13 @@ mod tests {
             (vec!["run.json", "old/run.json"], vec!["run", "old"]),
             (vec!["/tmp/today/run.json"], vec!["today"]),
             (vec!["run.json"], vec!["run"]),
+            (
+                vec![
+                    "reports/2026-11-29-h200-14g/run.json",
+                    "reports/2026-11-29-h200-14g-static/run.json",
+                ],
+                vec!["14g", "14g-static"],
+            ),
             (vec!["a/run.json", "a/run.json"], vec!["a", "a #2"]),
         ] {
             let paths: Vec<&Path> = paths.into_iter().map(Path::new).collect();

@@ -8,14 +8,14 @@
 /// Samples per side up to which probabilities are counted, not approximated.
 const EXACT: usize = 50;
 /// Of the interval, on either side.
-const TAIL: f64 = 0.025;
+pub const TAIL: f64 = 0.025;
 
 /// How far one side lies above the other.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Shift {
     /// Median of the ratios new / base where they were taken in rounds; else ratio of the medians.
     pub ratio: f64,
-    /// 95% interval of the ratio; with too few samples for one, all that they allow.
+    /// 95% interval of the ratio; where `least_p` is above [`TAIL`], only its range.
     pub low: f64,
     pub high: f64,
     /// Chance of ratios at least as far above 1 as these if there is no difference

@@ -92,14 +92,17 @@ impl Rule {
     pub fn describe(&self) -> String {
         // 5, not 5.000000000000001.
         let percent = (1e5 * self.threshold).round() / 1e3;
-        let test = match self.paired {
-            true => "a signed-rank test of the rounds",
-            false => "a rank-sum test of the repetitions",
+        let (test, few) = match self.paired {
+            true => ("a signed-rank test of the rounds", "it is undecided"),
+            false => (
+                "a rank-sum test of the repetitions",
+                "the median alone decides, but for p99",
+            ),
         };
         format!(
             "fails if at any context the median of decode, prefill, time to first token or p99 latency \
              is worse by more than {percent}% and {test} excludes noise (p < {ALPHA}; with too few \
-             samples for that the median alone decides, but for p99), if a context or a figure is missing, if peak \
+             samples for that {few}), if a context or a figure is missing, if peak \
              memory rises by more than {percent}%, perplexity by 0.1%, mean KL by {percent}% and \
              1e-5 nats, or if other tokens are generated; undecided, which is no pass, if another figure than p99 is that \
              much worse and may be noise"
@@ -181,7 +184,10 @@ impl Rule {
         let outcome = match worse_by > self.threshold {
             false => Outcome::Pass,
             true if tail && p >= ALPHA => Outcome::Pass,
-            true if p < ALPHA || shift.least_p >= ALPHA => Outcome::Fail,
+            true if p < ALPHA => Outcome::Fail,
+            // Rounds are measured on until there are enough, unless time ends: a median of few never
+            // fails a build that is compared with itself.
+            true if shift.least_p >= ALPHA && !self.paired => Outcome::Fail,
             true => Outcome::Undecided,
         };
         let reason = match outcome {
@@ -203,7 +209,8 @@ impl Rule {
             base: super::stats::median(base),
             new: super::stats::median(new),
             worse_by: Some(worse_by),
-            worse_by_interval: Some(interval),
+            // Of fewer samples it would be less than 95%.
+            worse_by_interval: (shift.least_p <= rank::TAIL).then_some(interval),
             p: Some(p),
             outcome,
             reason,

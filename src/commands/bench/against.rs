@@ -37,7 +37,7 @@ const MEASURED_ON: usize = 3;
 const SEED: u64 = 0x6d6f_6563_746c;
 
 /// Flags that are not passed on, and whether a value follows.
-const OWN_FLAGS: [(&str, bool); 15] = [
+const OWN_FLAGS: [(&str, bool); 16] = [
     ("--against-binary", true),
     ("--against-flags", true),
     ("--fail-above", true),
@@ -45,6 +45,7 @@ const OWN_FLAGS: [(&str, bool); 15] = [
     ("--output", true),
     ("-o", true),
     ("--repetitions", true),
+    ("-r", true),
     ("--warmups", true),
     ("--time-limit", true),
     ("--quality-tokens", true),
@@ -227,7 +228,9 @@ fn passed_on(args: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
             None => (text.as_ref(), false),
         };
         // `-ofolder`, as short flags may be written.
-        let glued = text.starts_with("-o") && text.len() > 2 && !text.starts_with("--");
+        let glued = ["-o", "-r"]
+            .iter()
+            .any(|own| text.starts_with(own) && text.len() > 2);
         match OWN_FLAGS.iter().find(|(own, _)| *own == flag) {
             Some((_, true)) if !inline => drop(args.next()),
             Some(_) => {}
@@ -363,7 +366,7 @@ mod tests {
     #[test]
     fn children_get_all_flags_but_those_of_the_comparison() {
         let line = "bench c.jsonl --ctx 64 --against-binary x -o out --fail-above=5% --json -q \
-                    --against-flags=--threads\u{a0}1 --repetitions 12 -n 8 -oother --ci=ci -m tiny";
+                    --against-flags=--threads\u{a0}1 --repetitions 12 -n 8 -oother -r 3 -r5 --ci=ci -m tiny";
         let kept = passed_on(line.split(' ').map(OsString::from));
         let kept: Vec<_> = kept.iter().map(|arg| arg.to_str().unwrap()).collect();
         assert_eq!(kept.join(" "), "bench c.jsonl --ctx 64 -n 8 -m tiny");

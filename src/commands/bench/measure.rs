@@ -30,10 +30,14 @@ pub struct MeasurePlan {
 }
 
 impl MeasurePlan {
+    /// Tokens of the longest context.
+    pub fn longest(&self) -> usize {
+        self.contexts.last().copied().unwrap_or(0)
+    }
+
     /// Tokens of text that the longest context takes: its prompt, and what is decoded if that is text.
     pub fn text_tokens(&self) -> usize {
-        let longest = self.contexts.last().copied().unwrap_or(0);
-        longest - self.generated_tokens + self.forced_tokens()
+        self.longest() - self.generated_tokens + self.forced_tokens()
     }
 
     fn forced_tokens(&self) -> usize {

@@ -15,7 +15,6 @@ mod text;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use contenders::{Contenders, Rival};
@@ -33,8 +32,11 @@ use crate::formats::Document;
 use crate::formats::corpus::Corpus;
 use crate::hardware::{HardwareBody, Monitor, probe};
 use crate::model::Source;
+use crate::planning::hardware::Hardware;
+use crate::planning::placement::Placement;
+use crate::planning::profile::ProfileBody;
 use crate::planning::units::parse_tokens;
-use crate::report::record::{Continuation, RunBody};
+use crate::report::record::{Continuation, Quality, RunBody};
 
 /// Measure throughput, latency and memory on real text
 ///
@@ -120,9 +122,8 @@ pub struct BenchArgs {
         conflicts_with_all = ["cache_state", "cpu_moe"]
     )]
     against: Vec<Rival>,
-    /// Folder for run.json, tables and charts; json, csv or md print the result in that form instead, as
-    /// llama-bench does, and leave the folder at its default
-    #[arg(short, long, value_name = "FOLDER", default_value = FOLDER)]
+    /// Folder for run.json, tables and charts
+    #[arg(short, long, value_name = "FOLDER", default_value = "bench-out")]
     output: PathBuf,
     #[command(flatten)]
     model: ModelArgs,
@@ -141,154 +142,185 @@ enum Feed {
 /// Records of each built-in corpus, and tokens of each record, that the quick profile reads.
 const PROFILE_RECORDS: usize = 8;
 const PROFILE_TOKENS: usize = 256;
-/// Where results go.
-const FOLDER: &str = "bench-out";
 /// Repetitions, if nothing else is asked for and there is time.
 const MOST_REPETITIONS: usize = 10;
 /// Of all contexts together, so that a long one ends within ten minutes with all that is around it.
 const TIME_LIMIT: Duration = Duration::from_secs(6 * 60);
 
-pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
+pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     check(&args)?;
-    let form = Form::take(&mut args);
     if args.against_binary.is_some() || args.against_flags.is_some() {
-        if form != Form::Table {
-            let reason = "-o json, csv and md print what one build does; name a folder instead";
-            return Err(Failure::Usage(reason.into()).into());
-        }
         return against::execute(&args, console);
     }
     flags::check(&args.compute, GpuFlags::Plan, console)?;
-    let source = Source::resolve_os(args.model.model.as_deref())?;
-    let config = source.config()?;
-    let plan = args.measure_plan(config.synthetic);
-    let longest = *plan.contexts.last().expect("clap gives one at least");
-    check_context(&config, longest as u64)?;
-    let given = (args.hardware.as_ref())
-        .map(HardwareChoice::load)
-        .transpose()?;
-    prepare_folder(
-        &args.output,
-        &["run.json", "profile.json", "placement.json"],
+    let mut ready = Ready::new(&args, console)?;
+    let (placement, profile) = ready.placement(&args, console)?;
+    let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&ready.engine));
+    let compute = &args.compute;
+    let mut contenders = Contenders::new(&ready.engine, &placement.body, compute, &args.against)?;
+    let measured = measure::contexts(
+        &mut ready.engine,
+        &ready.text.ids,
+        &ready.plan,
+        &mut contenders,
         console,
-    )?;
-
-    let corpus = match &args.corpus {
-        Some(path) => Corpus::open(path)?,
-        None => workloads::by_name(workloads::LONG).expect("is built in")?,
-    };
-    let cache_file = args.cache.cache_state.as_deref();
-    let mut outline = load::outline(&source, &args.compute, cache_file, console)?;
-    let room = longest
-        .max(PROFILE_TOKENS)
-        .min(config.max_position_embeddings);
-    let mut engine = load::engine(&source, &args.compute, &mut outline, room, console)?;
-    // What a plan needs is not spent time on if there is no text to measure with.
-    let repeat = args.repeat_text || args.corpus.is_none();
-    let text = text::read(&engine, &corpus, plan.text_tokens(), repeat)?;
-    let mut hardware = HardwareBody::detect();
-    let mut notes = Vec::new();
-    notes.extend(text.note(&corpus));
-    notes.extend(workloads::beyond_training(&source, longest));
-    console.note(format!(
-        "{} on {}, by {}",
-        source.id(),
-        hardware.summary(),
-        assemble::executed_on(&engine)
-    ));
-    notes
-        .iter()
-        .for_each(|note| console.note(format!("note: {note}")));
-
-    let (placement, profile) = match outline.placement {
-        Some(placement) => (placement, None),
-        None => {
-            let (placement, profile) = round::plan(
-                &args,
-                given
-                    .clone()
-                    .unwrap_or_else(|| round::machine(&engine, &hardware)),
-                &mut engine,
-                &outline.footprint,
-                longest as u64,
-                console,
-            )?;
-            load::place(
-                &mut engine,
-                &args.compute,
-                &placement.body,
-                cache_file,
-                console,
-            )?;
-            (placement, Some(profile))
-        }
-    };
-    let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&engine));
-    let mut contenders = Contenders::new(&engine, &placement.body, &args.compute, &args.against)?;
-    let measured = measure::contexts(&mut engine, &text.ids, &plan, &mut contenders, console);
-    cache_state::save(cache_file, &engine, console)?;
-    let mut measured = measured?;
+    );
+    cache_state::save(args.cache.cache_state.as_deref(), &ready.engine, console)?;
+    let measured = measured?;
     let monitor = monitor.stop();
     if measured.contexts.iter().all(Vec::is_empty) {
         return Err(Failure::Interrupted.into());
     }
-    notes.append(&mut measured.notes);
     for reason in (0..contenders.len()).filter_map(|i| contenders.stopped(i)) {
         console.note(format!("note: {reason}"));
     }
-    kernel_times(&mut engine, console)?;
-    let mut quality = None;
+    kernel_times(&mut ready.engine, console)?;
+    let quality = match measured.interrupted {
+        true => None,
+        false => ready.after(&args, console)?,
+    };
+    ready.notes.extend(measured.notes);
     if measured.interrupted {
-        notes.push("interrupted: repetitions until then".into());
-    } else {
-        // Not before: its buffer would count as the model's memory.
-        let threads = engine.backend().threads;
-        hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
-        if args.quality_tokens > 0 && engine.backend().name != "reference" {
-            let tokens = args.quality_tokens;
-            quality = Some(quality::against_reference(
-                &mut engine,
-                &source,
-                tokens,
-                console,
-            )?);
-        }
+        ready
+            .notes
+            .push("interrupted: repetitions until then".into());
     }
-    let interrupted = measured.interrupted;
     let results = assemble::Results {
         args: &args,
-        engine: &engine,
-        synthetic: config.synthetic,
-        corpus: &corpus,
-        plan: &plan,
-        footprint: &outline.footprint,
+        engine: &ready.engine,
+        synthetic: ready.synthetic,
+        corpus: &ready.corpus,
+        plan: &ready.plan,
+        footprint: &ready.outline.footprint,
         placement: &placement,
         profile: profile.as_ref(),
-        machine: assemble::machine(&engine, given, &hardware),
-        hardware,
+        machine: assemble::machine(&ready.engine, ready.given, &ready.hardware),
+        hardware: ready.hardware,
         contenders: &contenders,
-        notes,
+        notes: ready.notes,
         quality,
         monitor,
     };
     let written = results.write(measured.contexts)?;
-    match form.file() {
-        Some(name) => {
-            let path = args.output.join(name);
-            let text =
-                std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-            console.result(text.trim_end())?;
-        }
-        None => print(
-            &written,
-            &contenders,
-            console.json || form == Form::Json,
-            console,
-        )?,
-    }
-    match interrupted {
+    print(&written, &contenders, console)?;
+    match measured.interrupted {
         true => Err(Failure::Interrupted.into()),
         false => Ok(()),
+    }
+}
+
+/// A loaded model, and the text to measure it with.
+struct Ready {
+    source: Source,
+    synthetic: bool,
+    plan: measure::MeasurePlan,
+    /// Machine that was named to plan and predict with
+    given: Option<Hardware>,
+    corpus: Corpus,
+    text: text::Text,
+    outline: load::Outline,
+    engine: Engine,
+    hardware: HardwareBody,
+    /// For readers of the results
+    notes: Vec<String>,
+}
+
+impl Ready {
+    /// # Errors
+    /// Whatever can be refused before anything is planned or measured.
+    fn new(args: &BenchArgs, console: &Console) -> anyhow::Result<Self> {
+        let source = Source::resolve_os(args.model.model.as_deref())?;
+        let config = source.config()?;
+        let plan = args.measure_plan(config.synthetic);
+        let longest = plan.longest();
+        check_context(&config, longest as u64)?;
+        let given = (args.hardware.as_ref())
+            .map(HardwareChoice::load)
+            .transpose()?;
+        let files = ["run.json", "profile.json", "placement.json"];
+        prepare_folder(&args.output, &files, console)?;
+        let corpus = match &args.corpus {
+            Some(path) => Corpus::open(path)?,
+            None => workloads::by_name(workloads::LONG).expect("is built in")?,
+        };
+        let cache_file = args.cache.cache_state.as_deref();
+        let mut outline = load::outline(&source, &args.compute, cache_file, console)?;
+        let room = longest
+            .max(PROFILE_TOKENS)
+            .min(config.max_position_embeddings);
+        let engine = load::engine(&source, &args.compute, &mut outline, room, console)?;
+        // What a plan needs is not spent time on if there is no text to measure with.
+        let repeat = args.repeat_text || args.corpus.is_none();
+        let text = text::read(&engine, &corpus, plan.text_tokens(), repeat)?;
+        let hardware = HardwareBody::detect();
+        console.note(format!(
+            "{} on {}, by {}",
+            source.id(),
+            hardware.summary(),
+            assemble::executed_on(&engine)
+        ));
+        let notes = text.note(&corpus).into_iter();
+        let notes = notes.chain(workloads::beyond_training(&source, longest));
+        let notes: Vec<String> = notes.collect();
+        for note in &notes {
+            console.note(format!("note: {note}"));
+        }
+        Ok(Ready {
+            synthetic: config.synthetic,
+            source,
+            plan,
+            given,
+            corpus,
+            text,
+            outline,
+            engine,
+            hardware,
+            notes,
+        })
+    }
+
+    /// The placement that was given, or one that is made here from a quick profile, which then stands
+    /// beside it; either is carried out.
+    fn placement(
+        &mut self,
+        args: &BenchArgs,
+        console: &Console,
+    ) -> anyhow::Result<(Document<Placement>, Option<Document<ProfileBody>>)> {
+        if let Some(placement) = self.outline.placement.take() {
+            return Ok((placement, None));
+        }
+        let here = || round::machine(&self.engine, &self.hardware);
+        let machine = self.given.clone().unwrap_or_else(here);
+        let (placement, profile) = round::plan(
+            args,
+            machine,
+            &mut self.engine,
+            &self.outline.footprint,
+            self.plan.longest() as u64,
+            console,
+        )?;
+        let cache_file = args.cache.cache_state.as_deref();
+        load::place(
+            &mut self.engine,
+            &args.compute,
+            &placement.body,
+            cache_file,
+            console,
+        )?;
+        Ok((placement, Some(profile)))
+    }
+
+    /// What is measured of machine and model after all repetitions: the bandwidth of the RAM, whose buffer
+    /// would have counted as the model's memory, and quality.
+    fn after(&mut self, args: &BenchArgs, console: &Console) -> anyhow::Result<Option<Quality>> {
+        let hardware = &mut self.hardware;
+        let threads = self.engine.backend().threads;
+        hardware.dram = probe::dram_read(&hardware.cpu, &hardware.memory, threads);
+        if args.quality_tokens == 0 || self.engine.backend().name == "reference" {
+            return Ok(None);
+        }
+        let tokens = args.quality_tokens;
+        quality::against_reference(&mut self.engine, &self.source, tokens, console).map(Some)
     }
 }
 
@@ -309,45 +341,12 @@ fn kernel_times(engine: &mut Engine, console: &Console) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What standard output gets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Form {
-    Table,
-    Json,
-    Csv,
-    Markdown,
-}
-
-impl Form {
-    /// The form that `-o` names in place of a folder.
-    fn take(args: &mut BenchArgs) -> Self {
-        let form = match args.output.to_str() {
-            Some("json") => Form::Json,
-            Some("csv") => Form::Csv,
-            Some("md") => Form::Markdown,
-            _ => return Form::Table,
-        };
-        args.output = FOLDER.into();
-        form
-    }
-
-    /// The file of the report that is printed as it is.
-    fn file(self) -> Option<&'static str> {
-        match self {
-            Form::Table | Form::Json => None,
-            Form::Csv => Some("summary.csv"),
-            Form::Markdown => Some("report.md"),
-        }
-    }
-}
-
 fn print(
     written: &[(Document<RunBody>, String)],
     contenders: &Contenders,
-    json: bool,
     console: &Console,
 ) -> anyhow::Result<()> {
-    if json {
+    if console.json {
         match written {
             [(document, _)] => console.result_json(document)?,
             all => console.result_json(&all.iter().map(|(d, _)| d).collect::<Vec<_>>())?,

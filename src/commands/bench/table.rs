@@ -77,12 +77,14 @@ fn vram(run: &RunBody) -> Option<String> {
 }
 
 fn cell(metric: &Metric, context: &ContextRun) -> String {
-    metric.summary(context).map_or("-".into(), |s| {
-        format!(
+    match metric.summary(context) {
+        Some(s) if s.samples == 1 => format!("{:.1}", s.median),
+        Some(s) => format!(
             "{:.1} [{:.1}, {:.1}]",
             s.median, s.interval.low, s.interval.high
-        )
-    })
+        ),
+        None => "-".into(),
+    }
 }
 
 /// Promised speeds, and how far off they are: above zero where promised faster than measured.

@@ -5,6 +5,7 @@ use super::palette::{FAINT, GRID, INK, MUTED, series};
 use super::{Anchor, Chart, Frame, LABEL, MARGIN, TOP, VALUE, WIDTH};
 use crate::hardware::Sample;
 use crate::report::Run;
+use crate::report::record::Tier;
 use crate::report::svg::{Regular, Stroke, Svg, Text};
 
 const PANEL: f64 = 150.0;
@@ -78,7 +79,10 @@ pub fn resources(runs: &[Run]) -> Option<Chart> {
         return None;
     }
     let legend = if runs.len() > 1 { LEGEND } else { 0.0 };
-    let title = "Memory, CPU and GPU during the run";
+    let title = match runs.iter().any(|run| run.has_tier(Tier::Vram)) {
+        true => "Memory, CPU and GPU during the run",
+        false => "Memory and CPU during the run",
+    };
     let mut svg = Frame {
         width: WIDTH,
         height: legend + PANEL * panels.len().div_ceil(COLUMNS) as f64,

@@ -87,3 +87,16 @@ fn slower_is_worse_for_rates_and_for_times() {
     assert_eq!(of(&TTFT_MS, &half).outcome, Outcome::Pass);
     assert!((of(&DECODE_TOK_S, &half).worse_by.unwrap() - 0.5).abs() < 1e-9);
 }
+
+#[test]
+fn too_few_rounds_are_undecided_and_too_few_repetitions_are_decided_by_the_median() {
+    let (base, new) = ([1.0, 1.1, 0.9, 1.0], [2.0, 2.1, 1.9, 2.2]);
+    let outcome = |paired| {
+        rule(paired)
+            .metric(&TTFT_MS, 64, &base, &new)
+            .unwrap()
+            .outcome
+    };
+    assert_eq!(outcome(true), Outcome::Undecided);
+    assert_eq!(outcome(false), Outcome::Fail);
+}
