@@ -15,6 +15,7 @@ mod text;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use contenders::{Contenders, Rival};
@@ -122,8 +123,9 @@ pub struct BenchArgs {
         conflicts_with_all = ["cache_state", "cpu_moe"]
     )]
     against: Vec<Rival>,
-    /// Folder for run.json, tables and charts
-    #[arg(short, long, value_name = "FOLDER", default_value = "bench-out")]
+    /// Folder for run.json, tables and charts; json, csv or md print the result in that form instead, as
+    /// llama-bench does, and leave the folder at its default
+    #[arg(short, long, value_name = "FOLDER", default_value = FOLDER)]
     output: PathBuf,
     #[command(flatten)]
     model: ModelArgs,
@@ -142,14 +144,21 @@ enum Feed {
 /// Records of each built-in corpus, and tokens of each record, that the quick profile reads.
 const PROFILE_RECORDS: usize = 8;
 const PROFILE_TOKENS: usize = 256;
+/// Where results go.
+const FOLDER: &str = "bench-out";
 /// Repetitions, if nothing else is asked for and there is time.
 const MOST_REPETITIONS: usize = 10;
 /// Of all contexts together, so that a long one ends within ten minutes with all that is around it.
 const TIME_LIMIT: Duration = Duration::from_secs(6 * 60);
 
-pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
+pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     check(&args)?;
+    let form = Form::take(&mut args);
     if args.against_binary.is_some() || args.against_flags.is_some() {
+        if form != Form::Table {
+            let reason = "-o json, csv and md print what one build does; name a folder instead";
+            return Err(Failure::Usage(reason.into()).into());
+        }
         return against::execute(&args, console);
     }
     flags::check(&args.compute, GpuFlags::Plan, console)?;
@@ -202,7 +211,20 @@ pub fn execute(args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         monitor,
     };
     let written = results.write(measured.contexts)?;
-    print(&written, &contenders, console)?;
+    match form.file() {
+        Some(name) => {
+            let path = args.output.join(name);
+            let text =
+                std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+            console.result(text.trim_end())?;
+        }
+        None => print(
+            &written,
+            &contenders,
+            console.json || form == Form::Json,
+            console,
+        )?,
+    }
     match measured.interrupted {
         true => Err(Failure::Interrupted.into()),
         false => Ok(()),
@@ -341,12 +363,45 @@ fn kernel_times(engine: &mut Engine, console: &Console) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What standard output gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Table,
+    Json,
+    Csv,
+    Markdown,
+}
+
+impl Form {
+    /// The form that `-o` names in place of a folder.
+    fn take(args: &mut BenchArgs) -> Self {
+        let form = match args.output.to_str() {
+            Some("json") => Form::Json,
+            Some("csv") => Form::Csv,
+            Some("md") => Form::Markdown,
+            _ => return Form::Table,
+        };
+        args.output = FOLDER.into();
+        form
+    }
+
+    /// The file of the report that is printed as it is.
+    fn file(self) -> Option<&'static str> {
+        match self {
+            Form::Table | Form::Json => None,
+            Form::Csv => Some("summary.csv"),
+            Form::Markdown => Some("report.md"),
+        }
+    }
+}
+
 fn print(
     written: &[(Document<RunBody>, String)],
     contenders: &Contenders,
+    json: bool,
     console: &Console,
 ) -> anyhow::Result<()> {
-    if console.json {
+    if json {
         match written {
             [(document, _)] => console.result_json(document)?,
             all => console.result_json(&all.iter().map(|(d, _)| d).collect::<Vec<_>>())?,
