@@ -6,7 +6,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
-use crate::commands::{bench, doctor, plan, profile, quantize, report, run, synth};
+use crate::commands::{bench, doctor, plan, profile, quantize, report, run, serve, synth};
 use crate::engine::{BackendChoice, GpuOptions, Residency};
 use crate::planning::execution::PrefillSettings;
 use crate::planning::units::{parse_bytes, parse_tokens};
@@ -43,6 +43,7 @@ pub enum Command {
     Profile(profile::ProfileArgs),
     Plan(plan::PlanArgs),
     Run(run::RunArgs),
+    Serve(serve::ServeArgs),
     Bench(bench::BenchArgs),
     Report(report::ReportArgs),
     Doctor(doctor::DoctorArgs),

@@ -30,6 +30,7 @@
 //! | [`planning`] | traces, statistics, policies and the cache they drive, simulator, cost model, knapsack | files, clocks, GPUs |
 //! | [`hardware`] | facts and measured bandwidths of this machine | models |
 //! | [`report`] | records, statistics, tables, charts | how anything was computed |
+//! | [`server`] | HTTP: who may ask, the wire formats of each API, tool calls, grammars, metrics | how tokens are computed |
 //! | [`commands`], [`cli`] | flags and flow of each verb | how blocks are computed |
 //!
 //! # Invariants
@@ -45,13 +46,15 @@
 //! - Bad input is an error that names file, place and way out; a panic is a bug of ours.
 //! - A file is written whole or not at all ([`formats::atomic`]).
 //! - Simulated and real caches are the same [`planning::cache`] driven by the same policy.
+//! - The server reaches the model through [`engine::service`] only, whatever schedules requests inside.
+//! - What a request asks for and cannot be enforced is refused, never loosened.
 //! - Every figure of a machine says whether it was measured or modelled
 //!   ([`planning::hardware`]), and so does every plan made from it.
 //! - An estimate is never shown as a measurement, nor synthetic data without the word.
 //!
 //! # Absent on purpose
 //!
-//! Training, other quantisations than NF4, several GPUs, a web interface.
+//! Training, other quantisations than NF4, several GPUs, a chat page.
 
 #![warn(clippy::undocumented_unsafe_blocks)]
 
@@ -64,3 +67,4 @@ pub mod hardware;
 pub mod model;
 pub mod planning;
 pub mod report;
+pub mod server;

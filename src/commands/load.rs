@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::backend::cpu::Progress;
 use crate::backend::{BackendError, KvDtype};
 use crate::cli::ComputeArgs;
 use crate::commands::console::{Console, Unit};
@@ -70,6 +71,18 @@ pub fn engine(
     max_tokens: usize,
     console: &Console,
 ) -> anyhow::Result<Engine> {
+    engine_watched(source, compute, outline, max_tokens, console, &|_, _| {})
+}
+
+/// As [`engine`]; `watch` is told the bytes done so far and in all.
+pub fn engine_watched(
+    source: &Source,
+    compute: &ComputeArgs,
+    outline: &mut Outline,
+    max_tokens: usize,
+    console: &Console,
+    watch: Progress<'_>,
+) -> anyhow::Result<Engine> {
     let mut gpu = compute.gpu();
     let mut kv_dtype = compute.kv_dtype;
     if let BackendChoice::Cuda(index) = compute.backend.resolve() {
@@ -96,6 +109,7 @@ pub fn engine(
         progress: &|done, total| {
             bar.set_length(total as u64);
             bar.set_position(done as u64);
+            watch(done, total);
         },
         max_tokens,
     };

@@ -7,6 +7,7 @@ pub mod profile;
 pub mod quantize;
 pub mod report;
 pub mod run;
+pub mod serve;
 pub mod synth;
 
 mod cache_state;
@@ -64,6 +65,7 @@ pub fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Profile(args) => profile::execute(args, &console),
         Command::Plan(args) => plan::execute(args, &console),
         Command::Run(args) => run::execute(args, &console),
+        Command::Serve(args) => serve::execute(args, &console),
         Command::Bench(args) => bench::execute(args, &console),
         Command::Report(args) => report::execute(args, &console),
         Command::Doctor(args) => doctor::execute(args, &console),

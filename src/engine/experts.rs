@@ -205,6 +205,12 @@ impl ExpertManager {
         self.config
     }
 
+    /// Leaves slots as they are from now on, or has them follow the policy again.
+    pub fn freeze(&mut self, frozen: bool) {
+        self.trial = Trial::default();
+        self.stopped = frozen.then(|| "the expert cache is frozen, as was asked".into());
+    }
+
     /// Why the cache was stopped, if it was.
     pub fn stopped(&self) -> Option<&str> {
         self.stopped.as_deref()
@@ -341,6 +347,11 @@ impl Engine {
         };
         diagnostics.warm_up()?;
         self.begin()
+    }
+
+    /// The same, to be changed.
+    pub fn experts_mut(&mut self) -> Option<&mut ExpertManager> {
+        self.experts.as_mut()
     }
 
     /// The cache of a placement, if one was placed.

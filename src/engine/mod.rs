@@ -6,6 +6,7 @@ pub mod generate;
 pub mod prefix;
 pub mod sampler;
 pub mod scheduler;
+pub mod service;
 pub mod session;
 pub mod stream;
 pub mod text;

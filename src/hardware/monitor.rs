@@ -184,6 +184,11 @@ pub fn high_water_mark() -> Option<u64> {
     super::root::Root::system().field_bytes("proc/self/status", "VmHWM")
 }
 
+/// The RAM this process holds now (`VmRSS`).
+pub fn resident_bytes() -> Option<u64> {
+    super::root::Root::system().field_bytes("proc/self/status", "VmRSS")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

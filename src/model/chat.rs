@@ -128,12 +128,30 @@ impl ChatTemplate {
         tools: Option<&Value>,
         add_generation_prompt: bool,
     ) -> Result<String, ChatError> {
+        self.render_with(messages, tools, add_generation_prompt, &Map::new())
+    }
+
+    /// As [`render`](ChatTemplate::render), with more variables, such as `enable_thinking`.
+    ///
+    /// # Errors
+    /// As [`render`](ChatTemplate::render).
+    pub fn render_with<M: Serialize>(
+        &self,
+        messages: &[M],
+        tools: Option<&Value>,
+        add_generation_prompt: bool,
+        more: &Map<String, Value>,
+    ) -> Result<String, ChatError> {
         let messages = serde_json::to_value(messages).map_err(ChatError::Messages)?;
         let name = match tools {
             Some(_) if self.environment.get_template(TOOL_USE).is_ok() => TOOL_USE,
             _ => DEFAULT,
         };
         let mut variables = self.special_tokens.clone();
+        variables.extend(
+            more.iter()
+                .map(|(name, value)| (name.clone(), jinja(value))),
+        );
         variables.extend([
             ("messages".to_owned(), jinja(&messages)),
             ("tools".to_owned(), tools.map_or(Jinja::from(()), jinja)),
