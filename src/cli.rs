@@ -1,16 +1,22 @@
 //! The command line: one line per verb, and settings from the environment and files.
 
+mod settings;
+pub mod values;
+
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
-use crate::commands::{bench, doctor, plan, profile, quantize, report, run, serve, synth};
+use crate::commands::{
+    bench, completions, doctor, plan, profile, pull, quantize, report, run, serve, synth,
+};
 use crate::engine::{BackendChoice, GpuOptions, Residency};
 use crate::planning::execution::PrefillSettings;
-use crate::planning::units::{parse_bytes, parse_tokens};
+use crate::planning::units::{parse_budget, parse_tokens};
 use crate::planning::{PolicyConfig, Precision};
+use values::whole_from_1;
 
 /// Runs large mixture-of-experts language models on one small GPU plus system RAM, and tells
 /// beforehand how fast.
@@ -50,6 +56,9 @@ pub enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Write a checkpoint with random weights, to try a machine on
     Synth(synth::SynthArgs),
+    Pull(pull::PullArgs),
+    Completions(completions::CompletionsArgs),
+    Man(completions::ManArgs),
 }
 
 /// Where output goes and how much of it.
@@ -85,20 +94,23 @@ pub struct ComputeArgs {
     #[arg(long, value_name = "NAME", default_value_t)]
     pub backend: BackendChoice,
     /// Worker threads [default: all cores the process may use]
-    #[arg(long, value_name = "N", value_parser = parse_threads)]
+    #[arg(short, long, value_name = "N", value_parser = whole_from_1)]
     pub threads: Option<usize>,
-    /// Arithmetic of NF4 weights on the CPU
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = CpuPrecisionArg::Int16)]
-    pub cpu_precision: CpuPrecisionArg,
+    /// Arithmetic of NF4 weights on the CPU [default: int16]
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub cpu_precision: Option<CpuPrecisionArg>,
     /// Type of the cache of keys and values: f32, f16 or int8 [default: the placement's on a GPU, or
     /// f16; else f32]
     ///
     /// int8 keeps one f16 scale per 32 values. The reference backend has f32 only, a GPU the others.
-    #[arg(long, value_name = "TYPE")]
+    #[arg(long, visible_alias = "kv", value_name = "TYPE")]
     pub kv_dtype: Option<KvDtype>,
     /// GPU memory that the process may hold, CUDA context included [default: all that is free]
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
     pub vram: Option<u64>,
+    /// RAM that the process may take; a model that needs more is refused [default: what is available]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
+    pub ram: Option<u64>,
     /// Keep all experts in RAM: the CPU computes them, the GPU the rest
     #[arg(long)]
     pub cpu_moe: bool,
@@ -168,18 +180,12 @@ impl ComputeArgs {
     }
 }
 
-fn parse_threads(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(threads) if threads > 0 => Ok(threads),
-        _ => Err("expected a whole number from 1".into()),
-    }
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum CpuPrecisionArg {
     /// Exactly dequantised weights
     F32,
     /// 14 to 16-bit weights, 14 to 18-bit activations: 0.001 to 0.007% error
+    #[default]
     Int16,
     /// 8-bit weights and activations: 1% error, for slow cores beside fast memory
     Int8,
@@ -208,13 +214,20 @@ impl Cli {
     }
 }
 
-/// Lets every flag with a value be set by a variable: `--top-p` by `MOECTL_TOP_P`.
+/// Lets every flag with a value be set by a variable (`--top-p` by `MOECTL_TOP_P`), and take a negative
+/// number, so that the flag's own parser says what is wrong with it.
 fn with_variables(command: clap::Command) -> clap::Command {
     command.mut_subcommands(|verb| {
         verb.mut_args(|arg| match arg.get_long() {
             Some(long) if arg.get_action().takes_values() => {
                 let variable = format!("MOECTL_{}", long.to_uppercase().replace('-', "_"));
-                arg.env(variable).hide_env(true)
+                let arg = arg.env(variable).hide_env(true);
+                // Sizes have units, which `-1G` needs to get as far as their parser.
+                let names = arg.get_value_names().unwrap_or_default();
+                let size = names
+                    .iter()
+                    .any(|name| ["SIZE", "TOKENS"].contains(&name.as_str()));
+                arg.allow_negative_numbers(!size).allow_hyphen_values(size)
             }
             _ => arg,
         })
@@ -230,130 +243,6 @@ fn settings_files() -> Vec<PathBuf> {
         .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config")));
     files.extend(config_home.map(|folder| folder.join("moectl/config.toml")));
     files
-}
-
-/// Settings files: keys are long flag names, at the top for every verb or under `[verb]`.
-mod settings {
-    use std::collections::BTreeMap;
-    use std::path::PathBuf;
-
-    use anyhow::{Context, bail};
-    use clap::error::ErrorKind;
-    use toml::Value;
-
-    /// `(verb or empty, flag)` to value and the file it came from.
-    pub type Settings = BTreeMap<(String, String), (String, PathBuf)>;
-
-    pub fn load(files: &[PathBuf]) -> anyhow::Result<Settings> {
-        let mut settings = Settings::new();
-        // Weakest first, so that stronger files overwrite.
-        for path in files.iter().rev() {
-            let text = match std::fs::read_to_string(path) {
-                Ok(text) => text,
-                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(e) => return Err(e).with_context(|| path.display().to_string()),
-            };
-            let table: toml::Table = text
-                .parse()
-                .with_context(|| format!("{}: not valid TOML", path.display()))?;
-            for (key, value) in table {
-                match value {
-                    Value::Table(section) => {
-                        for (flag, value) in section {
-                            let value = scalar(&value)
-                                .with_context(|| format!("{}: [{key}] {flag}", path.display()))?;
-                            settings.insert((key.clone(), flag), (value, path.clone()));
-                        }
-                    }
-                    value => {
-                        let value =
-                            scalar(&value).with_context(|| format!("{}: {key}", path.display()))?;
-                        settings.insert((String::new(), key), (value, path.clone()));
-                    }
-                }
-            }
-        }
-        Ok(settings)
-    }
-
-    fn scalar(value: &Value) -> anyhow::Result<String> {
-        Ok(match value {
-            Value::String(text) => text.clone(),
-            Value::Integer(number) => number.to_string(),
-            Value::Float(number) => number.to_string(),
-            Value::Boolean(flag) => flag.to_string(),
-            other => bail!(
-                "is {}, expected a string, number or true/false",
-                other.type_str()
-            ),
-        })
-    }
-
-    /// Makes the settings the defaults of the flags they name.
-    pub fn as_defaults(
-        mut command: clap::Command,
-        settings: &Settings,
-    ) -> anyhow::Result<clap::Command> {
-        let verbs: Vec<String> = command
-            .get_subcommands()
-            .map(|verb| verb.get_name().to_string())
-            .collect();
-        // General settings first: a `[verb]` section overrides them.
-        for ((verb, flag), (value, path)) in settings {
-            if !verb.is_empty() && !verbs.contains(verb) {
-                bail!(
-                    "{}: [{verb}] is no verb; verbs: {}",
-                    path.display(),
-                    verbs.join(", ")
-                );
-            }
-            let (mut known, mut refused) = (false, None);
-            for name in verbs.iter().filter(|name| verb.is_empty() || *name == verb) {
-                command = command.mut_subcommand(name, |sub| {
-                    let Some(id) = sub
-                        .get_arguments()
-                        .find(|arg| arg.get_long() == Some(flag) && arg.get_action().takes_values())
-                        .map(|arg| arg.get_id().clone())
-                    else {
-                        return sub;
-                    };
-                    known = true;
-                    refused = refused.take().or_else(|| refusal(&sub, flag, value));
-                    let value = value.clone();
-                    sub.mut_arg(id, |arg| arg.default_value(value))
-                });
-            }
-            if let Some(reason) = refused {
-                bail!("{}: {reason}", path.display());
-            }
-            if !known {
-                let place = if verb.is_empty() { "any verb" } else { verb };
-                bail!("{}: `{flag}` is no setting of {place}", path.display());
-            }
-        }
-        Ok(command)
-    }
-
-    /// Why the flag does not take the value, if so: a default that clap refuses would be blamed
-    /// on a flag that nobody gave.
-    fn refusal(verb: &clap::Command, flag: &str, value: &str) -> Option<String> {
-        let error = verb
-            .clone()
-            .try_get_matches_from([verb.get_name(), &format!("--{flag}={value}")])
-            .err()?;
-        // Anything else is about what is missing beside it.
-        if !matches!(
-            error.kind(),
-            ErrorKind::InvalidValue | ErrorKind::ValueValidation
-        ) {
-            return None;
-        }
-        let text = error.to_string();
-        // Up to the empty line before the hint at --help.
-        let lines = text.lines().map(str::trim).take_while(|l| !l.is_empty());
-        let reason = lines.collect::<Vec<_>>().join(" ");
-        Some(reason.trim_start_matches("error: ").to_string())
-    }
 }
 
 #[cfg(test)]

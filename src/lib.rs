@@ -44,7 +44,9 @@
 //!   at all.
 //! - Which weights are quantised is decided per tensor from the file, never from the config.
 //! - Bad input is an error that names file, place and way out; a panic is a bug of ours.
-//! - A file is written whole or not at all ([`formats::atomic`]).
+//! - A regular file is written whole or not at all, through links and with its permissions; devices,
+//!   pipes and `-` are written in place ([`formats::atomic`]). Inputs may be `-` or a pipe
+//!   ([`formats::input`]).
 //! - Simulated and real caches are the same [`planning::cache`] driven by the same policy.
 //! - The server reaches the model through [`engine::service`] only, whatever schedules requests inside.
 //! - What a request asks for and cannot be enforced is refused, never loosened.

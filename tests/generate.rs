@@ -30,8 +30,19 @@ fn engine() -> Engine {
 
 const PROMPT: [u32; 5] = [5, 6, 7, 80, 9];
 
-/// Twelve tokens, and the text as it came in pieces.
+/// Twelve tokens after [`PROMPT`], and the text as it came in pieces.
 fn generate(
+    engine: &mut Engine,
+    sampling: &SamplingParams,
+    logprobs: usize,
+    forced: &[u32],
+) -> (Generation, String) {
+    generate_after(&PROMPT, 12, engine, sampling, logprobs, forced)
+}
+
+fn generate_after(
+    prompt: &[u32],
+    max_new_tokens: usize,
     engine: &mut Engine,
     sampling: &SamplingParams,
     logprobs: usize,
@@ -39,7 +50,7 @@ fn generate(
 ) -> (Generation, String) {
     engine.reset(64).unwrap();
     let options = GenerateOptions {
-        max_new_tokens: 12,
+        max_new_tokens,
         sampling: sampling.clone(),
         stop: Vec::new(),
         ignore_eos: true,
@@ -53,7 +64,7 @@ fn generate(
         on_routing: &mut |_, _, _| {},
     };
     let never = AtomicBool::new(false);
-    let generation = engine.generate(&PROMPT, &options, &never, &mut observer);
+    let generation = engine.generate(prompt, &options, &never, &mut observer);
     (generation.unwrap(), text)
 }
 
@@ -118,6 +129,34 @@ fn other_forced_tokens_are_fed_and_the_rest_is_sampled_after_them() {
                 assert_eq!(best[0].id, *id);
             }
         }
+    }
+}
+
+/// The repetition penalty counts prompts too: forced tokens must weigh as if they had stood there.
+#[test]
+fn penalties_count_forced_tokens_and_not_those_they_replace() {
+    let mut engine = engine();
+    let greedy = SamplingParams::default();
+    let repetition = SamplingParams {
+        repetition_penalty: 1e6,
+        ..greedy.clone()
+    };
+    let (wanted, _) = generate(&mut engine, &greedy, 0, &[]);
+    // What the model would say without a penalty it must not say once it was forced.
+    let forced = &wanted.token_ids[6..12];
+    let (found, _) = generate(&mut engine, &repetition, 0, forced);
+    let prompt = [&PROMPT, forced].concat();
+    let (expected, _) = generate_after(&prompt, 6, &mut engine, &repetition, 0, &[]);
+    assert_eq!(found.token_ids[6..], expected.token_ids);
+    for presence in [true, false] {
+        let generated_only = SamplingParams {
+            presence_penalty: if presence { 1e6 } else { 0.0 },
+            frequency_penalty: if presence { 0.0 } else { 1e6 },
+            ..greedy.clone()
+        };
+        let (found, _) = generate(&mut engine, &generated_only, 0, forced);
+        let (forced, free) = found.token_ids.split_at(6);
+        assert!(free.iter().all(|id| !forced.contains(id)), "{found:?}");
     }
 }
 

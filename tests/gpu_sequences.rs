@@ -104,10 +104,7 @@ fn room_for_more_sequences_is_taken_from_expert_slots_or_refused() {
     let One { mut executor, id } = cuda(&device, options, &model, 256);
     let resident = executor.resident_experts();
     let error = executor.reserve(100_000, 256).unwrap_err();
-    assert!(
-        matches!(error, BackendError::DoesNotFit { .. }),
-        "{error}"
-    );
+    assert!(matches!(error, BackendError::DoesNotFit { .. }), "{error}");
     // What there was is still there.
     assert_eq!(executor.resident_experts(), resident);
     feed(&mut executor, id, &[1, 2, 3]).unwrap();

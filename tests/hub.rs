@@ -243,3 +243,63 @@ fn a_plan_of_a_hub_model_fetches_no_weights() {
     assert!(outcome.stderr.contains("planned from config.json alone"));
     assert!(!hub.paths().iter().any(|path| path.contains("safetensors")));
 }
+
+#[test]
+fn pull_says_the_size_first_goes_on_where_it_was_and_leaves_the_model_to_every_verb() {
+    let (sandbox, hub) = (Sandbox::new(), Hub::start());
+    let pull = |flags: &[&str]| {
+        let mut command = sandbox.command(&[&["pull", "--json"], flags].concat());
+        command
+            .env("HF_HOME", sandbox.path("hf"))
+            .env("HF_ENDPOINT", &hub.endpoint);
+        finish(&mut command)
+    };
+    let weights = std::fs::read(small_model().join("model.safetensors")).unwrap();
+    let dry = pull(&["org/name", "--dry-run"]).ok();
+    assert!(
+        dry.stderr.contains("244.7 KiB of weights in 1 file; "),
+        "{}",
+        dry.stderr
+    );
+    assert!(dry.stderr.contains(" free in "), "{}", dry.stderr);
+    assert_eq!(dry.json()["bytes"], weights.len());
+    assert_eq!(dry.json()["here_bytes"], 0);
+
+    // What an interrupted download leaves behind.
+    let part = format!("{FOLDER}/blobs/etag-of-model.part");
+    sandbox.write(&part, &weights[..100_000]);
+    let requests = hub.paths().len();
+    let pulled = pull(&["org/name"]).ok();
+    assert!(
+        pulled.stderr.contains("97.7 KiB of it here"),
+        "{}",
+        pulled.stderr
+    );
+    let folder = sandbox.path(&format!("{FOLDER}/snapshots/{COMMIT}"));
+    assert_eq!(pulled.json()["folder"], folder.to_str().unwrap());
+    assert_eq!(
+        std::fs::read(folder.join("model.safetensors")).unwrap(),
+        weights
+    );
+    let large = hub.requests.lock().unwrap().split_off(requests);
+    let ranges = large.iter().filter(|r| r.path.starts_with("/large/"));
+    let ranges: Vec<&String> = ranges.filter_map(|r| r.headers.get("range")).collect();
+    assert!(
+        ranges.iter().any(|range| *range == "bytes=100000-"),
+        "{ranges:?}"
+    );
+    assert!(
+        !ranges.iter().any(|range| *range == "bytes=0-"),
+        "{ranges:?}"
+    );
+
+    let offline = hub.run(&sandbox, "org/name", &[("HF_HUB_OFFLINE", "1")]);
+    assert_eq!(
+        offline.ok().json()["token_ids"],
+        token_ids_of_folder(&sandbox)
+    );
+    let again = pull(&["org/name"]).ok();
+    assert!(again.stderr.contains("all of it here"), "{}", again.stderr);
+    pull(&["org/nothing"]).fails(1, &["org/nothing", "not found on the hub"]);
+    pull(&["tiny"]).fails(2, &["is on this machine"]);
+}

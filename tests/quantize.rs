@@ -306,7 +306,7 @@ fn a_folder_with_files_is_never_written_to() {
 }
 
 #[test]
-fn a_missing_source_or_parent_is_named() {
+fn a_missing_source_is_named_and_a_missing_parent_is_made() {
     let scratch = tempfile::tempdir().unwrap();
     let error = refusal(
         scratch.path(),
@@ -318,8 +318,11 @@ fn a_missing_source_or_parent_is_named() {
         "{error}"
     );
     let dst = scratch.path().join("none/dst");
-    let error = refusal(scratch.path(), &golden("tiny-c/bf16"), &dst);
-    assert!(error.contains("none: cannot write there"), "{error}");
+    quantize(&golden("tiny-c/bf16"), &dst, &QuantizeOptions::default()).unwrap();
+    assert!(dst.join("config.json").is_file());
+    let beneath_a_file = dst.join("config.json/dst");
+    let error = refusal(scratch.path(), &golden("tiny-c/bf16"), &beneath_a_file);
+    assert!(error.starts_with("none/dst/config.json/dst: "), "{error}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::console::Console;
 use crate::engine::Engine;
 use crate::engine::experts::ExpertManager;
 use crate::formats::document::CACHE_STATE;
-use crate::formats::{Document, ModelId};
+use crate::formats::{Document, ModelId, atomic};
 use crate::planning::CacheState;
 
 /// Has `manager` go on from the file, if it is there; without a manager only looks at the file.
@@ -23,6 +23,12 @@ pub fn restore(
     manager: Option<&mut ExpertManager>,
 ) -> anyhow::Result<bool> {
     check_output(path)?;
+    // A device or pipe would keep nothing for the next run.
+    anyhow::ensure!(
+        !atomic::is_stream(path),
+        "{}: is a device or pipe, expected a file that the next run can read",
+        path.display()
+    );
     if !path.exists() {
         return Ok(false);
     }

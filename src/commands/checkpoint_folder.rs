@@ -6,8 +6,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rayon::prelude::*;
+use serde::Serialize;
 use serde_json::{Map, json};
 use tempfile::TempDir;
 
@@ -41,15 +42,17 @@ impl CheckpointFolder {
     /// Finds out whether `dst` can be written, and starts.
     ///
     /// # Errors
-    /// A `dst` that holds files, or a folder around it that is missing or not writable.
+    /// A `dst` that holds files, or a place for it that is not writable.
     pub fn create(dst: &Path) -> Result<Self> {
         check_vacant(dst)?;
         let parent = match dst.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        let temporary = temporary_folder(parent)
-            .with_context(|| format!("{}: cannot write there", parent.display()))?;
+        let temporary = fs::create_dir_all(parent)
+            .and_then(|()| temporary_folder(parent))
+            // The name of the temporary folder means nothing to a user.
+            .map_err(|e| anyhow!("{}: cannot be created: {}", dst.display(), e.kind()))?;
         Ok(CheckpointFolder {
             temporary,
             dst: dst.into(),
@@ -83,7 +86,7 @@ impl CheckpointFolder {
                 1 => SINGLE.to_string(),
                 n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
             };
-            bytes += write_shard(&self.path().join(&file), shard, done)?;
+            bytes += self.write_shard(&file, shard, done)?;
             for job in shard {
                 let (planned, late) = job.planned();
                 let names = planned.into_iter().map(|t| t.name).chain(late.map(|l| l.0));
@@ -96,10 +99,66 @@ impl CheckpointFolder {
                 "metadata": {"total_size": bytes},
                 "weight_map": index,
             });
-            atomic::write_json(&self.path().join(INDEX), &index)?;
+            self.write_json(INDEX, &index)?;
         }
         let files = shards.len();
         Ok(Written { bytes, files })
+    }
+
+    /// Computes the tensors of one file on all cores and writes each as it comes.
+    fn write_shard<J: Job>(
+        &self,
+        file: &str,
+        jobs: &[J],
+        done: &mut dyn FnMut(&J) -> ControlFlow<()>,
+    ) -> Result<u64> {
+        let mut planned = Vec::new();
+        let mut late = BTreeMap::new();
+        for job in jobs {
+            let (tensors, state) = job.planned();
+            planned.extend(tensors);
+            late.extend(state);
+        }
+        let cannot_write = || self.dst.join(file).display().to_string();
+        let mut writer =
+            Writer::create(&self.path().join(file), planned, late).with_context(cannot_write)?;
+        // A full channel holds the workers back, so finished tensors do not pile up.
+        let (sender, receiver) = mpsc::sync_channel(1);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // A closed channel means that the other side gave up; the reason is reported there.
+                let _ = jobs
+                    .par_iter()
+                    .try_for_each_with(sender, |sender, job| sender.send((job, job.tensors())));
+            });
+            for (job, tensors) in receiver {
+                for (name, data) in tensors? {
+                    writer.write(&name, &data).with_context(cannot_write)?;
+                }
+                if done(job).is_break() {
+                    bail!("interrupted; nothing was written");
+                }
+            }
+            Ok(())
+        })?;
+        writer.finish().with_context(cannot_write)
+    }
+
+    /// Writes a small file beside the tensors.
+    ///
+    /// # Errors
+    /// Whatever the file system says, of the place that the file will have.
+    pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        atomic::write(&self.path().join(name), bytes)
+            .with_context(|| self.dst.join(name).display().to_string())?;
+        Ok(())
+    }
+
+    /// As [`CheckpointFolder::write_file`], of JSON.
+    pub fn write_json(&self, name: &str, value: &impl Serialize) -> Result<()> {
+        atomic::write_json(&self.path().join(name), value)
+            .with_context(|| self.dst.join(name).display().to_string())?;
+        Ok(())
     }
 
     /// Gives the folder its name.
@@ -117,43 +176,6 @@ impl CheckpointFolder {
         let _ = self.temporary.keep();
         Ok(())
     }
-}
-
-/// Computes the tensors of one file on all cores and writes each as it comes.
-fn write_shard<J: Job>(
-    path: &Path,
-    jobs: &[J],
-    done: &mut dyn FnMut(&J) -> ControlFlow<()>,
-) -> Result<u64> {
-    let mut planned = Vec::new();
-    let mut late = BTreeMap::new();
-    for job in jobs {
-        let (tensors, state) = job.planned();
-        planned.extend(tensors);
-        late.extend(state);
-    }
-    let cannot_write = || format!("{}: cannot write", path.display());
-    let mut writer = Writer::create(path, planned, late).with_context(cannot_write)?;
-    // A full channel holds the workers back, so finished tensors do not pile up.
-    let (sender, receiver) = mpsc::sync_channel(1);
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            // A closed channel means that the other side gave up; the reason is reported there.
-            let _ = jobs
-                .par_iter()
-                .try_for_each_with(sender, |sender, job| sender.send((job, job.tensors())));
-        });
-        for (job, tensors) in receiver {
-            for (name, data) in tensors? {
-                writer.write(&name, &data).with_context(cannot_write)?;
-            }
-            if done(job).is_break() {
-                bail!("interrupted; nothing was written");
-            }
-        }
-        Ok(())
-    })?;
-    writer.finish().with_context(cannot_write)
 }
 
 /// Cuts the jobs into files of at most the greatest size; a job's tensors stay together.

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::check_output;
 use super::console::{Console, Unit};
 use super::machine::{HardwareFile, this_machine};
+use super::output::OutputFile;
 use crate::backend::cpu::CpuPrecision;
 use crate::backend::cpu::measure::measure_experts;
 use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
@@ -31,7 +31,7 @@ Examples:
   moectl doctor --json -o hardware.json
   moectl doctor --measure -o hardware.json")]
 pub struct DoctorArgs {
-    /// Also write the facts to this file
+    /// Also write the facts to this file; - is standard output
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Leave the measurement out
@@ -51,9 +51,9 @@ const SLICE: &str = "synth:qwen3-next-80b-a3b?layers=8&experts=256&vocab-size=65
 const MAX_TOKENS: usize = 32_768;
 
 pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
-    if let Some(path) = &args.output {
-        check_output(path)?;
-    }
+    let output = (args.output.clone())
+        .map(|path| OutputFile::new(Some(path), "", console))
+        .transpose()?;
     let mut facts = if args.no_measure {
         HardwareBody::detect()
     } else {
@@ -65,14 +65,13 @@ pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
     }
     let machine = this_machine(&facts);
     let document = Document::new(HARDWARE, None, HardwareFile { facts, machine });
-    if let Some(path) = &args.output {
-        document.write(path)?;
-        console.note(format!("wrote {}", path.display()));
+    if let Some(output) = &output {
+        output.write(&document, console)?;
     }
     if console.json {
         console.result_json(&document)?;
     } else {
-        console.result(doctor_report(&document.body.facts).trim_end())?;
+        console.table(doctor_report(&document.body.facts).trim_end())?;
     }
     Ok(())
 }

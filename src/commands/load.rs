@@ -1,12 +1,13 @@
 //! Loading a model the way the flags ask, with a progress bar.
 
+use std::cell::OnceCell;
 use std::path::Path;
 
 use crate::backend::cpu::Progress;
 use crate::backend::{BackendError, KvDtype};
 use crate::cli::ComputeArgs;
 use crate::commands::console::{Console, Unit};
-use crate::commands::{Failure, cache_state, plan};
+use crate::commands::{Failure, cache_state, plan, ram};
 use crate::engine::experts::ExpertManager;
 use crate::engine::footprint::footprint;
 use crate::engine::{BackendChoice, Engine, EngineError, GpuOptions, LoadOptions};
@@ -90,31 +91,36 @@ pub fn engine_watched(
             gpu.head_in_ram = placement.body.head != Tier::Vram;
             kv_dtype = kv_dtype.or(Some(kv_of(&placement.body)));
         }
+        let devices = GpuReport::detect().devices;
         check_budget(
-            compute,
-            index,
+            compute.vram,
+            devices.get(index).and_then(|gpu| gpu.memory_free_bytes),
             &gpu,
             kv_dtype,
             &outline.footprint,
             max_tokens,
         )?;
     }
-    let bar = console.progress("load", 0, Unit::Bytes);
+    ram::check(compute, gpu.head_in_ram, &outline.footprint, max_tokens)?;
+    // Begins when weights are packed: what is downloaded before has a bar and a rate of its own.
+    let bar = OnceCell::new();
     let options = LoadOptions {
         backend: compute.backend,
         threads: compute.threads,
-        cpu_precision: compute.cpu_precision.into(),
+        cpu_precision: compute.cpu_precision.unwrap_or_default().into(),
         gpu,
         kv_dtype,
         progress: &|done, total| {
-            bar.set_length(total as u64);
-            bar.set_position(done as u64);
+            bar.get_or_init(|| console.progress("load", total as u64, Unit::Bytes))
+                .set_position(done as u64);
             watch(done, total);
         },
         max_tokens,
     };
     let engine = Engine::load(source, &options);
-    bar.finish_and_clear();
+    if let Some(bar) = bar.get() {
+        bar.finish_and_clear();
+    }
     let mut engine = engine.map_err(|error| match error {
         EngineError::Backend(error @ BackendError::DoesNotFit { .. }) => {
             Failure::DoesNotFit(error.to_string()).into()
@@ -179,9 +185,12 @@ fn kv_of(placement: &Placement) -> KvDtype {
 }
 
 /// Refuses a GPU budget that cannot hold the model without experts, or that is not free.
+///
+/// - `vram`: the budget, all that is free if none
+/// - `free`: bytes free on the GPU, as far as known
 fn check_budget(
-    compute: &ComputeArgs,
-    index: usize,
+    vram: Option<u64>,
+    free: Option<u64>,
     gpu: &GpuOptions,
     kv_dtype: Option<KvDtype>,
     footprint: &Footprint,
@@ -194,11 +203,7 @@ fn check_budget(
         false => footprint.fixed_vram_bytes(),
     };
     let needed = fixed_bytes + kv_bytes;
-    let free = GpuReport::detect()
-        .devices
-        .get(index)
-        .and_then(|gpu| gpu.memory_free_bytes);
-    if let Some(budget) = compute.vram {
+    if let Some(budget) = vram {
         if budget < needed {
             return Err(Failure::DoesNotFit(format!(
                 "the model without experts needs {} of GPU memory, {} of it for {max_tokens} \
@@ -271,4 +276,49 @@ pub fn manager(compute: &ComputeArgs, placement: &Placement) -> Option<ExpertMan
         &layers,
         throttle,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::planning::footprint::tests::qwen3_next_80b;
+
+    #[test]
+    fn a_gpu_budget_must_hold_weights_keys_and_values_to_the_byte() {
+        let f = qwen3_next_80b();
+        for (head_in_ram, kv_dtype, fixed, per_token) in [
+            (false, None, f.fixed_vram_bytes(), 24_576),
+            (false, Some(KvDtype::Int8), f.fixed_vram_bytes(), 13_056),
+            (
+                true,
+                Some(KvDtype::F16),
+                f.fixed_vram_bytes_without_head(),
+                24_576,
+            ),
+        ] {
+            let gpu = GpuOptions {
+                head_in_ram,
+                ..GpuOptions::default()
+            };
+            let check = |vram, free| check_budget(vram, free, &gpu, kv_dtype, &f, 5000);
+            let needed = fixed + 5000 * per_token;
+            for (vram, free) in [
+                (Some(needed), None),
+                (Some(needed), Some(needed)),
+                (None, Some(needed)),
+                (None, None),
+            ] {
+                assert!(check(vram, free).is_ok(), "{vram:?} {free:?}");
+            }
+            for (vram, free, part) in [
+                (Some(needed - 1), None, "--vram is"),
+                (Some(needed + 1), Some(needed), "another process"),
+                (None, Some(needed - 1), "lower --ctx"),
+            ] {
+                let error = check(vram, free).unwrap_err();
+                assert!(error.to_string().contains(part), "{error}");
+                assert!(matches!(error.downcast_ref(), Some(Failure::DoesNotFit(_))));
+            }
+        }
+    }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::formats::Document;
 use crate::formats::document::HARDWARE;
 use crate::hardware::gpu_probe::Micros;
-use crate::hardware::{GpuProbe, GpuReport, HardwareBody, Rate};
+use crate::hardware::{GpuProbe, GpuReport, HardwareBody, Rate, probe};
 use crate::planning::hardware::{CopyRate, Cpu, ExpertWait, Figure, Gpu, Hardware, KNOWN};
 
 /// hardware.json as `doctor` writes it: what the machine is, and what plans are made from.
@@ -25,14 +25,22 @@ pub struct HardwareFile {
 /// A machine by name or by file.
 #[derive(Clone, Debug)]
 pub enum HardwareChoice {
+    /// This one
+    Here,
     Known(&'static str),
     File(PathBuf),
 }
+
+/// Names this machine.
+pub const HERE: &str = "here";
 
 impl FromStr for HardwareChoice {
     type Err = std::convert::Infallible;
 
     fn from_str(name: &str) -> Result<Self, Self::Err> {
+        if name == HERE {
+            return Ok(HardwareChoice::Here);
+        }
         let known = KNOWN.iter().find(|(known, _)| *known == name);
         Ok(known.map_or_else(
             || HardwareChoice::File(name.into()),
@@ -46,6 +54,7 @@ impl HardwareChoice {
     /// If the file is no hardware.json, holds no figures, or figures that cannot be.
     pub fn load(&self) -> anyhow::Result<Hardware> {
         match self {
+            HardwareChoice::Here => Ok(here()),
             HardwareChoice::Known(name) => Ok(Hardware::known(name).expect("it was found")),
             HardwareChoice::File(path) => read(path),
         }
@@ -79,23 +88,44 @@ fn read(path: &Path) -> anyhow::Result<Hardware> {
     Ok(machine)
 }
 
+/// This machine, its RAM measured in less than a second; its GPU, if it has one, as that of the known
+/// machine most like it.
+pub fn here() -> Hardware {
+    let hardware = HardwareBody::detect();
+    let dram = probe::dram_read_all_cores(&hardware.cpu, &hardware.memory);
+    let this = of_facts(&hardware, dram.as_ref());
+    match hardware.gpu.devices.is_empty() {
+        true => this,
+        false => with_cpu_of(this),
+    }
+}
+
+/// This machine without a GPU; RAM that was not measured as common ones are.
+pub fn on_cpu(hardware: &HardwareBody) -> Hardware {
+    Hardware {
+        gpu: None,
+        ..of_facts(hardware, hardware.dram.as_ref().map(|dram| &dram.all_cores))
+    }
+}
+
 /// This machine, if its RAM was measured; with its GPU if that was measured too.
 pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
     let dram = &hardware.dram.as_ref()?.all_cores;
-    let dram_read_gb_s = Figure {
-        mad: Some(dram.mad_gb_s),
-        ..Figure::measured(dram.median_gb_s)
-    };
-    let probe = hardware.gpu_probe.as_ref();
+    Some(of_facts(hardware, Some(dram)))
+}
+
+fn of_facts(hardware: &HardwareBody, dram: Option<&Rate>) -> Hardware {
+    let dram_read_gb_s = dram.map_or(Figure::modelled(DRAM_GB_S), figure);
+    let gpu_probe = hardware.gpu_probe.as_ref();
     let kernels = hardware.cpu_experts.as_ref().map(|probe| &probe.batches);
     let one_token = kernels.and_then(|batches| batches.first());
     let many_tokens = kernels.and_then(|batches| batches.last());
-    let expert_kernel_gb_s = match (probe, one_token) {
+    let expert_kernel_gb_s = match (gpu_probe, one_token) {
         // Cut as decode beside a GPU cuts it.
         (Some(probe), _) => figure(&probe.cpu_experts),
         (None, Some(batch)) => figure(&batch.weights),
         // The kernels wait for memory and for nothing else.
-        (None, None) => Figure::modelled(dram.median_gb_s),
+        (None, None) => Figure::modelled(dram_read_gb_s.value),
     };
     let expert_kernel_gflops = match many_tokens {
         Some(batch) => Figure {
@@ -104,7 +134,7 @@ pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
         },
         None => Figure::modelled(GFLOPS_PER_CORE * hardware.cpu.usable_cores() as f64),
     };
-    Some(Hardware {
+    Hardware {
         label: hardware.summary(),
         cpu: Cpu {
             name: hardware.cpu.model_name.clone(),
@@ -114,8 +144,8 @@ pub fn this_machine(hardware: &HardwareBody) -> Option<Hardware> {
             expert_kernel_gflops,
             disk_read_gb_s: Figure::modelled(DISK_GB_S),
         },
-        gpu: probe.map(measured_gpu),
-    })
+        gpu: gpu_probe.map(measured_gpu),
+    }
 }
 
 fn figure(rate: &Rate) -> Figure {
@@ -189,26 +219,30 @@ pub fn like_this() -> Hardware {
     }
 }
 
-/// As [`like_this`], with the RAM of this machine as it was measured. What RAM and PCIe deliver
-/// together goes with the RAM.
+/// As [`like_this`], with the RAM of this machine as it was measured.
 pub fn with_gpu(hardware: &HardwareBody) -> Hardware {
+    this_machine(hardware).map_or_else(like_this, with_cpu_of)
+}
+
+/// As [`like_this`], with this CPU and RAM. What RAM and PCIe deliver together goes with the RAM.
+fn with_cpu_of(this: Hardware) -> Hardware {
     let mut machine = like_this();
-    if let Some(this) = this_machine(hardware) {
-        let share = this.cpu.dram_read_gb_s.value / machine.cpu.dram_read_gb_s.value;
-        let both = machine
-            .gpu
-            .as_mut()
-            .and_then(|gpu| gpu.cpu_and_pcie_gb_s.as_mut());
-        if let Some(both) = both {
-            both.value *= share;
-        }
-        machine.label = format!("{}; GPU as {}", this.label, machine.label);
-        machine.cpu = this.cpu;
+    let share = this.cpu.dram_read_gb_s.value / machine.cpu.dram_read_gb_s.value;
+    let both = machine
+        .gpu
+        .as_mut()
+        .and_then(|gpu| gpu.cpu_and_pcie_gb_s.as_mut());
+    if let Some(both) = both {
+        both.value *= share;
     }
+    machine.label = format!("{}; GPU as {}", this.label, machine.label);
+    machine.cpu = this.cpu;
     machine
 }
 
 /// What the int16 kernels reached in prefill: 60 on a Xeon of 16 cores, 150 on an EPYC of 2.
 const GFLOPS_PER_CORE: f64 = 80.0;
+/// Two channels of DDR4-3200, as far as cores get through them.
+const DRAM_GB_S: f64 = 30.0;
 /// A common NVMe drive.
 const DISK_GB_S: f64 = 3.0;

@@ -1,9 +1,11 @@
 //! The verbs: flags and flow of each. Results go to stdout, everything else to stderr.
 
 pub mod bench;
+pub mod completions;
 pub mod doctor;
 pub mod plan;
 pub mod profile;
+pub mod pull;
 pub mod quantize;
 pub mod report;
 pub mod run;
@@ -13,9 +15,12 @@ pub mod synth;
 mod cache_state;
 mod checkpoint_folder;
 mod console;
+mod flags;
 mod interrupt;
 mod load;
 mod machine;
+mod output;
+mod ram;
 mod workloads;
 
 use std::path::Path;
@@ -71,6 +76,9 @@ pub fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => doctor::execute(args, &console),
         Command::Quantize(args) => quantize::execute(args, &console),
         Command::Synth(args) => synth::execute(args, &console),
+        Command::Pull(args) => pull::execute(&args, &console),
+        Command::Completions(args) => completions::completions(&args),
+        Command::Man(args) => completions::man(&args),
     }
 }
 

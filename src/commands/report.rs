@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::console::Console;
+use super::output::prepare_folder;
 use super::plan::budget_curve;
 use super::{Failure, profile};
 use crate::formats::Document;
@@ -12,22 +13,34 @@ use crate::formats::document::{PLACEMENT, RUN};
 use crate::planning::placement::Placement;
 use crate::planning::profile::{DomainProfile, ProfileBody};
 use crate::report::charts::DomainPicks;
+use crate::report::comparable::{Aspect, differences};
 use crate::report::record::RunBody;
 use crate::report::{
-    BudgetCurve, DomainMaps, ReportInputs, RouterPicks, Run, compare, write_report,
+    BudgetCurve, DomainMaps, Outcome, ReportInputs, RouterPicks, Rule, Run, Verdict, ci, names,
+    write_report,
 };
 
 /// Turn run and profile files into tables and charts
 ///
 /// Writes report.html, report.md, CSV files, and each chart as SVG and PNG. With several runs the
 /// first is what the others are compared with; --fail-above makes a slowdown an error, for CI.
+///
+/// A run fails if at any context the median of decode, prefill, time to first token or p99 latency is
+/// worse by more than PERCENT and a rank test excludes noise (p < 0.00125; with too few samples for
+/// that the median alone decides, but for p99), if a context or a figure is missing, if peak memory rises by more
+/// than PERCENT, perplexity by 0.1%, mean KL by PERCENT and 1e-5 nats, or if other tokens are
+/// generated (exit 3). It is undecided, which is no pass, if it is that much worse and may be noise
+/// (exit 1). Runs that were not measured alike are refused (exit 2); --allow-different says
+/// which differences are meant. On a machine with a changing load, `moectl bench --against-binary`
+/// measures both interleaved.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   moectl report bench-out/run.json -o report
   moectl report run.json --profile profile.json --placement placement.json
   moectl report --placement placement.json -o report
-  moectl report baseline.json run.json --fail-above 5%")]
+  moectl report baseline.json run.json --fail-above 5% --ci ci
+  moectl report f16.json int8.json --fail-above 5% --allow-different output")]
 pub struct ReportArgs {
     /// run.json files; the first is the baseline of the others
     #[arg(value_name = "run.json", required_unless_present_any = ["profile", "placement"])]
@@ -42,13 +55,26 @@ pub struct ReportArgs {
     /// Exit with 3 if a later run is worse than the first by more than this share
     #[arg(long, value_name = "PERCENT", value_parser = parse_share)]
     fail_above: Option<f64>,
+    /// Compare although these differ: model, machine, backend, threads, corpus, continuation,
+    /// generated-tokens, budget, contexts, output
+    #[arg(
+        long,
+        value_name = "NAME,...",
+        value_delimiter = ',',
+        requires = "fail_above"
+    )]
+    allow_different: Vec<Aspect>,
+    /// Also write the results for CI to this folder: summary.md, verdict.json, junit.xml,
+    /// github-action-benchmark and Bencher JSON, OpenMetrics
+    #[arg(long, value_name = "FOLDER")]
+    ci: Option<PathBuf>,
     /// Folder of the report
     #[arg(short, long, value_name = "FOLDER", default_value = "report")]
     output: PathBuf,
 }
 
 /// `5%` or `5` to 0.05.
-fn parse_share(text: &str) -> Result<f64, String> {
+pub(super) fn parse_share(text: &str) -> Result<f64, String> {
     let number = text.trim_end_matches('%').parse::<f64>().ok();
     number
         .filter(|percent| *percent >= 0.0 && percent.is_finite())
@@ -76,53 +102,133 @@ pub fn execute(args: ReportArgs, console: &Console) -> anyhow::Result<()> {
     {
         placement.check_model(path, model)?;
     }
+    let paths: Vec<&Path> = args.runs.iter().map(PathBuf::as_path).collect();
+    let names = names::distinguishing(&paths);
+    let runs: Vec<Run> = (names.iter().zip(&documents))
+        .map(|(name, (_, run))| named(name, run))
+        .collect();
+    let verdicts = match args.fail_above {
+        Some(threshold) => judge(
+            &runs,
+            &Rule {
+                threshold,
+                paired: false,
+                allowed: args.allow_different.clone(),
+            },
+        )?,
+        None => Vec::new(),
+    };
     let inputs = ReportInputs {
         title: "moectl report".into(),
-        runs: documents
-            .iter()
-            .map(|(path, run)| named(&name_of(path), run))
-            .collect(),
+        runs,
         router: profile
             .as_ref()
             .map(|profile| router(profile, placement.as_ref().map(|p| &p.body))),
         domains: profile.as_ref().map(domains),
         budget: placement.as_ref().map(budget),
+        verdicts,
     };
-    let files = write_report(&inputs, &args.output)?;
-    if console.json {
-        console.result_json(&serde_json::json!({ "files": files }))?;
-    } else {
-        console.result(list(&args.output, &files))?;
+    prepare_folder(&args.output, &["report.html", "report.md"], console)?;
+    let mut files = write_report(&inputs, &args.output)?;
+    if let Some(folder) = &args.ci {
+        files.extend(ci::write(&inputs, folder)?);
     }
-    match (args.fail_above, documents.split_first()) {
-        (Some(threshold), Some(((_, base), later))) => fail_on_regression(base, later, threshold),
-        _ => Ok(()),
-    }
+    tell(console, &inputs.verdicts, &args.output, &files)?;
+    conclude(&inputs.verdicts)
 }
 
-fn fail_on_regression(
-    base: &Document<RunBody>,
-    later: &[(PathBuf, Document<RunBody>)],
-    threshold: f64,
+fn tell(
+    console: &Console,
+    verdicts: &[Verdict],
+    folder: &Path,
+    files: &[PathBuf],
 ) -> anyhow::Result<()> {
-    let mut lines = Vec::new();
-    for (path, run) in later {
-        let worse = compare(&base.body, &run.body, threshold);
-        lines.extend(
-            worse
-                .iter()
-                .map(|regression| format!("{}: {regression}", path.display())),
-        );
-    }
-    if lines.is_empty() {
+    if console.json {
+        console.result_json(&serde_json::json!({ "files": files, "verdicts": verdicts }))?;
         return Ok(());
     }
-    Err(Failure::Regression(format!(
-        "worse than the baseline by more than {:.1}%:\n  {}",
-        100.0 * threshold,
-        lines.join("\n  ")
+    for verdict in verdicts {
+        console.result(verdict.to_string())?;
+    }
+    if !console.quiet {
+        console.result(list(folder, files))?;
+    }
+    Ok(())
+}
+
+/// Holds later runs against the first.
+///
+/// # Errors
+/// If there is nothing to compare, or what was not measured alike.
+fn judge(runs: &[Run], rule: &Rule) -> anyhow::Result<Vec<Verdict>> {
+    let (base, later) = match runs.split_first() {
+        Some((base, later)) if !later.is_empty() => (base, later),
+        _ => {
+            let reason = format!(
+                "--fail-above compares a run with the first, and {} was given; give a baseline and a run",
+                match runs.len() {
+                    0 => "none",
+                    _ => "only one",
+                }
+            );
+            return Err(Failure::Usage(reason).into());
+        }
+    };
+    for run in later {
+        refuse_unlike(base, run, &rule.allowed)?;
+    }
+    Ok(later.iter().map(|run| rule.judge(base, run)).collect())
+}
+
+/// # Errors
+/// Names what differs and was not allowed to.
+pub(super) fn refuse_unlike(base: &Run, run: &Run, allowed: &[Aspect]) -> anyhow::Result<()> {
+    let mut found = differences(base, run);
+    found.retain(|difference| !allowed.contains(&difference.aspect));
+    if found.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<&str> = found.iter().map(|d| d.aspect.name()).collect();
+    let lines: Vec<String> = found.iter().map(|d| format!("\n  {d}")).collect();
+    Err(Failure::Usage(format!(
+        "{} and {} were not measured alike:{}\nmeasure both alike, or say that this is meant with \
+         --allow-different {}",
+        base.name,
+        run.name,
+        lines.concat(),
+        names.join(",")
     ))
     .into())
+}
+
+/// # Errors
+/// Unless every verdict is a pass.
+pub(super) fn conclude(verdicts: &[Verdict]) -> anyhow::Result<()> {
+    let lines = |outcome| {
+        let these = verdicts.iter().filter(move |v| v.outcome == outcome);
+        let each = |v: &Verdict| {
+            format!(
+                "\n  {}: {}",
+                v.new,
+                v.reasons.join(&format!("\n  {}: ", v.new))
+            )
+        };
+        these.map(each).collect::<String>()
+    };
+    match verdicts.iter().map(|v| v.outcome).max() {
+        Some(Outcome::Fail) => Err(Failure::Regression(format!(
+            "worse than {}:{}",
+            verdicts[0].base,
+            lines(Outcome::Fail)
+        ))
+        .into()),
+        Some(Outcome::Undecided) => Err(anyhow::anyhow!(
+            "undecided whether it is worse than {}:{}",
+            verdicts[0].base,
+            lines(Outcome::Undecided)
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// The report of one bench: tables and charts into `folder`.
@@ -132,12 +238,15 @@ pub(super) fn of_bench(
     profile: Option<&Document<ProfileBody>>,
     placement: &Document<Placement>,
 ) -> anyhow::Result<Vec<PathBuf>> {
+    // What other budgets would give says nothing of a CPU.
+    let gpu = run.body.memory.peak_vram_bytes.is_some();
     let inputs = ReportInputs {
         title: "moectl bench".into(),
         runs: vec![named("this run", run)],
         router: profile.map(|profile| router(profile, Some(&placement.body))),
         domains: profile.map(domains),
-        budget: Some(budget(placement)),
+        budget: gpu.then(|| budget(placement)),
+        verdicts: Vec::new(),
     };
     Ok(write_report(&inputs, folder)?)
 }
@@ -152,21 +261,20 @@ pub(super) fn list(folder: &Path, files: &[PathBuf]) -> String {
     )
 }
 
-fn named(name: &str, run: &Document<RunBody>) -> Run {
+pub(super) fn named(name: &str, run: &Document<RunBody>) -> Run {
     Run {
         name: name.into(),
         model: run
             .model
             .as_ref()
             .map_or(String::new(), |model| model.id.clone()),
+        fingerprint: run
+            .model
+            .as_ref()
+            .and_then(|model| model.fingerprint.clone()),
         created: run.created.clone(),
         body: run.body.clone(),
     }
-}
-
-fn name_of(path: &Path) -> String {
-    path.file_stem()
-        .map_or(String::new(), |stem| stem.to_string_lossy().into_owned())
 }
 
 fn router(profile: &Document<ProfileBody>, placement: Option<&Placement>) -> RouterPicks {

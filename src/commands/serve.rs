@@ -193,12 +193,12 @@ async fn serve(
     }
     let (stop, stopped) = watch::channel(false);
     let watched = service.clone();
-    let quiet = Console { ..*console };
+    let quiet = console.clone();
     tokio::spawn(async move {
         tell_when_ready(&watched, &quiet).await;
     });
     let ends = service.clone();
-    let notes = Console { ..*console };
+    let notes = console.clone();
     tokio::spawn(async move {
         tokio::select! {
             () = interrupted() => {
@@ -353,7 +353,7 @@ fn service(
         parallel: args.sequences.parallel.map(usize::from),
         prefix_cache: args.sequences.prefix_cache as usize,
         cache_file,
-        console: Console { ..*console },
+        console: console.clone(),
     };
     let service = Service::start(args.limits.max_queue, move |jobs| {
         loading.serve(&jobs).map_err(|error| {

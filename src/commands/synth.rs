@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
 
@@ -16,12 +15,12 @@ use super::{Failure, interrupt, workloads};
 use crate::backend::cpu::CpuPrecision;
 use crate::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use crate::formats::writer::Planned;
-use crate::formats::{Bytes, FormatError, atomic};
+use crate::formats::{Bytes, FormatError};
 use crate::hardware::disk;
 use crate::model::source::TEXT_FILES;
 use crate::model::synth::{DEFAULT_LOCALITY, Spec, Weight};
 use crate::model::{ModelConfig, Source};
-use crate::planning::units::{parse_bytes, show_bytes};
+use crate::planning::units::{parse_budget, show_bytes};
 
 /// Write a checkpoint with random weights, to try a machine on
 ///
@@ -47,7 +46,7 @@ pub struct SynthArgs {
     #[arg(long, value_name = "0..1", default_value_t = DEFAULT_LOCALITY)]
     locality: f64,
     /// Largest file of the result (5GB = 5 * 10^9 bytes)
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "5GB")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget, default_value = "5GB")]
     max_shard_size: u64,
     #[command(flatten)]
     shape_args: ShapeArgs,
@@ -156,9 +155,7 @@ pub fn execute(args: SynthArgs, console: &Console) -> anyhow::Result<()> {
     }
     let written = written?;
     for file in TEXT_FILES.into_iter().chain(["config.json"]) {
-        let path = folder.path().join(file);
-        let bytes = source.read_required(file)?;
-        atomic::write(&path, &bytes).with_context(|| path.display().to_string())?;
+        folder.write_file(file, &source.read_required(file)?)?;
     }
     folder.finish()?;
     let seconds = started.elapsed().as_secs_f64();
@@ -181,7 +178,7 @@ pub fn execute(args: SynthArgs, console: &Console) -> anyhow::Result<()> {
     if console.json {
         console.result_json(&record)?;
     } else {
-        console.result(describe(&record, &config))?;
+        console.table(describe(&record, &config))?;
     }
     Ok(())
 }

@@ -1,6 +1,9 @@
 //! The corpora that come with the program.
 
 use crate::formats::corpus::{Corpus, CorpusError};
+use crate::model::Source;
+use crate::model::source::BUILTIN;
+use crate::planning::units::show_tokens;
 
 macro_rules! workloads {
     ($($name:literal),*) => {
@@ -14,6 +17,20 @@ workloads!("chat", "code", "math", "prose", "multilingual", "long");
 
 /// The corpus of long documents: text enough for any context of the built-in model.
 pub const LONG: &str = "long";
+
+/// Tokens of the longest text that the built-in model was trained on.
+const TRAINED_CONTEXT: usize = 8192;
+
+/// What must be said of a context beyond that.
+pub fn beyond_training(source: &Source, context: usize) -> Option<String> {
+    (source.id() == BUILTIN && context > TRAINED_CONTEXT).then(|| {
+        format!(
+            "the built-in model was trained on {} tokens: beyond, speed and memory mean something, the \
+             text and its quality do not",
+            show_tokens(TRAINED_CONTEXT as u64)
+        )
+    })
+}
 
 /// All built-in corpora.
 pub fn all() -> Result<Vec<Corpus>, CorpusError> {

@@ -399,6 +399,104 @@ mod tests {
         assert!(manager.stopped().unwrap().contains("stopped"));
     }
 
+    /// Each group of picks over and over for a trial, on slots that at first hold none of them.
+    fn stopped_by(picks: &[u16]) -> bool {
+        let mut manager = lru(&[0, 1]);
+        for &expert in picks.iter().cycle().take(TRIAL_STEPS as usize) {
+            for layer in 0..2 {
+                manager.observe(layer, &routing(&[expert]), true);
+            }
+        }
+        manager.stopped().is_some()
+    }
+
+    #[test]
+    fn a_cache_must_bring_as_many_more_hits_as_it_copies_experts() {
+        // Each copy brings one hit.
+        assert!(!stopped_by(&[2, 2, 3, 3, 4, 4, 5, 5]));
+        // Many hits more than without copies, but fewer than copies.
+        assert!(stopped_by(&[2, 2, 3, 3, 4, 4, 5, 6]));
+        let trial = |copies| Trial {
+            steps: TRIAL_STEPS,
+            hits: 110,
+            hits_at_first: 100,
+            copies,
+        };
+        assert!(trial(10).pays() && !trial(11).pays());
+    }
+
+    fn lfu() -> ExpertManager {
+        let config = PolicyConfig::LfuDecay {
+            half_life_tokens: 64.0,
+            margin_picks: 0.0,
+        };
+        let layer = config.fill(2, &[0, 1]);
+        ExpertManager::new(config, 8, &[layer.clone(), layer], Throttle::NONE)
+    }
+
+    /// `[layer]` the experts that are copied after a prompt of six tokens with these picks.
+    fn prompt(manager: &mut ExpertManager, picks: [u16; 2]) -> [Vec<usize>; 2] {
+        for layer in 0..2 {
+            manager.observe(layer, &routing(&picks.repeat(6)), false);
+        }
+        manager.prompt_ended();
+        let mut copied = [Vec::new(), Vec::new()];
+        for change in manager.take_changes() {
+            copied[change.layer].push(change.expert);
+        }
+        copied
+    }
+
+    #[test]
+    fn every_prompt_admits_what_it_taught_also_where_the_backend_asked_in_the_one_before() {
+        let mut manager = lfu();
+        // Over PCIe one slot of two changes.
+        assert_eq!(prompt(&mut manager, [2, 3]), [[2], [2]]);
+        assert_eq!(prompt(&mut manager, [4, 4]), [[4], [4]]);
+        manager.observe(0, &routing(&[5, 5, 5, 5, 5, 5, 5, 5]), false);
+        assert_eq!(manager.renew(0, 2).len(), 1);
+        // Layer 0 has had its turn in this prompt, and has one again in the next.
+        assert_eq!(prompt(&mut manager, [5, 5])[0], [0; 0]);
+        assert_eq!(prompt(&mut manager, [6, 6])[0], [6]);
+        // A backend that allows nothing has not had its turn.
+        assert!(manager.renew(0, 0).is_empty());
+        assert_eq!(prompt(&mut manager, [7, 7])[0], [7]);
+    }
+
+    #[test]
+    fn another_sequence_leaves_an_eighth_of_what_was_learnt() {
+        let mut manager = lfu();
+        manager.observe(0, &routing(&[3, 3, 3, 3]), false);
+        let picks = |manager: &ExpertManager| manager.state().layers[0].worth[3];
+        let before = picks(&manager);
+        manager.begin_sequence();
+        assert!(before > 1.0 && (picks(&manager) / before - 0.125).abs() < 1e-6);
+    }
+
+    /// Nothing of what came before may show: copies not yet made, whether a backend has asked, the trial.
+    #[test]
+    fn a_cache_that_starts_over_is_as_it_was_at_first() {
+        let long = 2 * TRIAL_STEPS as u16 - 1;
+        for (mut manager, steps) in [(lru(&[0, 1]), long), (lru(&[0, 1]), 3), (lfu(), 3)] {
+            let first = manager.state();
+            for step in 0..steps {
+                for layer in 0..2 {
+                    manager.observe(layer, &routing(&[2 + step % 6]), true);
+                }
+            }
+            assert_eq!(manager.stopped().is_some(), steps == long);
+            manager.renew(1, 1);
+            manager.start_over();
+            assert_eq!(manager.state(), first);
+            assert!(manager.stopped().is_none() && manager.take_changes().is_empty());
+            assert_eq!((manager.trial.steps, manager.trial.copies), (0, 0));
+            assert_eq!((manager.trial.hits, manager.trial.hits_at_first), (0, 0));
+            if manager.renews() {
+                assert_eq!(prompt(&mut manager, [6, 6]), [[6], [6]]);
+            }
+        }
+    }
+
     #[test]
     fn a_restored_cache_starts_with_what_it_held_and_is_judged_by_that() {
         let mut warm = lru(&[0, 1]);

@@ -34,9 +34,12 @@ impl TextModel {
 
     /// The prompt ids of a conversation, up to where the assistant begins to answer.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        Ok(self
-            .tokenizer
-            .encode(&self.template()?.render(messages, None, true)?)?)
+        Ok(self.tokenizer.encode(&self.render_chat(messages)?)?)
+    }
+
+    /// The text of a conversation, up to where the assistant begins to answer.
+    pub fn render_chat(&self, messages: &[Message]) -> Result<String> {
+        Ok(self.template()?.render(messages, None, true)?)
     }
 
     /// The ids of a corpus record; conversations go through the chat template as they stand.

@@ -1,4 +1,5 @@
-//! A shared, immutable stretch of bytes: part of a mapped file, of the binary, or of memory.
+//! A shared, immutable stretch of bytes: part of a mapped file, of the binary, or of memory, which may
+//! be filled when it is read.
 
 use std::fmt;
 use std::ops::{Deref, Range};
@@ -6,27 +7,32 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
+use super::lazy::Lazy;
+
 /// Bytes that stay valid for as long as anyone holds them; cloning and slicing copy nothing.
 #[derive(Clone)]
 pub struct Bytes {
     owner: Arc<Owner>,
     range: Range<usize>,
+    /// Of a lazy owner, the part that holds the range
+    part: Option<usize>,
 }
 
 enum Owner {
     /// A file, read-only: pages that are dropped come back when they are read again
     File(Mmap),
-    Anonymous(Mmap),
+    Lazy(Lazy),
     Static(&'static [u8]),
     Owned(Vec<u8>),
 }
 
 impl Owner {
-    fn as_slice(&self) -> &[u8] {
+    fn len(&self) -> usize {
         match self {
-            Owner::File(map) | Owner::Anonymous(map) => map,
-            Owner::Static(bytes) => bytes,
-            Owner::Owned(bytes) => bytes,
+            Owner::File(map) => map.len(),
+            Owner::Lazy(lazy) => lazy.len(),
+            Owner::Static(bytes) => bytes.len(),
+            Owner::Owned(bytes) => bytes.len(),
         }
     }
 }
@@ -55,7 +61,12 @@ impl Bytes {
 
     /// Gives back the memory of part of a mapped file, which is read from the file again if anyone
     /// still wants it. Other bytes stay where they are.
+    ///
+    /// Of lazy memory it counts what was used, see [`Lazy::release`].
     pub fn release(&self, range: Range<usize>) {
+        if let (Owner::Lazy(lazy), Some(part)) = (&*self.owner, self.part) {
+            lazy.release(part, range.len());
+        }
         #[cfg(target_os = "linux")]
         if let Owner::File(map) = &*self.owner {
             // All that reading this part can have mapped.
@@ -73,37 +84,60 @@ impl Bytes {
     }
 
     fn new(owner: Owner) -> Self {
-        let range = 0..owner.as_slice().len();
+        let range = 0..owner.len();
         Bytes {
             owner: Arc::new(owner),
             range,
+            part: None,
         }
     }
 
-    /// The same bytes, in memory of their own if they are a part of anonymous memory, which would be kept
-    /// whole for them.
+    /// Without reading them.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    /// The same bytes, in memory of their own if they are part of lazy memory, which would be kept for
+    /// them.
     pub fn detached(&self) -> Bytes {
-        match &*self.owner {
-            Owner::Anonymous(map) if self.range.len() < map.len() => Bytes::from(self.to_vec()),
-            _ => self.clone(),
+        let (Owner::Lazy(lazy), Some(part)) = (&*self.owner, self.part) else {
+            return self.clone();
+        };
+        let whole = self.range.len() == lazy.part_len(part);
+        if whole && !lazy.is_filled(part) {
+            let mut bytes = vec![0; self.range.len()];
+            lazy.fill_into(part, &mut bytes);
+            return Bytes::from(bytes);
         }
+        let bytes = self.to_vec();
+        self.release(0..self.range.len());
+        Bytes::from(bytes)
     }
 
     /// The part of these bytes that `range` names, relative to their start.
     pub fn slice(&self, range: Range<usize>) -> Bytes {
         assert!(range.start <= range.end && range.end <= self.range.len());
         let start = self.range.start;
+        let range = start + range.start..start + range.end;
+        let part = match &*self.owner {
+            Owner::Lazy(lazy) => lazy.part_of(&range),
+            _ => None,
+        };
         Bytes {
             owner: Arc::clone(&self.owner),
-            range: start + range.start..start + range.end,
+            range,
+            part,
         }
     }
 }
 
-impl From<Mmap> for Bytes {
-    /// Of anonymous memory; for files there is [`Bytes::of_file`].
-    fn from(map: Mmap) -> Self {
-        Bytes::new(Owner::Anonymous(map))
+impl From<Lazy> for Bytes {
+    fn from(lazy: Lazy) -> Self {
+        Bytes::new(Owner::Lazy(lazy))
     }
 }
 
@@ -123,7 +157,12 @@ impl Deref for Bytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.owner.as_slice()[self.range.clone()]
+        match &*self.owner {
+            Owner::File(map) => &map[self.range.clone()],
+            Owner::Lazy(lazy) => lazy.bytes(self.part, self.range.clone()),
+            Owner::Static(bytes) => &bytes[self.range.clone()],
+            Owner::Owned(bytes) => &bytes[self.range.clone()],
+        }
     }
 }
 

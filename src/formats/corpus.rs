@@ -1,7 +1,7 @@
 //! Corpora: JSON lines of text, prompts or conversations, read by streaming.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Cursor, Read};
 use std::path::{Path, PathBuf};
 
@@ -9,6 +9,8 @@ use serde::Deserialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use thiserror::Error;
+
+use super::input::{self, Spooled};
 
 /// One line of a corpus.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,6 +46,8 @@ pub struct Corpus {
 #[derive(Clone, Debug)]
 enum Origin {
     File(PathBuf),
+    /// Standard input or a pipe
+    Spooled(Spooled),
     Static(&'static str),
 }
 
@@ -77,12 +81,20 @@ struct Line {
 }
 
 impl Corpus {
-    /// Reads the file once: counts, hashes and checks every line.
+    /// Reads the file once: counts, hashes and checks every line. `-` is standard input.
     ///
     /// # Errors
     /// The first malformed line by number; a file without records.
     pub fn open(path: &Path) -> Result<Self, CorpusError> {
-        Self::check(path.display().to_string(), Origin::File(path.into()))
+        let name = match path == OsStr::new("-") {
+            true => "standard input".into(),
+            false => path.display().to_string(),
+        };
+        match Spooled::from_stream(path) {
+            Ok(Some(spooled)) => Self::check(name, Origin::Spooled(spooled)),
+            Ok(None) => Self::check(name, Origin::File(path.into())),
+            Err(source) => Err(CorpusError::Io { name, source }),
+        }
     }
 
     /// A corpus that is part of the program.
@@ -152,7 +164,8 @@ impl Corpus {
 
     fn reader(&self) -> Result<Box<dyn Read + Send>, CorpusError> {
         match &self.origin {
-            Origin::File(path) => Ok(Box::new(File::open(path).map_err(|e| self.io(e))?)),
+            Origin::File(path) => input::open(path).map_err(|e| self.io(e)),
+            Origin::Spooled(spooled) => Ok(Box::new(spooled.reader())),
             Origin::Static(text) => Ok(Box::new(Cursor::new(text.as_bytes()))),
         }
     }

@@ -6,7 +6,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::atomic;
+use super::atomic::{self, Written};
+use super::input;
 
 /// What a file is, who made it, and for which model.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -131,6 +132,14 @@ pub enum DocumentError {
     },
 }
 
+/// Source: reproducible-builds.org, SOURCE_DATE_EPOCH.
+fn created() -> chrono::DateTime<chrono::Utc> {
+    let epoch = std::env::var("SOURCE_DATE_EPOCH").ok();
+    epoch
+        .and_then(|seconds| chrono::DateTime::from_timestamp(seconds.trim().parse().ok()?, 0))
+        .unwrap_or_else(chrono::Utc::now)
+}
+
 impl<T> Document<T> {
     /// What must stand above anything a person reads of it, if there is such a thing.
     pub fn label(&self) -> Option<&'static str> {
@@ -138,13 +147,14 @@ impl<T> Document<T> {
         synthetic.then_some("SYNTHETIC WEIGHTS")
     }
 
-    /// Wraps `body` with this program's version and the present time.
+    /// Wraps `body` with this program's version and the present time, or that of `SOURCE_DATE_EPOCH`,
+    /// which makes files of the same work equal to the byte.
     pub fn new(schema: Schema, model: Option<ModelId>, body: T) -> Self {
         Document {
             schema: schema.name.into(),
             schema_version: schema.version,
             moectl_version: env!("CARGO_PKG_VERSION").into(),
-            created: chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
+            created: created().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
             model,
             body,
         }
@@ -167,11 +177,11 @@ impl<T> Document<T> {
 }
 
 impl<T: Serialize> Document<T> {
-    /// Writes the file whole or not at all.
+    /// Writes the file as [`atomic::write_with`] does.
     ///
     /// # Errors
     /// [`DocumentError::Io`], naming the path.
-    pub fn write(&self, path: &Path) -> Result<(), DocumentError> {
+    pub fn write(&self, path: &Path) -> Result<Written, DocumentError> {
         atomic::write_json(path, self).map_err(|source| DocumentError::Io {
             path: path.into(),
             source,
@@ -180,12 +190,12 @@ impl<T: Serialize> Document<T> {
 }
 
 impl<T: DeserializeOwned> Document<T> {
-    /// Reads a file of the given kind. Unknown fields are ignored, newer versions refused.
+    /// Reads a file of the given kind, or `-`. Unknown fields are ignored, newer versions refused.
     ///
     /// # Errors
     /// Names the path and whether it is another kind of file, a newer one, or no JSON at all.
     pub fn read(path: &Path, schema: Schema) -> Result<Self, DocumentError> {
-        let text = std::fs::read(path).map_err(|source| DocumentError::Io {
+        let text = input::read(path).map_err(|source| DocumentError::Io {
             path: path.into(),
             source,
         })?;

@@ -1,4 +1,4 @@
-//! Bytes on disk: checkpoints, quantised weights, and files written whole or not at all.
+//! Bytes on disk: checkpoints, quantised weights, and where input comes from and output goes.
 //!
 //! Knows no device and no model: tensors have names, dtypes, shapes and bytes, nothing more.
 
@@ -10,6 +10,8 @@ pub mod document;
 pub mod dtype;
 pub mod error;
 mod header;
+pub mod input;
+pub mod lazy;
 pub mod matrix;
 pub mod nf4;
 pub mod writer;

@@ -9,10 +9,9 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
 
-use memmap2::MmapOptions;
-use rayon::prelude::*;
 use serde_json::{Map, Value, json};
 
+use super::lazy::Lazy;
 use super::{Bytes, Dtype};
 
 /// A tensor to be written.
@@ -124,39 +123,29 @@ impl Writer {
     }
 }
 
-/// A whole safetensors file in memory of its own, its tensors filled in parallel.
+/// A whole safetensors file in memory of its own, each tensor filled when it is first read.
 ///
 /// - `planned`: in file order, the wide types first
-/// - `fill`: given the number of a tensor and its bytes, which are 0; pages that it does not touch
-///   take no memory
+/// - `fill`: given the number of a tensor and its bytes; gives the same ones each time
 ///
 /// # Errors
 /// If the system has no room for it.
 pub fn in_memory(
     planned: &[&Planned],
-    fill: impl Fn(usize, &mut [u8]) + Sync,
+    fill: impl Fn(usize, &mut [u8]) + Send + Sync + 'static,
 ) -> io::Result<Bytes> {
     let mut header = header(planned.iter().copied(), std::iter::empty()).into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
-    let data_len: u64 = planned.iter().map(|tensor| tensor.len_bytes()).sum();
-    let len = 8 + header.len() + data_len as usize;
-    let mut map = MmapOptions::new().len(len).no_reserve_swap().map_anon()?;
-    // Refused only where the kernel has no huge pages: slower, not wrong.
-    #[cfg(target_os = "linux")]
-    let _ = map.advise(memmap2::Advice::HugePage);
-    let (length, rest) = map.split_at_mut(8);
-    length.copy_from_slice(&(header.len() as u64).to_le_bytes());
-    let (header_bytes, mut data) = rest.split_at_mut(header.len());
-    header_bytes.copy_from_slice(&header);
-    let mut tensors = Vec::with_capacity(planned.len());
-    for tensor in planned {
-        let (bytes, rest) = data.split_at_mut(tensor.len_bytes() as usize);
-        tensors.push(bytes);
-        data = rest;
-    }
-    let tensors = tensors.into_par_iter().enumerate();
-    tensors.for_each(|(i, bytes)| fill(i, bytes));
-    Ok(Bytes::from(map.make_read_only()?))
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.append(&mut header);
+    let mut end = file.len();
+    let ranges = planned.iter().map(|tensor| {
+        let start = end;
+        end += tensor.len_bytes() as usize;
+        start..end
+    });
+    let ranges = ranges.collect();
+    Ok(Lazy::new(&file, ranges, Box::new(fill))?.into())
 }
 
 fn header<'a>(

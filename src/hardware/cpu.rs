@@ -139,16 +139,15 @@ fn cache_bytes(root: &Root, level: u64) -> u64 {
 
 /// The tightest quota over period of the control groups this process is in.
 fn quota(root: &Root) -> Option<f64> {
-    let v2 = root.cgroup_v2("cpu.max").into_iter().filter_map(|text| {
+    let v2 = root.cgroup_v2().into_iter().filter_map(|group| {
+        let text = root.text(group.join("cpu.max"))?;
         let (quota, period) = text.split_once(' ')?;
         Some((quota.parse().ok()?, period.parse().ok()?))
     });
-    let v1_quotas = root.cgroup_v1("cpu", "cpu.cfs_quota_us");
-    let v1_periods = root.cgroup_v1("cpu", "cpu.cfs_period_us");
-    let v1 = v1_quotas
-        .iter()
-        .zip(&v1_periods)
-        .filter_map(|(quota, period)| Some((quota.parse().ok()?, period.parse().ok()?)));
+    let v1 = root.cgroup_v1("cpu").into_iter().filter_map(|group| {
+        let number = |file| root.text(group.join(file))?.parse().ok();
+        Some((number("cpu.cfs_quota_us")?, number("cpu.cfs_period_us")?))
+    });
     v2.chain(v1)
         .filter(|&(quota, period): &(f64, f64)| quota > 0.0 && period > 0.0)
         .map(|(quota, period)| quota / period)
@@ -319,6 +318,44 @@ mod tests {
             ("sys/fs/cgroup/a/cpu.max", "150000 100000\n"),
         ]);
         assert_eq!(quota(&Root::at(dir.path())), Some(1.5));
+    }
+
+    /// Whichever of the groups has it.
+    #[test]
+    fn of_several_quotas_the_tightest_counts() {
+        for (own, parent, top, expected) in [
+            ("300000 100000", "150000 100000", "400000 100000", 1.5),
+            ("150000 100000", "300000 100000", "400000 100000", 1.5),
+            ("300000 100000", "400000 100000", "50000 50000", 1.0),
+            // A quota counts by its period.
+            ("300000 200000", "200000 100000", "max 100000", 1.5),
+        ] {
+            let v2 = tree(&[
+                ("proc/self/cgroup", "0::/a/b\n"),
+                ("sys/fs/cgroup/a/b/cpu.max", own),
+                ("sys/fs/cgroup/a/cpu.max", parent),
+                ("sys/fs/cgroup/cpu.max", top),
+            ]);
+            assert_eq!(quota(&Root::at(v2.path())), Some(expected));
+            let v1_file = |group: &str, text: &str| {
+                let (quota, period) = text.split_once(' ').unwrap();
+                let quota = if quota == "max" { "-1" } else { quota };
+                let path = |file: &str| format!("sys/fs/cgroup/cpu/{group}cpu.cfs_{file}_us");
+                [
+                    (path("quota"), quota.to_string()),
+                    (path("period"), period.to_string()),
+                ]
+            };
+            let files = [
+                v1_file("a/b/", own),
+                v1_file("a/", parent),
+                v1_file("", top),
+            ]
+            .concat();
+            let mut files: Vec<(&str, &str)> = files.iter().map(|(p, t)| (&**p, &**t)).collect();
+            files.push(("proc/self/cgroup", "3:cpu:/a/b\n"));
+            assert_eq!(quota(&Root::at(tree(&files).path())), Some(expected));
+        }
     }
 
     #[test]

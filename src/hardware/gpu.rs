@@ -1,12 +1,8 @@
 //! NVIDIA GPUs as the driver describes them, or why there are none.
 
 use nvml_wrapper::enum_wrappers::device::PcieUtilCounter;
-use nvml_wrapper::enums::device::{SampleValue, UsedGpuMemory};
+use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
-use nvml_wrapper::structs::device::FieldId;
-use nvml_wrapper::sys_exports::field_id::{
-    NVML_FI_DEV_PCIE_COUNT_RX_BYTES, NVML_FI_DEV_PCIE_COUNT_TX_BYTES,
-};
 use nvml_wrapper::{Device, Nvml};
 use serde::{Deserialize, Serialize};
 
@@ -142,19 +138,8 @@ impl GpuSource for NvmlGpu {
         let Ok(gpu) = self.nvml.device_by_index(self.index) else {
             return GpuCounters::default();
         };
-        let field = |id| {
-            let values = gpu.field_values_for(&[FieldId(id)]).ok()?;
-            match values.into_iter().next()?.ok()?.value.ok()? {
-                SampleValue::U64(value) => Some(value),
-                SampleValue::U32(value) => Some(value.into()),
-                SampleValue::I64(value) => value.try_into().ok(),
-                SampleValue::F64(_) => None,
-            }
-        };
         GpuCounters {
             energy_mj: gpu.total_energy_consumption().ok(),
-            pcie_rx_bytes: field(NVML_FI_DEV_PCIE_COUNT_RX_BYTES),
-            pcie_tx_bytes: field(NVML_FI_DEV_PCIE_COUNT_TX_BYTES),
         }
     }
 }

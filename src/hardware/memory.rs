@@ -29,6 +29,11 @@ pub struct NumaNode {
 }
 
 impl MemoryFacts {
+    /// Of this machine, now.
+    pub fn detect() -> Self {
+        Self::read(&Root::system())
+    }
+
     pub(super) fn read(root: &Root) -> Self {
         let meminfo = |key| root.field_bytes("proc/meminfo", key);
         let (total_bytes, free_bytes, swap_total_bytes) =
@@ -36,10 +41,12 @@ impl MemoryFacts {
                 (Some(total), Some(free)) => (total, free, meminfo("SwapTotal").unwrap_or(0)),
                 _ => from_sysinfo(),
             };
-        let cgroup_limit_bytes = cgroup_limit(root, total_bytes);
-        let left_in_group = cgroup_limit_bytes
-            .map(|limit| limit.saturating_sub(cgroup_usage(root)))
-            .unwrap_or(u64::MAX);
+        let groups = cgroups(root);
+        // "No limit" is `max` in version 2 and a huge number in version 1; neither is below the RAM.
+        let limited = || (groups.iter()).filter(|group| group.limit_bytes < total_bytes);
+        let cgroup_limit_bytes = limited().map(|group| group.limit_bytes).min();
+        let left = limited().map(|group| group.limit_bytes.saturating_sub(group.used_bytes));
+        let left_in_group = left.min().unwrap_or(u64::MAX);
         Self {
             total_bytes,
             available_bytes: free_bytes.min(left_in_group),
@@ -76,38 +83,41 @@ fn from_sysinfo() -> (u64, u64, u64) {
     )
 }
 
-/// "No limit" is `max` in version 2 and a huge number in version 1; neither is below the RAM.
-fn cgroup_limit(root: &Root, total_bytes: u64) -> Option<u64> {
-    let v2 = root.cgroup_v2("memory.max");
-    let v1 = root.cgroup_v1("memory", "memory.limit_in_bytes");
-    v2.iter()
-        .chain(&v1)
-        .filter_map(|text| text.parse().ok())
-        .filter(|&limit| limit < total_bytes)
-        .min()
+/// One of the control groups this process is in.
+struct Cgroup {
+    limit_bytes: u64,
+    /// What counts against the limit, less the page cache, which gives way; of all processes in it.
+    used_bytes: u64,
 }
 
-/// What counts against the limit, less the page cache, which gives way.
-fn cgroup_usage(root: &Root) -> u64 {
-    let first = |mut v2: Vec<String>, v1: Vec<String>| {
-        v2.extend(v1);
-        v2.into_iter().next().unwrap_or_default()
-    };
-    let used = first(
-        root.cgroup_v2("memory.current"),
-        root.cgroup_v1("memory", "memory.usage_in_bytes"),
-    );
-    let stat = first(
-        root.cgroup_v2("memory.stat"),
-        root.cgroup_v1("memory", "memory.stat"),
-    );
-    let cache = stat.lines().find_map(|line| {
-        let (key, value) = line.split_once(' ')?;
-        matches!(key, "inactive_file" | "total_inactive_file").then(|| value.parse().ok())?
-    });
-    used.parse::<u64>()
-        .unwrap_or(0)
-        .saturating_sub(cache.unwrap_or(0))
+fn cgroups(root: &Root) -> Vec<Cgroup> {
+    let v2 = ["memory.max", "memory.current", "inactive_file"];
+    let v1 = [
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ];
+    let hierarchies = [(root.cgroup_v2(), v2), (root.cgroup_v1("memory"), v1)];
+    let mut found = Vec::new();
+    for (groups, [limit, usage, cache]) in hierarchies {
+        let mut used_bytes = 0;
+        for group in groups {
+            // A group whose usage is not told uses what the one within it does, at least.
+            if let Some(usage) = root.number(group.join(usage)) {
+                let stat = root.text(group.join("memory.stat")).unwrap_or_default();
+                let cache = stat.lines().find_map(|line| {
+                    let (key, value) = line.split_once(' ')?;
+                    (key == cache).then(|| value.parse().ok())?
+                });
+                used_bytes = usage.saturating_sub(cache.unwrap_or(0));
+            }
+            found.extend(root.number(group.join(limit)).map(|limit_bytes| Cgroup {
+                limit_bytes,
+                used_bytes,
+            }));
+        }
+    }
+    found
 }
 
 fn numa_nodes(root: &Root) -> Vec<NumaNode> {
@@ -156,6 +166,71 @@ mod tests {
         assert_eq!(facts.usable_total_bytes(), 8_000_000_000);
         assert_eq!(facts.huge_page_bytes, Some(2 << 20));
         assert_eq!(facts.huge_pages_reserved, 4);
+    }
+
+    /// A group's limit is for all of its processes, not only for those of the group within it.
+    #[test]
+    fn the_smallest_limit_is_told_and_the_group_with_least_left_says_what_is_available() {
+        let facts = |own_limit: &str, parent_limit: &str, parent_used: &str| {
+            let dir = tree(&[
+                ("proc/meminfo", MEMINFO),
+                ("proc/self/cgroup", "0::/user/job\n"),
+                ("sys/fs/cgroup/user/job/memory.max", own_limit),
+                ("sys/fs/cgroup/user/job/memory.current", "3000000000"),
+                (
+                    "sys/fs/cgroup/user/job/memory.stat",
+                    "inactive_file 1000000000",
+                ),
+                ("sys/fs/cgroup/user/memory.max", parent_limit),
+                ("sys/fs/cgroup/user/memory.current", parent_used),
+                ("sys/fs/cgroup/user/memory.stat", "inactive_file 1500000000"),
+            ]);
+            let facts = MemoryFacts::read(&Root::at(dir.path()));
+            (facts.cgroup_limit_bytes, facts.available_bytes)
+        };
+        let gb = 1_000_000_000;
+        let roomy = "3000000000";
+        assert_eq!(
+            facts("4000000000", "8000000000", roomy),
+            (Some(4 * gb), 2 * gb)
+        );
+        assert_eq!(
+            facts("8000000000", "4000000000", roomy),
+            (Some(4 * gb), 2_500_000_000)
+        );
+        // Other processes of the parent have taken most of it.
+        let taken = "9000000000";
+        assert_eq!(
+            facts("4000000000", "8000000000", taken),
+            (Some(4 * gb), 500_000_000)
+        );
+        assert_eq!(
+            facts("max", "8000000000", taken),
+            (Some(8 * gb), 500_000_000)
+        );
+    }
+
+    /// `inactive_file` of version 1 is that of the group without those within it.
+    #[test]
+    fn the_page_cache_of_a_v1_group_is_that_of_all_its_groups() {
+        let dir = tree(&[
+            ("proc/meminfo", MEMINFO),
+            ("proc/self/cgroup", "5:memory:/job\n"),
+            (
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes",
+                "4000000000",
+            ),
+            (
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes",
+                "3000000000",
+            ),
+            (
+                "sys/fs/cgroup/memory/job/memory.stat",
+                "inactive_file 0\ntotal_inactive_file 1000000000\n",
+            ),
+        ]);
+        let facts = MemoryFacts::read(&Root::at(dir.path()));
+        assert_eq!(facts.available_bytes, 2_000_000_000);
     }
 
     #[test]

@@ -18,12 +18,6 @@ pub struct MonitorRecord {
     pub peak_vram_bytes: Option<u64>,
     /// Drawn by the GPU from start to stop.
     pub gpu_energy_j: Option<f64>,
-    /// Over PCIe from start to stop, all processes together: into the GPU
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pcie_rx_bytes: Option<u64>,
-    /// And out of it
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pcie_tx_bytes: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -62,11 +56,12 @@ pub struct GpuReading {
 }
 
 /// Counters of a GPU that only grow; what its source does not count is absent.
+///
+/// The driver's counters of PCIe bytes are not among them: they have 32 bits, and begin anew several
+/// times between two looks. Records of before 2026-12 hold their differences, which mean nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct GpuCounters {
     pub energy_mj: Option<u64>,
-    pub pcie_rx_bytes: Option<u64>,
-    pub pcie_tx_bytes: Option<u64>,
 }
 
 /// Where a monitor reads a GPU: NVML ([`super::gpu::NvmlGpu`]), or what a test makes up.
@@ -75,14 +70,27 @@ pub trait GpuSource: Send {
     fn counters(&mut self) -> GpuCounters;
 }
 
+impl MonitorRecord {
+    /// A rate summed up over the time of the samples, each standing for the time since the one before;
+    /// `None` if no sample has it. GB/s become bytes.
+    pub fn total_bytes(&self, gb_s: fn(&Sample) -> Option<f64>) -> Option<u64> {
+        let mut total = None;
+        for pair in self.samples.windows(2) {
+            if let Some(rate) = gb_s(&pair[1]) {
+                let ms = pair[1].at_ms - pair[0].at_ms;
+                *total.get_or_insert(0.0) += rate * 1e6 * ms.max(0.0);
+            }
+        }
+        total.map(|bytes: f64| bytes.round() as u64)
+    }
+}
+
 impl GpuCounters {
     /// What was counted since `earlier`; absent too where a counter ran backwards.
     pub fn since(&self, earlier: &Self) -> Self {
         let less = |now: Option<u64>, then: Option<u64>| now?.checked_sub(then?);
         Self {
             energy_mj: less(self.energy_mj, earlier.energy_mj),
-            pcie_rx_bytes: less(self.pcie_rx_bytes, earlier.pcie_rx_bytes),
-            pcie_tx_bytes: less(self.pcie_tx_bytes, earlier.pcie_tx_bytes),
         }
     }
 
@@ -115,8 +123,6 @@ impl Monitor {
                     .unwrap_or_else(|| samples.iter().map(|s| s.rss_bytes).max().unwrap_or(0)),
                 peak_vram_bytes: samples.iter().filter_map(|s| s.vram_bytes).max(),
                 gpu_energy_j: counted.energy_j(),
-                pcie_rx_bytes: counted.pcie_rx_bytes,
-                pcie_tx_bytes: counted.pcie_tx_bytes,
                 samples,
             }
         });
@@ -231,8 +237,6 @@ mod tests {
         fn counters(&mut self) -> GpuCounters {
             GpuCounters {
                 energy_mj: Some(1_000_000 + 1500 * self.0),
-                pcie_rx_bytes: Some(10 * self.0),
-                pcie_tx_bytes: None,
             }
         }
     }
@@ -246,8 +250,8 @@ mod tests {
         assert!(looks >= 3);
         assert_eq!(record.peak_vram_bytes, Some(900));
         assert_eq!(record.gpu_energy_j, Some(1.5 * looks as f64));
-        assert_eq!(record.pcie_rx_bytes, Some(10 * looks as u64));
-        assert_eq!(record.pcie_tx_bytes, None);
+        assert!(record.total_bytes(|s| s.pcie_rx_gb_s).unwrap() > 0);
+        assert_eq!(record.total_bytes(|s| s.pcie_tx_gb_s), None);
         assert_eq!(record.samples[1].pcie_rx_gb_s, Some(2.0));
         let json = serde_json::to_value(&record).unwrap();
         let sample = json["samples"][0].as_object().unwrap();
@@ -255,21 +259,36 @@ mod tests {
         for absent in ["gpu_utilisation_percent", "pcie_tx_gb_s"] {
             assert!(!sample.contains_key(absent), "{absent}");
         }
-        assert!(!json.as_object().unwrap().contains_key("pcie_tx_bytes"));
     }
 
     #[test]
     fn a_counter_that_ran_backwards_counted_nothing() {
-        let counters = |energy_mj, pcie_rx_bytes| GpuCounters {
-            energy_mj,
-            pcie_rx_bytes,
-            pcie_tx_bytes: None,
-        };
-        let since = counters(Some(5), Some(7)).since(&counters(Some(9), Some(3)));
-        assert_eq!(since, counters(None, Some(4)));
+        let counters = |energy_mj| GpuCounters { energy_mj };
+        assert_eq!(counters(Some(5)).since(&counters(Some(9))), counters(None));
         assert_eq!(
-            counters(Some(5), None).since(&counters(None, Some(3))),
-            counters(None, None)
+            counters(Some(9)).since(&counters(Some(5))),
+            counters(Some(4))
+        );
+        assert_eq!(counters(Some(5)).since(&counters(None)), counters(None));
+    }
+
+    #[test]
+    fn a_total_is_what_its_rates_come_to() {
+        let sample = |at_ms, gb_s| Sample {
+            at_ms,
+            pcie_rx_gb_s: Some(gb_s),
+            ..Sample::default()
+        };
+        // 40 GB/s for four seconds: forty times what a counter of 32 bits could tell.
+        let record = MonitorRecord {
+            samples: (0..=20)
+                .map(|i| sample(200.0 * f64::from(i), 40.0))
+                .collect(),
+            ..MonitorRecord::default()
+        };
+        assert_eq!(
+            record.total_bytes(|s| s.pcie_rx_gb_s),
+            Some(160_000_000_000)
         );
     }
 }

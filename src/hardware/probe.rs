@@ -78,6 +78,33 @@ const TIME_PER_RATE: Duration = Duration::from_millis(450);
 /// Measures with `threads` cores for about two seconds; `None` if there is not enough memory for
 /// the buffer.
 pub fn dram_read(cpu: &CpuFacts, memory: &MemoryFacts, threads: usize) -> Option<DramProbe> {
+    with_buffer(cpu, memory, threads, |words, cores| DramProbe {
+        buffer_bytes: size_of_val(words) as u64,
+        threads: cores.len(),
+        all_cores: measure(words, cores, 1),
+        one_core: measure(words, &cores[..1], 1),
+        in_cache: measure(
+            &words[..cores.len() * IN_CACHE_WORDS_PER_THREAD],
+            cores,
+            512,
+        ),
+    })
+}
+
+/// Of that the rate of all cores alone, in less than a second.
+pub fn dram_read_all_cores(cpu: &CpuFacts, memory: &MemoryFacts) -> Option<Rate> {
+    with_buffer(cpu, memory, usize::MAX, |words, cores| {
+        measure(words, cores, 1)
+    })
+}
+
+/// Calls `read` with a buffer far beyond the caches, filled, and the cores to read it with.
+fn with_buffer<T>(
+    cpu: &CpuFacts,
+    memory: &MemoryFacts,
+    threads: usize,
+    read: impl FnOnce(&[u64], &[usize]) -> T,
+) -> Option<T> {
     let bytes = (4 * cpu.l3_bytes).clamp(SMALLEST_BUFFER, LARGEST_BUFFER);
     if bytes > memory.available_bytes / 2 {
         return None;
@@ -98,17 +125,7 @@ pub fn dram_read(cpu: &CpuFacts, memory: &MemoryFacts, threads: usize) -> Option
     let _ = buffer.advise(memmap2::Advice::HugePage);
     let words: &mut [u64] = bytemuck::cast_slice_mut(&mut buffer);
     fill(words, &cores);
-    Some(DramProbe {
-        buffer_bytes: bytes,
-        threads: cores.len(),
-        all_cores: measure(words, &cores, 1),
-        one_core: measure(words, &cores[..1], 1),
-        in_cache: measure(
-            &words[..cores.len() * IN_CACHE_WORDS_PER_THREAD],
-            &cores,
-            512,
-        ),
-    })
+    Some(read(words, &cores))
 }
 
 /// Writes every page from the thread that will read it: first touch decides the NUMA node.

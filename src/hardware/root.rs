@@ -56,20 +56,21 @@ impl Root {
         Some(kib * 1024)
     }
 
-    /// A setting of this process' version 2 control group, then of its parents.
-    pub fn cgroup_v2(&self, file: &str) -> Vec<String> {
-        self.cgroup_files(|controllers| controllers.is_empty(), "sys/fs/cgroup", file)
+    /// Folders of this process' version 2 control group and of its parents, its own first.
+    pub fn cgroup_v2(&self) -> Vec<PathBuf> {
+        self.cgroups(|controllers| controllers.is_empty(), "sys/fs/cgroup")
     }
 
-    /// A setting of this process' version 1 control group of one controller, then of its parents.
-    pub fn cgroup_v1(&self, controller: &str, file: &str) -> Vec<String> {
+    /// Folders of this process' version 1 control group of one controller and of its parents, its own
+    /// first.
+    pub fn cgroup_v1(&self, controller: &str) -> Vec<PathBuf> {
         let is_ours = |controllers: &str| controllers.split(',').any(|c| c == controller);
-        self.cgroup_files(is_ours, &format!("sys/fs/cgroup/{controller}"), file)
+        self.cgroups(is_ours, &format!("sys/fs/cgroup/{controller}"))
     }
 
     /// Inside a container the path of `/proc/self/cgroup` is often not visible; the mount point
-    /// itself is then the container's own group, and it is always the last folder tried.
-    fn cgroup_files(&self, is_ours: impl Fn(&str) -> bool, mount: &str, file: &str) -> Vec<String> {
+    /// itself is then the container's own group, and it is always the last folder.
+    fn cgroups(&self, is_ours: impl Fn(&str) -> bool, mount: &str) -> Vec<PathBuf> {
         let groups = self.text("proc/self/cgroup").unwrap_or_default();
         let path = groups.lines().find_map(|line| {
             let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -80,7 +81,7 @@ impl Root {
         };
         Path::new(path.trim_start_matches('/'))
             .ancestors()
-            .filter_map(|group| self.text(Path::new(mount).join(group).join(file)))
+            .map(|group| Path::new(mount).join(group))
             .collect()
     }
 }

@@ -1,12 +1,16 @@
 //! Where a model's files come from: the binary, a folder, the Hugging Face hub and its cache, or a
 //! generator.
 
+mod fetch;
+
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::{ApiBuilder, ApiError, ApiRepo};
+use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
+
+pub use fetch::RemoteFile;
 
 use super::config::{ConfigError, ModelConfig};
 use super::synth::{self, Spec, SpecError, SynthError};
@@ -41,6 +45,8 @@ struct Hub {
     repo: Repo,
     /// `None` when `HF_HUB_OFFLINE` is set.
     api: Option<ApiRepo>,
+    /// The same without the repository, which tells sizes
+    sizes: Option<Api>,
 }
 
 /// A model that cannot be found or opened.
@@ -207,7 +213,7 @@ impl Source {
     }
 
     /// The weights if they are on this machine already: planning needs only the headers, and can
-    /// do without them. Those of a synthetic model are not filled in.
+    /// do without them.
     pub fn local_checkpoint(&self) -> Result<Option<Checkpoint>, SourceError> {
         self.open_checkpoint(false)
     }
@@ -225,7 +231,7 @@ impl Source {
             }
             Files::Folder(folder) => Some(folder.clone()),
             Files::Hub(hub) => hub.weights_folder(&self.id, fetch)?,
-            Files::Synthetic(spec) => return Ok(Some(spec.checkpoint(!fetch)?)),
+            Files::Synthetic(spec) => return Ok(Some(spec.checkpoint()?)),
         };
         let has_weights = |folder: &PathBuf| {
             ["model.safetensors", "model.safetensors.index.json"]
@@ -258,19 +264,20 @@ impl Hub {
         let repo = Repo::with_revision(name.into(), RepoType::Model, revision);
         let offline = std::env::var("HF_HUB_OFFLINE")
             .is_ok_and(|v| !matches!(v.to_lowercase().as_str(), "" | "0" | "false" | "no"));
-        let api = if offline {
+        let sizes = if offline {
             None
         } else {
             let mut builder = ApiBuilder::from_env();
             if let Ok(token) = std::env::var("HF_TOKEN") {
                 builder = builder.with_token(Some(token));
             }
-            Some(builder.build()?.repo(repo.clone()))
+            Some(builder.build()?)
         };
         Ok(Hub {
             cache: Cache::from_env(),
+            api: sizes.as_ref().map(|api| api.repo(repo.clone())),
+            sizes,
             repo,
-            api,
         })
     }
 

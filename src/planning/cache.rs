@@ -448,6 +448,83 @@ mod tests {
         }
     }
 
+    /// What it did before the restore must not show: neither what it learnt, nor what it had saved up.
+    #[test]
+    fn a_restored_cache_behaves_alike_whatever_it_did_before() {
+        let trace = synthetic(3, 16, 4, 4, 90);
+        let steps = steps(trace.records());
+        let (before, after) = steps.split_at(steps.len() / 2);
+        let throttle = Throttle {
+            admits_per_step: 0.25,
+            burst_admits: 3.0,
+        };
+        for config in ALL {
+            let mut saved = cache(config, 6, Throttle::NONE);
+            for (layer, ids) in before {
+                saved.on_step(*layer, ids);
+            }
+            let state = saved.state(config);
+            let mut fresh = cache(config, 6, throttle);
+            fresh.restore(config, &state).unwrap();
+            let mut used = cache(config, 6, throttle);
+            for (layer, ids) in after.iter().rev() {
+                used.on_step(*layer, ids);
+            }
+            used.restore(config, &state).unwrap();
+            for (layer, ids) in after {
+                let expected = fresh.on_step(*layer, ids).to_vec();
+                assert_eq!(used.on_step(*layer, ids), expected, "{}", config.name());
+            }
+            assert_eq!(used.state(config), fresh.state(config), "{}", config.name());
+        }
+    }
+
+    #[test]
+    fn a_restored_cache_keeps_a_pinned_expert_in_one_slot() {
+        let config = PolicyConfig::LruPinned { pinned_share: 0.5 };
+        let build = |hottest: &[u16]| {
+            ExpertCache::build(config, 8, &[config.fill(2, hottest)], Throttle::NONE)
+        };
+        // The saved state has expert 3 in the slot that may change, this placement pins it.
+        let state = build(&[5, 3]).state(config);
+        let mut cache = build(&[3, 5]);
+        state.check_pins(&[config.fill(2, &[3, 5])]).unwrap();
+        cache.restore(config, &state).unwrap();
+        assert_eq!(cache.contents(0), [Some(3), None]);
+        assert_eq!(cache.slot(0, 3), Some(0));
+        for expert in [1, 2] {
+            cache.on_step(0, &[expert]);
+            assert_eq!(cache.contents(0), [Some(3), Some(expert)]);
+        }
+    }
+
+    #[test]
+    fn what_is_saved_up_in_idle_steps_is_capped_and_spent_once() {
+        let throttle = Throttle {
+            admits_per_step: 0.5,
+            burst_admits: 2.0,
+        };
+        let mut cache = cache(PolicyConfig::Lru, 6, throttle);
+        for _ in 0..100 {
+            assert!(cache.on_step(0, &[0, 1, 2, 3]).is_empty());
+        }
+        let mut burst = |ids: [u16; 4]| cache.on_step(0, &ids).len();
+        assert_eq!(burst([6, 7, 8, 9]), 2);
+        // Half an expert a step from here on.
+        assert_eq!([burst([10, 11, 12, 13]), burst([10, 11, 12, 13])], [0, 1]);
+    }
+
+    #[test]
+    fn a_budget_of_bytes_is_shared_by_the_layers_and_sixteen_tokens_of_it_may_be_saved_up() {
+        let throttle = Throttle::of_bytes(3000.0, 100, 40);
+        assert_eq!(
+            (throttle.admits_per_step, throttle.burst_admits),
+            (0.75, 12.0)
+        );
+        // However small the budget, an expert can be copied one day.
+        assert_eq!(Throttle::of_bytes(1.0, 100, 40).burst_admits, 1.0);
+    }
+
     #[test]
     fn a_state_of_other_slots_or_another_policy_is_refused() {
         let mut now = cache(LFU, 6, Throttle::NONE);

@@ -262,4 +262,34 @@ pub(crate) mod tests {
         near(gb(f.always_read_bytes()), 1.628);
         assert!((gb(f.flops_per_token) - 6.7).abs() < 0.1);
     }
+
+    /// Each item as worked out by hand from config.json.
+    #[test]
+    fn every_item_of_the_80b_is_exact() {
+        let f = qwen3_next_80b();
+        let tile = 32 * 64 / 2 + 32 * 2;
+        let tiles = |rows: u64, cols: u64| rows.div_ceil(32) * cols.div_ceil(64) * tile;
+        let attention = tiles(8192, 2048) + 2 * tiles(512, 2048) + tiles(2048, 4096);
+        let delta_net = tiles(12_288, 2048) + tiles(64, 2048) + tiles(2048, 4096);
+        let shared = 2 * tiles(512, 2048) + tiles(2048, 512) + tiles(1, 2048);
+        let vectors = 48 * 2 * 2048 + 2048 + 12 * 2 * 256 + 36 * (8192 * 4 + 2 * 32 + 128);
+        let dense = 12 * attention + 36 * delta_net + 48 * shared + 4 * vectors;
+        assert_eq!((f.dense_bytes, dense), (905_489_408, 905_489_408));
+        assert_eq!(f.router_bytes, 48 * 512 * 2048 * 2);
+        assert_eq!(f.lm_head_bytes, 151_936 * 2048 * 2);
+        assert_eq!(f.embedding_bytes, 151_936 * 2048 * 2);
+        assert_eq!(f.delta_state_bytes, 36 * 32 * 128 * 128 * 4);
+        assert_eq!(f.conv_state_bytes, 36 * 8192 * 3 * 4);
+        assert_eq!(f.context_bytes + f.workspace_bytes, 800_000_000);
+        assert_eq!(f.expert_flops, 2 * 3 * 512 * 2048);
+        assert_eq!(f.flops_per_token, 6_653_411_328);
+        let without_head = f.fixed_vram_bytes_without_head();
+        let parts = [905_489_408, 100_663_296, 75_497_472, 3_538_944, 800_000_000];
+        assert_eq!(without_head, parts.iter().sum::<u64>());
+        assert_eq!(f.fixed_vram_bytes(), without_head + 622_329_856);
+        assert_eq!(
+            f.always_read_bytes(),
+            905_489_408 + 100_663_296 + 622_329_856
+        );
+    }
 }

@@ -15,6 +15,9 @@ pub const TIB: u64 = 1 << 40;
 pub enum UnitError {
     #[error("size `{input}`: {reason}; expected a number of bytes such as 14G, 13.5GiB or 500MB")]
     Bytes { input: String, reason: &'static str },
+    /// Only in [`parse_budget`]
+    #[error("size `{input}`: that is {bytes} bytes; {input}G?")]
+    NoUnit { input: String, bytes: u64 },
     #[error("token count `{input}`: {reason}; expected a number such as 4096 or 32k (32,768)")]
     Tokens { input: String, reason: &'static str },
 }
@@ -42,6 +45,23 @@ pub fn parse_bytes(input: &str) -> Result<u64, UnitError> {
             input: input.into(),
             reason,
         })
+}
+
+/// As [`parse_bytes`], for amounts of memory and disk: a small number without a unit was not meant in
+/// bytes.
+///
+/// # Errors
+/// [`UnitError`].
+pub fn parse_budget(input: &str) -> Result<u64, UnitError> {
+    let bytes = parse_bytes(input)?;
+    let unit = input.trim().ends_with(|c: char| c.is_ascii_alphabetic());
+    match bytes {
+        1..MIB if !unit => Err(UnitError::NoUnit {
+            input: input.trim().into(),
+            bytes,
+        }),
+        _ => Ok(bytes),
+    }
 }
 
 /// Tokens from `4096`, `32k` (32,768) or `1M` (1,048,576); at least one.
@@ -105,6 +125,9 @@ fn unit_of(bytes: u64) -> (u64, &'static str) {
 fn scaled(input: &str, unit: impl Fn(&str) -> Option<u64>) -> Result<(u64, bool), &'static str> {
     const TOO_LARGE: &str = "too large";
     let text = input.trim().to_ascii_lowercase();
+    if text.starts_with('-') {
+        return Err("is negative");
+    }
     let end = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')
         .unwrap_or(text.len());
@@ -172,6 +195,21 @@ mod tests {
         }
         let message = parse_bytes("14X").unwrap_err().to_string();
         assert!(message.contains("`14X`: unknown unit"), "{message}");
+    }
+
+    #[test]
+    fn a_budget_without_a_unit_is_asked_about() {
+        assert_eq!(parse_budget("14G"), Ok(14 << 30));
+        assert_eq!(parse_budget("1k"), Ok(1024));
+        assert_eq!(parse_budget("0"), Ok(0));
+        assert_eq!(parse_budget("15032385536"), Ok(14 << 30));
+        for text in ["14", " 13.5 ", "4096"] {
+            let message = parse_budget(text).unwrap_err().to_string();
+            assert!(
+                message.ends_with(&format!("; {}G?", text.trim())),
+                "{message}"
+            );
+        }
     }
 
     #[test]

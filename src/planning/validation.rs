@@ -45,7 +45,14 @@ pub struct PolicyScore {
     pub chosen: bool,
     pub expert_hit_rate: f64,
     pub h2d_bytes_per_token: f64,
+    /// Predicted time of a token's experts, what the policy copies included; absent where no GPU
+    /// makes use of hits. The policy is the one with the least of it on the documents of the choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub experts_ms: Option<f64>,
 }
+
+/// Milliseconds of a token's experts.
+pub(super) type ExpertTime<'a> = &'a dyn Fn(&Outcome) -> Option<f64>;
 
 /// How documents are gone through.
 #[derive(Clone, Copy, Debug)]
@@ -108,6 +115,7 @@ impl<'a> Split<'a> {
         hottest: &[Vec<u16>],
         chosen: PolicyConfig,
         throttle: Option<Throttle>,
+        time: ExpertTime,
     ) -> Validation {
         let by_share = |&share: &f64| {
             let slots_per_layer = (share * f.num_experts as f64).round() as usize;
@@ -115,7 +123,7 @@ impl<'a> Split<'a> {
             ShareScores {
                 share,
                 slots_per_layer,
-                scores: self.scores(f, &slots, hottest, chosen, throttle),
+                scores: self.scores(f, &slots, hottest, chosen, throttle, time),
             }
         };
         Validation {
@@ -123,7 +131,7 @@ impl<'a> Split<'a> {
             selection_documents: self.selection.len(),
             held_out_documents: self.held_out.len(),
             held_out_tokens: self.tokens(&self.held_out),
-            scores: self.scores(f, slots, hottest, chosen, throttle),
+            scores: self.scores(f, slots, hottest, chosen, throttle, time),
             by_share: SHARES.iter().map(by_share).collect(),
         }
     }
@@ -136,6 +144,7 @@ impl<'a> Split<'a> {
         hottest: &[Vec<u16>],
         chosen: PolicyConfig,
         throttle: Option<Throttle>,
+        time: ExpertTime,
     ) -> Vec<PolicyScore> {
         let tokens = self.tokens(&self.held_out).max(1) as f64;
         let score = |policy: String, is_chosen, outcome: &Outcome| PolicyScore {
@@ -143,6 +152,7 @@ impl<'a> Split<'a> {
             chosen: is_chosen,
             expert_hit_rate: outcome.hit_rate(),
             h2d_bytes_per_token: outcome.moved_bytes(f.expert_bytes) as f64 / tokens,
+            experts_ms: time(outcome),
         };
         let mut scores = Vec::new();
         for config in [PolicyConfig::Static, PolicyConfig::Lru] {

@@ -1,13 +1,17 @@
 //! What a report says, before it is Markdown or HTML.
 
+use super::comparable;
+use super::comparison::{comparisons, interval_text};
 use super::metrics::{
     DECODE_TOK_S, EXPERT_HIT_RATE, ITL_P50_MS, ITL_P90_MS, ITL_P99_MS, METRICS, Metric, PEAK_RSS,
     PEAK_VRAM, PREFILL_TOK_S, TPOT_MS, TTFT_MS,
 };
-use super::record::ContextRun;
-use super::regression::{comparisons, interval_text};
-use super::{Run, terms, units};
+use super::record::{ContextRun, Tier, prediction_error};
+use super::stats::Spread;
+use super::{ReportInputs, Run, Verdict, terms, units};
 use crate::hardware::HardwareBody;
+
+const RESULTS: &str = "Results";
 
 /// One heading with what follows it.
 #[derive(Debug)]
@@ -52,8 +56,10 @@ impl Table {
 }
 
 /// Sections in reading order; those without data are left out.
-pub fn sections(runs: &[Run]) -> Vec<Section> {
-    let mut sections = vec![results(runs)];
+pub fn sections(inputs: &ReportInputs) -> Vec<Section> {
+    let runs = inputs.runs.as_slice();
+    let mut sections: Vec<Section> = inputs.verdicts.iter().map(verdict).collect();
+    sections.push(results(runs));
     sections.extend(comparison(runs));
     sections.extend(prediction(runs));
     sections.extend(memory(runs));
@@ -64,6 +70,31 @@ pub fn sections(runs: &[Run]) -> Vec<Section> {
     sections.push(software(runs));
     sections.push(formulas());
     sections
+}
+
+/// How many sections stand before the charts: verdicts, and what was measured.
+pub fn before_charts(sections: &[Section]) -> usize {
+    let results = sections.iter().position(|s| s.heading == RESULTS);
+    results.map_or(0, |at| at + 1)
+}
+
+fn verdict(verdict: &Verdict) -> Section {
+    let rows = verdict.checks.iter().map(|check| {
+        vec![
+            check.outcome.name().to_string(),
+            check.place(),
+            check.change().unwrap_or_default(),
+            check.p.map_or("–".into(), |p| format!("{p:.4}")),
+            check.reason.clone(),
+        ]
+    });
+    let header = ["outcome", "figure", "change, 95% interval", "p", "reason"];
+    let heading = format!("Verdict: {} against {}", verdict.new, verdict.base);
+    let blocks = vec![
+        Block::Text(format!("Rule: {}.", verdict.rule)),
+        Table::block(5, &header, rows.collect()),
+    ];
+    Section::new(&heading, blocks)
 }
 
 /// What must be said before any number.
@@ -79,6 +110,13 @@ pub fn labels(runs: &[Run]) -> Vec<String> {
         }
         all.push(format!("{name}: executed on {}", labels.executed_on));
         all.extend(labels.notes.iter().map(|note| format!("{name}: {note}")));
+        all.extend(run.body.contexts.iter().filter_map(|context| {
+            let ran = context.ran_tokens()?;
+            let asked = units::tokens(context.context_tokens);
+            Some(format!(
+                "{name}: the text ran out: what is called {asked} ran {ran} tokens"
+            ))
+        }));
     }
     all
 }
@@ -114,10 +152,10 @@ fn results(runs: &[Run]) -> Section {
     let mut header = vec!["run", "context", "n"];
     header.extend(columns.iter().map(|metric| metric.key));
     let mut blocks = vec![
-        Block::Text(
-            "Medians with their bootstrap 95% intervals; every sample is in samples.csv."
-                .to_string(),
-        ),
+        Block::Text(format!(
+            "Medians with their {}; every sample is in samples.csv.",
+            Spread::describe(contexts(runs).map(|(_, c)| c.repetitions.len()))
+        )),
         Table::block(1, &header, rows),
     ];
     let notes: Vec<String> = contexts(runs)
@@ -130,7 +168,7 @@ fn results(runs: &[Run]) -> Section {
     if !notes.is_empty() {
         blocks.push(Block::List(notes));
     }
-    Section::new("Results", blocks)
+    Section::new(RESULTS, blocks)
 }
 
 fn cell(metric: &Metric, context: &ContextRun) -> String {
@@ -162,12 +200,7 @@ fn comparison(runs: &[Run]) -> Option<Section> {
                     value(c.base.median),
                     value(c.new.median),
                     c.ratio().map_or("-".into(), |ratio| format!("{ratio:.2}×")),
-                    if c.intervals_overlap() {
-                        "overlap"
-                    } else {
-                        "apart"
-                    }
-                    .to_string(),
+                    c.intervals().to_string(),
                 ]
             })
             .collect();
@@ -176,7 +209,10 @@ fn comparison(runs: &[Run]) -> Option<Section> {
             blocks.push(Block::Text(text));
             continue;
         }
+        let differing = comparable::differences(base, run);
         let outputs = match base.body.same_output(&run.body) {
+            // Of different prompts or models it says nothing.
+            _ if !differing.is_empty() => "",
             Some(true) => "Both generated the same tokens.",
             Some(false) => "They did not generate the same tokens.",
             None => "",
@@ -186,6 +222,12 @@ fn comparison(runs: &[Run]) -> Option<Section> {
             run.name, base.name
         );
         blocks.push(Block::Text(text.trim_end().to_string()));
+        if !differing.is_empty() {
+            blocks.push(Block::Text("They were not measured alike:".to_string()));
+            blocks.push(Block::List(
+                differing.iter().map(|d| d.to_string()).collect(),
+            ));
+        }
         let header = [
             "context",
             "metric",
@@ -199,36 +241,42 @@ fn comparison(runs: &[Run]) -> Option<Section> {
     (!blocks.is_empty()).then(|| Section::new("Comparison", blocks))
 }
 
+/// Decode and prefill as predicted and as measured, each with how far off that was.
 fn prediction(runs: &[Run]) -> Option<Section> {
+    let error = |predicted, metric: &Metric, context: &ContextRun| {
+        let measured = metric.summary(context)?.median;
+        let error = prediction_error(predicted, measured);
+        Some([
+            units::significant(predicted),
+            units::significant(measured),
+            format!("{:+.1}%", 100.0 * error),
+        ])
+    };
     let rows: Vec<Vec<String>> = contexts(runs)
         .filter_map(|(run, context)| {
             let prediction = context.prediction.as_ref()?;
-            let measured = DECODE_TOK_S.summary(context)?.median;
-            let error = (prediction.decode_tok_s - measured) / measured;
-            let terms: Vec<String> = prediction
-                .terms
-                .iter()
-                .map(|t| format!("{} {}", t.name, units::significant(t.ms_per_token)))
-                .collect();
-            Some(vec![
-                run.name.clone(),
-                terms.join(", "),
-                units::tokens(context.context_tokens),
-                units::significant(prediction.decode_tok_s),
-                units::significant(measured),
-                format!("{:+.1}%", error * 100.0),
-            ])
+            let decode = error(prediction.decode_tok_s, &DECODE_TOK_S, context)?;
+            let prefill = prediction.prefill_tok_s;
+            let prefill = prefill.and_then(|tok_s| error(tok_s, &PREFILL_TOK_S, context));
+            let mut row = vec![run.name.clone(), units::tokens(context.context_tokens)];
+            row.extend(decode);
+            row.extend(prefill.unwrap_or(["–", "–", "–"].map(String::from)));
+            Some(row)
         })
         .collect();
     let header = [
         "run",
-        "predicted terms, ms/token",
         "context",
-        "predicted tok/s",
-        "measured tok/s",
+        "decode tok/s predicted",
+        "measured",
+        "error",
+        "prefill tok/s predicted",
+        "measured",
         "error",
     ];
-    let mut blocks = vec![Table::block(2, &header, rows)];
+    let text = "Errors are predicted / measured - 1: above zero where more was promised than came.";
+    let mut blocks = vec![Block::Text(text.into()), Table::block(1, &header, rows)];
+    blocks.extend(predicted_terms(runs));
     blocks.extend(compared_terms(runs));
     contexts(runs)
         .any(|(_, context)| context.prediction.is_some())
@@ -239,15 +287,12 @@ fn prediction(runs: &[Run]) -> Option<Section> {
 fn compared_terms(runs: &[Run]) -> Option<Block> {
     let rows = contexts(runs).flat_map(|(run, context)| {
         terms::compare(context).into_iter().map(|term| {
-            // What is not predicted is off by all of it.
-            let error = term.error().filter(|_| term.predicted_ms > 0.0);
             vec![
                 run.name.clone(),
                 term.name.to_string(),
                 units::tokens(context.context_tokens),
                 units::significant(term.predicted_ms),
                 units::significant(term.measured_ms),
-                error.map_or("-".into(), |e| format!("{:+.1}%", e * 100.0)),
             ]
         })
     });
@@ -258,9 +303,25 @@ fn compared_terms(runs: &[Run]) -> Option<Block> {
         "context",
         "predicted ms",
         "measured ms",
-        "error",
     ];
     (!rows.is_empty()).then(|| Table::block(2, &header, rows))
+}
+
+/// What a predicted token is made of.
+fn predicted_terms(runs: &[Run]) -> Option<Block> {
+    let rows: Vec<Vec<String>> = contexts(runs)
+        .filter_map(|(run, context)| {
+            let terms = context.prediction.as_ref()?.terms.iter();
+            let terms = terms.map(|t| format!("{} {}", t.name, units::significant(t.ms_per_token)));
+            Some(vec![
+                run.name.clone(),
+                units::tokens(context.context_tokens),
+                terms.collect::<Vec<_>>().join(", "),
+            ])
+        })
+        .collect();
+    let header = ["run", "context", "predicted terms, ms/token"];
+    (!rows.is_empty()).then(|| Table::block(3, &header, rows))
 }
 
 fn memory(runs: &[Run]) -> Option<Section> {
@@ -277,10 +338,17 @@ fn memory(runs: &[Run]) -> Option<Section> {
                 bytes_text,
             ]);
         };
-        for part in &memory.components {
+        for part in memory
+            .components
+            .iter()
+            .filter(|part| run.has_tier(part.tier))
+        {
             row(&part.component, part.tier.name(), part.bytes);
         }
-        if let Some(bytes) = memory.vram_budget_bytes {
+        if let Some(bytes) = memory
+            .vram_budget_bytes
+            .filter(|_| run.has_tier(Tier::Vram))
+        {
             row("budget", "VRAM", bytes);
         }
         if let Some(bytes) = memory.peak_vram_bytes {
@@ -457,8 +525,8 @@ fn formulas() -> Section {
         .collect();
     list.extend([PEAK_RSS, PEAK_VRAM].map(|(key, formula)| format!("{key} = {formula}")));
     list.push(
-        "intervals: percentile bootstrap of the median, 4,000 resamples with a fixed seed; a \
-         comparison says whether they overlap and claims nothing else"
+        "intervals: exact 95% intervals of the median from order statistics; with fewer than 6 \
+         samples the range from the smallest to the largest, of which a comparison says nothing"
             .to_string(),
     );
     Section::new("Formulas", vec![Block::List(list)])

@@ -30,14 +30,17 @@ pub fn width(text: &str, size: f64, weight: Weight) -> f64 {
     text.chars().map(advance).sum::<f64>() * size / f64::from(face.units_per_em())
 }
 
-/// `text`, cut at the end with an ellipsis if it is wider than `room`.
+/// `text`, with an ellipsis in its middle if it is wider than `room`: names differ at their ends.
 pub fn fit(text: &str, size: f64, weight: Weight, room: f64) -> String {
     if width(text, size, weight) <= room {
         return text.to_string();
     }
-    let mut cut: String = text.to_string();
-    while cut.pop().is_some() {
-        let shown = format!("{}…", cut.trim_end());
+    let characters: Vec<char> = text.chars().collect();
+    for kept in (0..characters.len()).rev() {
+        let (head, tail) = (kept.div_ceil(2), kept / 2);
+        let head: String = characters[..head].iter().collect();
+        let tail: String = characters[characters.len() - tail..].iter().collect();
+        let shown = format!("{}…{}", head.trim_end(), tail.trim_start());
         if width(&shown, size, weight) <= room {
             return shown;
         }
@@ -71,7 +74,10 @@ mod tests {
         let wide = width("WWW", 12.0, Weight::Regular);
         assert!(0.0 < narrow && narrow < wide);
         let cut = fit("a rather long name of a model", 12.0, Weight::Regular, 80.0);
-        assert!(cut.ends_with('…'));
+        assert!(
+            cut.starts_with("a r") && cut.ends_with("el") && cut.contains('…'),
+            "{cut}"
+        );
         assert!(width(&cut, 12.0, Weight::Regular) <= 80.0);
         assert_eq!(fit("short", 12.0, Weight::Regular, 80.0), "short");
     }

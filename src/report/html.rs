@@ -8,7 +8,7 @@ use super::{Chart, ReportInputs, content, font};
 
 const STYLE: &str = "
 :root { color: #1b2430; background: #fff; font: 15px/1.55 Inter, 'Helvetica Neue', Arial, sans-serif; }
-body { max-width: 1080px; margin: 0 auto; padding: 40px 24px 80px; }
+body { max-width: 1180px; margin: 0 auto; padding: 40px 24px 80px; }
 h1 { font-size: 27px; font-weight: 600; margin: 0 0 8px; }
 h2 { font-size: 19px; font-weight: 600; margin: 48px 0 8px; }
 ul { padding-left: 20px; color: #5b6673; }
@@ -18,11 +18,15 @@ figure svg { display: block; width: 100%; height: auto; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13px; font-feature-settings: 'tnum'; }
 th { font-weight: 600; text-align: left; vertical-align: bottom; }
-th, td { padding: 5px 18px 5px 0; border-bottom: 1px solid #e6e9ed; }
+th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid #e6e9ed; }
 td { vertical-align: top; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
 pre { background: #f6f8fa; padding: 12px 14px; border-radius: 6px; overflow-x: auto; font-size: 13px; }
 .warning { color: #b45309; font-weight: 600; }
+.verdict { font-weight: 600; padding: 10px 14px; border-radius: 6px; color: #1b2430; }
+.pass { background: #e3f4ec; }
+.undecided { background: #fdf0d9; }
+.fail { background: #fbe3dc; }
 ";
 
 pub fn render(inputs: &ReportInputs, charts: &[Chart]) -> String {
@@ -38,15 +42,25 @@ pub fn render(inputs: &ReportInputs, charts: &[Chart]) -> String {
     if inputs.is_synthetic() {
         out.push_str("<p class=\"warning\">Measured on synthetic weights.</p>\n");
     }
+    for verdict in &inputs.verdicts {
+        let class = verdict.outcome.name();
+        let line = escape(&super::ci::headline(verdict));
+        let _ = writeln!(out, "<p class=\"verdict {class}\">{line}</p>");
+    }
     push_list(&mut out, &content::labels(&inputs.runs));
+    let sections = match inputs.runs.is_empty() {
+        true => Vec::new(),
+        false => content::sections(inputs),
+    };
+    let (first, rest) = sections.split_at(content::before_charts(&sections));
+    first
+        .iter()
+        .for_each(|section| push_section(&mut out, section));
     for chart in charts {
         let _ = writeln!(out, "<figure>\n{}</figure>", chart.svg);
     }
-    if !inputs.runs.is_empty() {
-        for section in content::sections(&inputs.runs) {
-            push_section(&mut out, &section);
-        }
-    }
+    rest.iter()
+        .for_each(|section| push_section(&mut out, section));
     out.push_str("</body>\n</html>\n");
     out
 }
@@ -83,7 +97,9 @@ fn push_table(out: &mut String, table: &Table) {
             } else {
                 " class=\"number\""
             };
-            format!("<{tag}{class}>{}</{tag}>", escape(cell))
+            // Names of metrics may wrap, so that no table is wider than the page.
+            let cell = escape(cell).replace('_', "_<wbr>");
+            format!("<{tag}{class}>{cell}</{tag}>")
         });
         format!("<tr>{}</tr>\n", cells.collect::<String>())
     };

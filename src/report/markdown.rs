@@ -8,18 +8,26 @@ use super::{Chart, ReportInputs, content};
 /// The whole report; pictures are linked as `<name>.png` beside it.
 pub fn render(inputs: &ReportInputs, charts: &[Chart]) -> String {
     let mut out = format!("# {}\n", inputs.title);
+    for verdict in &inputs.verdicts {
+        let _ = write!(out, "\n**{}**\n", escape(&super::ci::headline(verdict)));
+    }
     for label in content::labels(&inputs.runs) {
         let _ = write!(out, "\n- {}", escape(&label));
     }
     out.push('\n');
+    let sections = match inputs.runs.is_empty() {
+        true => Vec::new(),
+        false => content::sections(inputs),
+    };
+    let (first, rest) = sections.split_at(content::before_charts(&sections));
+    first
+        .iter()
+        .for_each(|section| push_section(&mut out, section));
     for chart in charts {
         let _ = write!(out, "\n![{}]({}.png)\n", chart.title, chart.name);
     }
-    if !inputs.runs.is_empty() {
-        for section in content::sections(&inputs.runs) {
-            push_section(&mut out, &section);
-        }
-    }
+    rest.iter()
+        .for_each(|section| push_section(&mut out, section));
     out
 }
 

@@ -3,19 +3,24 @@
 //! A leaf: takes records and numbers, knows no model and no engine.
 
 pub mod charts;
+pub mod ci;
+pub mod comparable;
+pub mod comparison;
 mod content;
 pub mod doctor;
 pub mod font;
 pub mod html;
 pub mod markdown;
 pub mod metrics;
+pub mod names;
+pub mod rank;
 pub mod record;
-pub mod regression;
 pub mod stats;
 pub mod svg;
 pub mod tables;
 pub mod terms;
 pub mod units;
+pub mod verdict;
 mod watched;
 
 use std::io;
@@ -28,7 +33,7 @@ use crate::formats::atomic;
 pub use charts::{BudgetCurve, Chart, DomainMaps, RouterPicks};
 pub use doctor::doctor_report;
 pub use record::RunBody;
-pub use regression::{Regression, compare};
+pub use verdict::{Outcome, Rule, Verdict};
 
 /// One run.json with what its envelope says.
 #[derive(Clone, Debug)]
@@ -37,6 +42,8 @@ pub struct Run {
     pub name: String,
     /// Model id and revision.
     pub model: String,
+    /// SHA-256 of its config and tensors, if it is known.
+    pub fingerprint: Option<String>,
     /// RFC 3339, UTC.
     pub created: String,
     pub body: RunBody,
@@ -54,6 +61,8 @@ pub struct ReportInputs {
     pub domains: Option<DomainMaps>,
     /// Of a placement: what other budgets would give.
     pub budget: Option<BudgetCurve>,
+    /// Of each later run against the first, where that was asked for.
+    pub verdicts: Vec<Verdict>,
 }
 
 #[derive(Debug, Error)]
@@ -69,6 +78,11 @@ pub enum ReportError {
 }
 
 impl Run {
+    /// Whether the run could hold anything there: a CPU has no VRAM, whatever was planned.
+    pub fn has_tier(&self, tier: record::Tier) -> bool {
+        tier != record::Tier::Vram || self.body.labels.executed_on.contains("cuda")
+    }
+
     /// `2025-11-23` of the time stamp.
     pub fn day(&self) -> &str {
         self.created.get(..10).unwrap_or(&self.created)
@@ -104,14 +118,7 @@ pub fn write_report(inputs: &ReportInputs, folder: &Path) -> Result<Vec<PathBuf>
     if inputs.runs.is_empty() && charts.is_empty() {
         return Err(ReportError::Empty);
     }
-    std::fs::create_dir_all(folder).map_err(|source| ReportError::Io {
-        path: folder.to_path_buf(),
-        source,
-    })?;
-    let mut files = Files {
-        folder,
-        written: Vec::new(),
-    };
+    let mut files = Files::in_folder(folder)?;
     files.write("report.html", html::render(inputs, &charts).as_bytes())?;
     files.write("report.md", markdown::render(inputs, &charts).as_bytes())?;
     if !inputs.runs.is_empty() {
@@ -137,7 +144,19 @@ struct Files<'a> {
     written: Vec<PathBuf>,
 }
 
-impl Files<'_> {
+impl<'a> Files<'a> {
+    /// Makes the folder if it is missing.
+    fn in_folder(folder: &'a Path) -> Result<Self, ReportError> {
+        std::fs::create_dir_all(folder).map_err(|source| ReportError::Io {
+            path: folder.to_path_buf(),
+            source,
+        })?;
+        Ok(Files {
+            folder,
+            written: Vec::new(),
+        })
+    }
+
     fn write(&mut self, name: &str, bytes: &[u8]) -> Result<(), ReportError> {
         let path = self.folder.join(name);
         atomic::write(&path, bytes).map_err(|source| ReportError::Io {

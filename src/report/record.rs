@@ -83,14 +83,21 @@ pub enum Continuation {
 /// All repetitions at one context length.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ContextRun {
-    /// As asked for; a prompt may be shorter where the text ran out.
+    /// Prompt and generated tokens together; in records of before 2026-12 as asked for, where the text
+    /// may have run out earlier ([`ContextRun::ran_tokens`]).
     pub context_tokens: usize,
     pub repetitions: Vec<Repetition>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prediction: Option<Prediction>,
-    /// (predicted - measured) / measured decode tok/s, of the median.
+    /// [`prediction_error`] of decode, of the median.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prediction_error: Option<f64>,
+    /// The same of prefill.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefill_prediction_error: Option<f64>,
+    /// When its first run began, on the clock of the monitor's samples.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub started_ms: Option<f64>,
     /// Weights, state and KV cache that one decode step reads, for GB/s and the roofline.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_read_per_token: Option<u64>,
@@ -213,6 +220,12 @@ pub struct Quality {
     pub reference_perplexity: f64,
 }
 
+/// How far a promised speed is off, as a share of the measured one: above zero where it was promised
+/// faster than it is.
+pub fn prediction_error(predicted_tok_s: f64, measured_tok_s: f64) -> f64 {
+    predicted_tok_s / measured_tok_s - 1.0
+}
+
 impl Continuation {
     /// Of a run, in a sentence's part.
     pub fn describe(self) -> &'static str {
@@ -249,13 +262,27 @@ impl MemoryRecord {
 }
 
 impl ContextRun {
-    /// Fills in `prediction_error` from the prediction and the median of the repetitions.
+    /// Fills in the errors from the prediction and the medians of the repetitions.
     pub fn compare_prediction(&mut self) {
-        let measured = metrics::DECODE_TOK_S.summary(self);
-        self.prediction_error =
-            self.prediction.as_ref().zip(measured).and_then(|(p, m)| {
-                (m.median > 0.0).then(|| (p.decode_tok_s - m.median) / m.median)
-            });
+        let prediction = self.prediction.as_ref();
+        let error = |predicted: Option<f64>, metric: &metrics::Metric| {
+            Some(prediction_error(predicted?, metric.summary(self)?.median))
+        };
+        let decode = error(prediction.map(|p| p.decode_tok_s), &metrics::DECODE_TOK_S);
+        let prefill = error(
+            prediction.and_then(|p| p.prefill_tok_s),
+            &metrics::PREFILL_TOK_S,
+        );
+        (self.prediction_error, self.prefill_prediction_error) = (decode, prefill);
+    }
+
+    /// Prompt and generated tokens of the repetitions, where that is not what the context says.
+    pub fn ran_tokens(&self) -> Option<usize> {
+        let tokens = self
+            .repetitions
+            .iter()
+            .map(|r| r.prompt_tokens + r.generated_tokens);
+        tokens.min().filter(|&ran| ran < self.context_tokens)
     }
 
     /// Time between tokens of all repetitions together.

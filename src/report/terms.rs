@@ -14,14 +14,6 @@ pub struct ComparedTerm {
     pub measured_ms: f64,
 }
 
-impl ComparedTerm {
-    /// (predicted - measured) / measured; none of what took no time.
-    pub fn error(&self) -> Option<f64> {
-        (self.measured_ms > 1e-6)
-            .then_some((self.predicted_ms - self.measured_ms) / self.measured_ms)
-    }
-}
-
 /// Of predicted terms, those that pass while the CPU computes experts and the GPU its own.
 const EXPERTS: [&str; 4] = [
     "experts in VRAM",
@@ -133,9 +125,7 @@ mod tests {
         let terms = compare(&context);
         let of = |name: &str| terms.iter().find(|t| t.name == name).unwrap();
         assert_eq!((of("GPU").predicted_ms, of("GPU").measured_ms), (1.75, 2.0));
-        assert_eq!(of("GPU").error(), Some(-0.125));
         assert_eq!(of("experts").predicted_ms, 2.75);
-        assert_eq!(of("experts").error(), Some(0.1));
         let total: f64 = terms.iter().map(|t| t.predicted_ms).sum();
         assert_eq!(total, predicted_ms(context.prediction.as_ref().unwrap()));
     }

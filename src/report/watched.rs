@@ -13,8 +13,8 @@ pub fn section(runs: &[Run]) -> Option<Section> {
         .flat_map(|(run, monitor)| rows(run, monitor))
         .collect();
     let text = "Mean and peak of the samples in monitor.csv, through warm-ups and repetitions; PCIe \
-                rates are of some 20 ms at each sample, totals of the driver's counters, all \
-                processes together. What the machine does not count has no row.";
+                rates are of some 20 ms at each sample, all processes together, and totals those \
+                rates over time. What the machine does not count has no row.";
     let header = ["run", "quantity", "mean", "peak", "total"];
     let blocks = vec![
         Block::Text(text.to_string()),
@@ -32,7 +32,7 @@ fn run_monitor(run: &Run) -> Option<&MonitorRecord> {
 fn rows(run: &Run, monitor: &MonitorRecord) -> Vec<Vec<String>> {
     let bytes = |value: f64| units::bytes(value.round() as u64);
     let number = units::significant;
-    let total = |bytes: Option<u64>| bytes.map(units::bytes);
+    let total = |gb_s| monitor.total_bytes(gb_s).map(units::bytes);
     let mut rows = Vec::new();
     let mut row = |name: &str,
                    value: fn(&Sample) -> Option<f64>,
@@ -78,13 +78,13 @@ fn rows(run: &Run, monitor: &MonitorRecord) -> Vec<Vec<String>> {
         "PCIe to the GPU, GB/s",
         |s| s.pcie_rx_gb_s,
         &number,
-        total(monitor.pcie_rx_bytes),
+        total(|s| s.pcie_rx_gb_s),
     );
     row(
         "PCIe from the GPU, GB/s",
         |s| s.pcie_tx_gb_s,
         &number,
-        total(monitor.pcie_tx_bytes),
+        total(|s| s.pcie_tx_gb_s),
     );
     rows
 }
@@ -108,6 +108,7 @@ mod tests {
         Run {
             name: "one".into(),
             model: String::new(),
+            fingerprint: None,
             created: String::new(),
             body: RunBody { monitor, ..body },
         }
@@ -124,7 +125,6 @@ mod tests {
         let monitor = MonitorRecord {
             samples: vec![sample(Some(100.0)), sample(Some(300.0)), sample(None)],
             gpu_energy_j: Some(50.0),
-            pcie_rx_bytes: Some(2 << 30),
             ..MonitorRecord::default()
         };
         let runs = [run(Some(monitor)), run(None)];
@@ -139,7 +139,6 @@ mod tests {
                 ["CPU cores busy", "2.00", "2.00", ""],
                 ["RAM (RSS)", "1.00 GiB", "1.00 GiB", ""],
                 ["GPU power, W", "200", "300", "50.0 J"],
-                ["PCIe to the GPU, GB/s", "–", "–", "2.00 GiB"],
             ]
         );
         assert!(super::section(&runs[1..]).is_none());

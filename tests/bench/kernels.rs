@@ -4,9 +4,10 @@
 //! median of many short runs, with the 10th and 90th percentile; GB/s counts weight bytes, GFLOP/s
 //! counts two per multiply-add.
 //!
-//! `amx-ab` as FILTER compares the products of many tokens on AVX-512 and AMX, run by turns, which
-//! says more on a machine with noisy neighbours.
+//! `isa-ab` as FILTER compares the products of NF4 on all instruction sets, interleaved, which says
+//! more on a machine with noisy neighbours.
 
+mod interleaved;
 mod offload;
 #[path = "../support/mod.rs"]
 mod support;
@@ -188,70 +189,6 @@ fn matrix_kernels(bench: &Bench, isa: Isa) {
             bench.time(&name, units, unit, own, || {
                 project(&mut pool, isa, &linear, &x, &mut panels);
             });
-        }
-    }
-}
-
-/// AVX-512 and AMX by turns, a millisecond each: what either does, and how they compare.
-fn amx_against_avx512() {
-    const TIME_PER_CASE: f64 = 1.2;
-    const PAIRS: usize = 150;
-    let found = Isa::available();
-    let isas = ["avx512", "amx"].map(|name| found.iter().find(|isa| isa.name() == name));
-    let [Some(avx512), Some(amx)] = isas else {
-        return println!("amx-ab needs a machine with AMX: skipped");
-    };
-    let mut pool = Pool::new(Some(1)).unwrap();
-    let forms = [
-        ("nf4-int16", CpuPrecision::Int16, Integers::Int16),
-        ("nf4-wide", CpuPrecision::Int16, Integers::Wide),
-        ("nf4-int8", CpuPrecision::Int8, Integers::Int8),
-    ];
-    println!("GFLOP/s: median, 90th percentile, best; median of AMX / AVX-512 of each pair");
-    for (form, precision, integers) in forms {
-        for tokens in [6, 8, 10, 12, 16, 32, 64, 512] {
-            // One call is a small part of a run, or one.
-            let rows = (512 * 16 / tokens / 32 * 32).clamp(64, 512);
-            let matrix = nf4(rows, 2048);
-            let mut linear = load(&mut pool, &[(&matrix, precision)]).unwrap().remove(0);
-            linear.integers = integers;
-            let flops = 2.0 * (rows * 2048 * tokens) as f64;
-            let [x, y] = [*avx512, *amx]
-                .map(|isa| activations(&mut pool, isa, tokens, 2048, linear.reads_integers()));
-            let mut panels = Panels::default();
-            let mut seconds_of = |isa, x: &Activations, calls: usize| {
-                let start = own();
-                for _ in 0..calls {
-                    project(&mut pool, isa, &linear, x, &mut panels);
-                }
-                (own() - start) / calls as f64
-            };
-            let sides = [(*avx512, &x), (*amx, &y)].map(|(isa, x)| {
-                seconds_of(isa, x, 1);
-                let calls = (0.001 / seconds_of(isa, x, 1)).round().max(1.0);
-                (isa, x, calls as usize)
-            });
-            let mut rates = [Vec::new(), Vec::new()];
-            let start = wall();
-            while rates[0].len() < PAIRS || wall() - start < TIME_PER_CASE {
-                // Each goes first in every second pair.
-                let first = rates[0].len() % 2;
-                for side in [first, 1 - first] {
-                    let (isa, x, calls) = sides[side];
-                    rates[side].push(flops / seconds_of(isa, x, calls) / 1e9);
-                }
-            }
-            let mut ratios: Vec<f64> =
-                (rates[0].iter().zip(&rates[1]).map(|(a, b)| b / a)).collect();
-            ratios.sort_by(f64::total_cmp);
-            let [a, b] = rates.map(|mut rates| {
-                rates.sort_by(f64::total_cmp);
-                let n = rates.len();
-                let [median, p90, best] = [n / 2, n * 9 / 10, n - 1].map(|i| rates[i]);
-                format!("{median:>7.1} {p90:>7.1} {best:>7.1}")
-            });
-            let (ratio, n) = (ratios[ratios.len() / 2], ratios.len());
-            println!("{form:<9} M={tokens:<3}  avx512 {a}  amx {b}  ratio {ratio:.2}  ({n} pairs)");
         }
     }
 }
@@ -579,8 +516,8 @@ fn model(
 fn main() {
     // `cargo bench` passes --bench; the other argument is the filter.
     let filter = std::env::args().skip(1).find(|a| !a.starts_with('-'));
-    if filter.as_deref() == Some("amx-ab") {
-        return amx_against_avx512();
+    if filter.as_deref() == Some("isa-ab") {
+        return interleaved::instruction_sets();
     }
     let bench = Bench { filter };
     for isa in Isa::available() {

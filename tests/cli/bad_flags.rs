@@ -40,7 +40,16 @@ fn bad_values_are_usage_errors_that_name_the_flag() {
         ("run x --top-p 1.5", "top_p"),
         ("run x --min-p 2", "min_p"),
         ("run x --repetition-penalty 0", "repetition_penalty"),
-        ("run x --seed -1", "-1"),
+        ("run x --seed -2", "expected a whole number from 0, or -1"),
+        ("run x -n -2", "expected a whole number from 0, or -1"),
+        ("run x --temperature -1", "temperature"),
+        ("run x --top-k -1", "expected a whole number from 0"),
+        ("run x --vram -1G", "is negative"),
+        ("run x --vram 14", "14G?"),
+        ("plan --ram 24", "24G?"),
+        ("plan --sweep 8..24", "8G?"),
+        ("run x --threads -1", "expected a whole number from 1"),
+        ("bench --repetitions -1", "expected a whole number from 0"),
         ("run x --threads 0", "--threads"),
         ("run x --backend gpu", "auto, cuda[:N], cpu or reference"),
         ("run x --ctx 0", "--ctx"),
@@ -74,6 +83,9 @@ fn a_prompt_without_tokens_or_without_room_is_a_usage_error() {
     let model = model.to_str().unwrap();
     let run = |rest: &[&str]| sandbox.run_args(&[&["run", "-m", model], rest].concat());
     run(&["--raw", ""]).fails(2, &["prompt is empty"]);
+    run(&[""]).fails(2, &["prompt is empty"]);
+    run(&[" \n "]).fails(2, &["prompt is empty"]);
+    run(&["--system", "x", ""]).fails(2, &["prompt is empty"]);
     run(&["--raw"]).fails(2, &["prompt is empty"]);
     run(&["--ctx", "4", "a long prompt"]).fails(2, &["--ctx", "tokens"]);
 }
@@ -102,13 +114,13 @@ fn an_output_that_cannot_be_written_is_found_before_the_work() {
     let sandbox = Sandbox::new();
     sandbox.write("file", "");
     for line in [
-        "profile -o absent/profile.json",
         "profile -o file/profile.json",
         "profile -o .",
-        "profile --trace absent/t",
-        "plan -o absent/placement.json",
+        "profile -o absent/",
+        "profile --trace file/t",
+        "plan -o file/absent/placement.json",
         "bench -o file",
-        "doctor -o absent/hardware.json",
+        "doctor -o file/hardware.json",
     ] {
         let start = Instant::now();
         let words: Vec<&str> = line.split(' ').collect();

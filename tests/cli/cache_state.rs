@@ -114,7 +114,8 @@ fn without_expert_slots_nothing_is_written_and_that_is_said() {
     let outcome = sandbox.run(&format!("run -m {} {flags}", model.to_str().unwrap()));
     assert!(outcome.ok().stderr.contains("no expert slots"));
     assert!(!sandbox.path("state.json").exists());
-    let missing = flags.replace("state.json", "no/such/folder.json");
+    sandbox.write("file", "");
+    let missing = flags.replace("state.json", "file/state.json");
     let outcome = sandbox.run(&format!("run -m {} {missing}", model.to_str().unwrap()));
-    outcome.fails(1, &["no/such/folder.json", "cannot be written"]);
+    outcome.fails(1, &["file/state.json", "cannot be written"]);
 }

@@ -11,7 +11,10 @@ fn big() -> String {
 #[test]
 fn a_sweep_writes_a_curve_that_never_falls() {
     let sandbox = Sandbox::new();
-    let line = format!("plan --vram 14G --ctx 32k --sweep 8G..24G -m {}", big());
+    let line = format!(
+        "plan --vram 14G --ctx 32k --sweep 8G..24G --hardware laptop-4090 -m {}",
+        big()
+    );
     sandbox.run(&line).ok();
     let mut table = csv::Reader::from_path(sandbox.path("sweep.csv")).unwrap();
     let columns = table.headers().unwrap().clone();
@@ -43,7 +46,7 @@ fn llama_cpp_gets_as_many_layers_as_fit_and_not_one_more() {
     let sandbox = Sandbox::new();
     let line = |vram: &str| {
         let line = format!(
-            "plan --vram {vram} --ctx 32k --export llama.cpp --json -m {}",
+            "plan --vram {vram} --ctx 32k --export llama.cpp --json --hardware laptop-4090 -m {}",
             big()
         );
         sandbox.run(&line).ok().json()
@@ -54,7 +57,10 @@ fn llama_cpp_gets_as_many_layers_as_fit_and_not_one_more() {
     assert!((36..=39).contains(&n(&large)), "{large}");
     assert!(n(&small) > n(&large) && n(&all) == 0);
     assert!(!all["command"].as_str().unwrap().contains("--n-cpu-moe"));
-    let text = format!("plan --vram 14G --ctx 32k --export llama.cpp -m {}", big());
+    let text = format!(
+        "plan --vram 14G --ctx 32k --export llama.cpp --hardware laptop-4090 -m {}",
+        big()
+    );
     let text = sandbox.run(&text).ok().stdout;
     let flag = format!("-c 32768 -ngl 99 -fa on --n-cpu-moe {}", n(&large));
     assert!(text.contains(&flag), "{text}");
@@ -67,7 +73,10 @@ fn llama_cpp_gets_as_many_layers_as_fit_and_not_one_more() {
 #[test]
 fn accelerate_gets_every_module_once_and_no_more_experts_than_fit() {
     let sandbox = Sandbox::new();
-    let line = format!("plan --vram 14G --ctx 32k --export accelerate -m {}", big());
+    let line = format!(
+        "plan --vram 14G --ctx 32k --export accelerate --hardware laptop-4090 -m {}",
+        big()
+    );
     let map = sandbox.run(&line).ok().json();
     let map = map.as_object().unwrap();
     let placement = sandbox.json("placement.json");
@@ -194,7 +203,10 @@ fn a_forced_policy_is_the_policy_of_the_plan() {
         "lfu_decay",
         "least_stale",
     ] {
-        let line = format!("plan --json --vram 14G --policy {name} -m {}", big());
+        let line = format!(
+            "plan --json --vram 14G --policy {name} --hardware laptop-4090 -m {}",
+            big()
+        );
         let placement = sandbox.run(&line).ok().json();
         assert_eq!(placement["policy"]["name"], name);
     }

@@ -4,6 +4,8 @@ use clap::{CommandFactory, Parser};
 use moectl::cli::Cli;
 
 use crate::program::Sandbox;
+#[cfg(unix)]
+use crate::terminal::Terminal;
 
 fn verbs() -> Vec<String> {
     let command = Cli::command();
@@ -28,6 +30,7 @@ fn every_verb_has_a_page_with_examples_that_parse() {
         assert!(examples.lines().count() >= 2, "{examples}");
         for line in examples.lines() {
             let line = line.rsplit(" | ").next().unwrap();
+            let line = line.split(" > ").next().unwrap();
             let words = shell_words(line);
             assert_eq!(words[0], "moectl", "{line}");
             if let Err(error) = Cli::try_parse_from(&words) {
@@ -86,6 +89,80 @@ fn every_flag_is_explained_once_and_says_its_default_once() {
 }
 
 #[test]
+fn shells_complete_verbs_and_flags() {
+    let sandbox = Sandbox::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = sandbox.run(&format!("completions {shell}")).ok().stdout;
+        for word in ["quantize", "top-p", "placement"] {
+            assert!(script.contains(word), "{shell}: {word}");
+        }
+    }
+    sandbox.run("completions tcsh").fails(2, &["bash"]);
+}
+
+#[test]
+fn every_verb_has_a_manual_page_and_so_has_the_program() {
+    let sandbox = Sandbox::new();
+    let page = sandbox.run("man").ok().stdout;
+    assert!(
+        page.starts_with(".ie") || page.contains(".TH moectl 1"),
+        "{page}"
+    );
+    for verb in verbs() {
+        assert!(page.contains(&format!("moectl\\-{verb}(1)")), "{verb}");
+        let page = sandbox.run(&format!("man {verb}")).ok().stdout;
+        assert!(page.contains(&format!(".TH moectl-{verb} 1")), "{page}");
+    }
+    sandbox.run("man fly").fails(2, &["verbs: ", "run"]);
+}
+
+/// What people type out of habit, from llama.cpp and the Hugging Face tools.
+#[test]
+fn short_flags_and_other_names_mean_what_they_mean_elsewhere() {
+    let parse = |line: &str| {
+        let words = shell_words(line);
+        format!(
+            "{:?}",
+            Cli::try_parse_from(&words).unwrap_or_else(|e| panic!("{line}: {e}"))
+        )
+    };
+    for (short, long) in [
+        (
+            "run -p hello -n 5 -c 2k -t 2 -s 7",
+            "run --prompt hello --max-tokens 5 --ctx 2k --threads 2 --seed 7",
+        ),
+        (
+            "run x --temp 0.5 --n-predict 5",
+            "run x --temperature 0.5 --max-tokens 5",
+        ),
+        (
+            "run x --ctx-size 2k --max-new-tokens 5",
+            "run x --ctx 2k --max-tokens 5",
+        ),
+        (
+            "run x --repeat-penalty 1.1",
+            "run x --repetition-penalty 1.1",
+        ),
+        (
+            "run --interactive --system-prompt x",
+            "run --chat --system x",
+        ),
+        ("run x --kv f16", "run x --kv-dtype f16"),
+        ("plan --kv-dtype int8 -c 8k", "plan --kv int8 --ctx 8k"),
+        (
+            "bench -r 3 -c 512 -t 2 --kv f16",
+            "bench --repetitions 3 --ctx 512 --threads 2 --kv-dtype f16",
+        ),
+        ("profile x.jsonl -c 1k", "profile x.jsonl --ctx 1k"),
+    ] {
+        assert_eq!(
+            parse(&format!("moectl {short}")),
+            parse(&format!("moectl {long}"))
+        );
+    }
+}
+
+#[test]
 fn the_version_is_that_of_the_package() {
     let version = Sandbox::new().run("--version").ok().stdout;
     assert!(version.starts_with(concat!("moectl ", env!("CARGO_PKG_VERSION"))));
@@ -110,4 +187,23 @@ fn shell_words(line: &str) -> Vec<String> {
     words.push(word);
     words.retain(|word| !word.is_empty());
     words
+}
+
+#[test]
+#[cfg(unix)]
+fn tables_fit_a_terminal_of_80_columns() {
+    let sandbox = Sandbox::new();
+    let plan = "plan --model synth:qwen3-next-80b-a3b --vram 14G --ctx 32k --explain -q";
+    for line in [
+        plan,
+        "doctor --no-measure",
+        "profile --ctx 16 --shard 1/40 -q",
+    ] {
+        let command = sandbox.command(&line.split(' ').collect::<Vec<_>>());
+        let mut terminal = Terminal::of_width(80, command);
+        assert!(terminal.end().success(), "{line}");
+        for row in terminal.log.lines() {
+            assert!(row.chars().count() <= 80, "{line}: {row}");
+        }
+    }
 }

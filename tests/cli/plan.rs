@@ -9,9 +9,13 @@ use crate::program::{Sandbox, data};
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
 
-/// The placement that `plan` makes for the 80B model.
+/// The placement that `plan` makes for the 80B model on the laptop, or the machine that is named.
 #[track_caller]
 fn plan(flags: &str) -> Value {
+    let flags = match flags.contains("--hardware") {
+        true => flags.to_string(),
+        false => format!("{flags} --hardware laptop-4090"),
+    };
     let sandbox = Sandbox::new();
     let model = data("qwen3-next-80b");
     let line = format!("plan --json -m {} {flags}", model.display());
@@ -104,8 +108,8 @@ fn a_longer_context_costs_slots_and_int8_gives_half_of_them_back() {
 fn a_faster_machine_is_predicted_to_be_faster_and_is_named() {
     let laptop = plan("--vram 14G --ctx 32k");
     let h100 = plan("--vram 76G --ctx 32k --hardware h100");
-    // Room for all 512; the CPU, working beside the GPU, is left the share it is fast enough for.
-    assert!(slots(&h100).iter().all(|&n| (440..=512).contains(&n)));
+    // Room for all 512: nothing is handed over.
+    assert!(slots(&h100).iter().all(|&n| n == 512));
     assert!(h100["hardware"].as_str().unwrap().contains("H100"));
     assert_eq!(laptop["hardware_basis"], "modelled");
     assert_eq!(h100["hardware_basis"], "mixed");
@@ -124,7 +128,10 @@ fn a_faster_machine_is_predicted_to_be_faster_and_is_named() {
 fn the_table_and_the_alternatives_are_for_people() {
     let sandbox = Sandbox::new();
     let model = data("qwen3-next-80b");
-    let line = format!("plan --vram 14G --ctx 32k --explain -m {}", model.display());
+    let line = format!(
+        "plan --vram 14G --ctx 32k --explain --hardware laptop-4090 -m {}",
+        model.display()
+    );
     let text = sandbox.run(&line).ok().stdout;
     for part in [
         "kv cache           VRAM    768.0 MiB",
@@ -145,4 +152,53 @@ fn a_machine_that_is_not_known_is_refused_before_anything_is_written() {
         sandbox.run(line).fails(1, &["nix", "laptop-4090, h100"]);
         assert!(sandbox.files().is_empty(), "{line}");
     }
+}
+
+#[test]
+fn with_room_for_all_experts_none_is_left_in_ram_without_a_word() {
+    for flags in [
+        "--vram 48G --hardware laptop-4090",
+        "--vram 80G --hardware h100",
+    ] {
+        let placement = plan(flags);
+        assert!(slots(&placement).iter().all(|&n| n == 512), "{flags}");
+        let terms = placement["decode"]["terms"].as_array().unwrap();
+        let handoffs = terms
+            .iter()
+            .find(|term| term["name"] == "handoffs")
+            .unwrap();
+        assert_eq!(handoffs["ms"], 0.0, "{flags}");
+    }
+}
+
+#[test]
+fn the_users_own_plan_says_for_which_model_and_machine_it_is_and_how_to_ask_for_others() {
+    let sandbox = Sandbox::new();
+    let text = sandbox.run("plan --vram 14G").ok().stdout;
+    let mut lines = text.lines();
+    let model = lines.next().unwrap();
+    assert!(model.starts_with("model    tiny (built in"), "{text}");
+    assert!(model.contains("--model"), "{text}");
+    let machine = lines.next().unwrap();
+    assert!(machine.starts_with("machine  this one, "), "{text}");
+    assert!(machine.contains("--hardware laptop-4090, h100"), "{text}");
+    if machine.contains("no GPU") {
+        // No GPU, so nothing of a GPU: no VRAM, no speed that a CPU cannot have.
+        assert!(!text.contains("VRAM  "), "{text}");
+        let prefill = text
+            .lines()
+            .find(|line| line.starts_with("prefill"))
+            .unwrap();
+        let tok_s: f64 = prefill.split_whitespace().nth(1).unwrap().parse().unwrap();
+        assert!(tok_s < 200_000.0, "{prefill}");
+    }
+}
+
+#[test]
+fn a_plan_that_is_replaced_is_named() {
+    let sandbox = Sandbox::new();
+    let line = "plan --vram 2G --ctx 1k --hardware laptop-4090";
+    assert!(!sandbox.run(line).ok().stderr.contains("replaced"));
+    let again = sandbox.run(line).ok().stderr;
+    assert!(again.contains("placement.json is replaced"), "{again}");
 }

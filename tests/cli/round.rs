@@ -102,7 +102,9 @@ fn a_trace_is_read_back_and_validates_the_plan() {
     sandbox
         .run("profile corpus.jsonl --trace t.trace --generate 6")
         .ok();
-    let outcome = sandbox.run("plan --trace t.trace --ctx 256 --json").ok();
+    let outcome = sandbox
+        .run("plan --trace t.trace --ctx 256 --json --hardware laptop-4090")
+        .ok();
     let placement = outcome.json();
     assert_envelope(&placement, "moectl.placement");
     assert_eq!(placement["curves_from"], "trace");
@@ -114,7 +116,7 @@ fn a_trace_is_read_back_and_validates_the_plan() {
     // A recording that was cut off is used as far as it goes, and that is said.
     let trace = std::fs::read(sandbox.path("t.trace")).unwrap();
     sandbox.write("cut.trace", &trace[..trace.len() - 40]);
-    let outcome = sandbox.run("plan --trace cut.trace --ctx 256");
+    let outcome = sandbox.run("plan --trace cut.trace --ctx 256 --hardware laptop-4090");
     assert!(outcome.ok().stderr.contains("cut.trace: cut off"));
 }
 
@@ -123,7 +125,7 @@ fn the_chosen_policy_is_never_a_point_below_static_or_lru_on_held_out_text() {
     // The built-in model, because its router is trained.
     let sandbox = Sandbox::new();
     sandbox.run("profile --trace t.trace").ok();
-    let plan = sandbox.run("plan --trace t.trace --vram 2G --ctx 1k --json");
+    let plan = sandbox.run("plan --trace t.trace --vram 2G --ctx 1k --json --hardware laptop-4090");
     let validation = &plan.ok().json()["validation"];
     assert!(validation["held_out_tokens"].as_u64().unwrap() > 20_000);
     let shares = validation["by_share"].as_array().unwrap();
@@ -150,7 +152,9 @@ fn the_chosen_policy_is_never_a_point_below_static_or_lru_on_held_out_text() {
 fn a_round_from_profile_to_report() {
     let sandbox = sandbox();
     sandbox.run("profile corpus.jsonl --generate 4").ok();
-    sandbox.run("plan --profile profile.json --ctx 128").ok();
+    sandbox
+        .run("plan --profile profile.json --ctx 128 --hardware laptop-4090")
+        .ok();
     assert_envelope(&sandbox.json("placement.json"), "moectl.placement");
 
     let bench = "bench corpus.jsonl --placement placement.json --ctx 24,48 -n 4 \
@@ -198,7 +202,7 @@ fn a_round_from_profile_to_report() {
         assert_eq!(outcome.code, Some(code), "{outcome:?}");
         assert!(sandbox.path(name).join("report.md").is_file());
         if code == 3 {
-            for part in ["slower.json: ", "% worse", "decode_tok_s"] {
+            for part in ["slower: ", "% worse", "decode_tok_s"] {
                 assert!(outcome.stderr.contains(part), "{outcome:?}");
             }
         }
@@ -240,20 +244,188 @@ fn bench_decodes_the_text_of_the_corpus_or_what_it_samples() {
         outcome.stdout.contains("decoded what was sampled"),
         "{outcome:?}"
     );
+}
 
-    // Where the text ends before the context, its last tokens are the ones decoded.
+#[test]
+fn a_label_says_what_ran_or_the_text_is_too_short_and_that_is_an_error() {
+    let sandbox = sandbox();
     sandbox.write(
         "corpus.jsonl",
         r#"{"text": "one two three four five six seven eight"}"#,
     );
-    let (_, [prompt, decoded], _, outcome) = bench(2, "--ctx 64");
-    assert!(prompt > 0 && prompt < 58 && decoded == 6, "{prompt}");
-    let note = format!("holds {} tokens, 64 were asked for", prompt + decoded);
-    assert!(outcome.stderr.contains(&note), "{note}: {outcome:?}");
-    sandbox.write("corpus.jsonl", r#"{"text": "one"}"#);
-    let line = "bench corpus.jsonl --model synth:tiny?layers=2&experts=8 -n 6 --ctx 64";
-    let parts = ["to decode after it", "--continuation sampled"];
-    sandbox.run(line).fails(2, &parts);
+    let line = "bench corpus.jsonl --model synth:tiny?layers=2&experts=8 -n 6 --ctx 12,64 \
+                --repetitions 1 --quality-tokens 0";
+    for continuation in ["sampled", "text"] {
+        let outcome = sandbox.run(&format!("{line} --continuation {continuation}"));
+        outcome.fails(2, &["corpus.jsonl holds ", "wants ", "--repeat-text"]);
+        assert!(!sandbox.path("bench-out/run.json").exists());
+    }
+    let outcome = sandbox.run(&format!("{line} --repeat-text")).ok();
+    assert!(outcome.stderr.contains("was gone through"), "{outcome:?}");
+    let run = sandbox.json("bench-out/run.json");
+    for context in run["contexts"].as_array().unwrap() {
+        let repetition = &context["repetitions"][0];
+        let ran = repetition["prompt_tokens"].as_u64().unwrap() + 6;
+        assert_eq!(context["context_tokens"].as_u64().unwrap(), ran);
+    }
+    let notes = run["labels"]["notes"].to_string();
+    assert!(notes.contains("routing repeats itself"), "{notes}");
+}
+
+#[test]
+fn prefill_and_decode_are_compared_with_their_predictions_by_one_sign() {
+    let sandbox = sandbox();
+    let line = "bench corpus.jsonl --ctx 24 -n 4 --repetitions 2 --quality-tokens 0";
+    let text = sandbox.run(line).ok().stdout;
+    assert!(text.contains("range in brackets"), "{text}");
+    assert!(!text.contains("95%"), "{text}");
+    let run = sandbox.json("bench-out/run.json");
+    let context = &run["contexts"][0];
+    for (predicted, error, metric) in [
+        ("decode_tok_s", "prediction_error", "decode_tok_s"),
+        ("prefill_tok_s", "prefill_prediction_error", "prefill_tok_s"),
+    ] {
+        let predicted = context["prediction"][predicted].as_f64().unwrap();
+        let repetitions = context["repetitions"].as_array().unwrap();
+        let sum: f64 = repetitions
+            .iter()
+            .map(|r| r[metric].as_f64().unwrap())
+            .sum();
+        let expected = predicted / (sum / 2.0) - 1.0;
+        let error = context[error].as_f64().unwrap();
+        assert!((error - expected).abs() < 1e-9, "{metric}");
+        let shown = format!("({:+.0}%", 100.0 * error);
+        assert!(text.contains(&shown), "{shown}: {text}");
+    }
+    // A CPU has no VRAM, whatever a plan would put there.
+    let components = run["memory"]["components"].as_array().unwrap();
+    assert!(
+        components.iter().all(|c| c["tier"] != "vram"),
+        "{components:?}"
+    );
+    assert!(run["memory"]["vram_budget_bytes"].is_null());
+}
+
+/// A run file of the sandbox with something of it changed.
+fn write_changed(sandbox: &Sandbox, name: &str, run: &Value, change: impl Fn(&mut Value)) {
+    let mut other = run.clone();
+    change(&mut other);
+    sandbox.write(name, other.to_string());
+}
+
+#[test]
+fn a_gate_passes_only_what_was_compared_and_alike() {
+    let sandbox = sandbox();
+    let line = "bench corpus.jsonl --ctx 24,48 -n 4 --repetitions 6 --quality-tokens 32";
+    sandbox.run(line).ok();
+    let run = sandbox.json("bench-out/run.json");
+    let gate = |files: &str| sandbox.run(&format!("report {files} --fail-above 5% -o report"));
+    write_changed(&sandbox, "same.json", &run, |_| {});
+    let outcome = gate("bench-out/run.json same.json").ok();
+    assert!(outcome.stdout.contains("verdict: PASS"), "{outcome:?}");
+    assert!(outcome.stdout.contains("rule: fails if"), "{outcome:?}");
+
+    gate("bench-out/run.json").fails(2, &["only one was given"]);
+    for (name, change, part) in [
+        ("model", "/model/id", "model: "),
+        ("machine", "/hardware/cpu/model_name", "machine: "),
+        ("backend", "/labels/executed_on", "backend: "),
+        ("corpus", "/settings/corpus_sha256", "corpus: "),
+    ] {
+        write_changed(&sandbox, "other.json", &run, |other| {
+            *other.pointer_mut(change).unwrap() = json!("something else altogether");
+        });
+        let outcome = gate("bench-out/run.json other.json");
+        outcome.fails(2, &[part, &format!("--allow-different {name}")]);
+        let outcome = gate(&format!(
+            "bench-out/run.json other.json --allow-different {name}"
+        ));
+        outcome.ok();
+    }
+    let fails = |change: &dyn Fn(&mut Value), part: &str| {
+        write_changed(&sandbox, "worse.json", &run, change);
+        let outcome = gate("bench-out/run.json worse.json");
+        assert_eq!(outcome.code, Some(3), "{outcome:?}");
+        assert!(outcome.stderr.contains(part), "{part}: {outcome:?}");
+        assert!(outcome.stdout.contains("verdict: FAIL"), "{outcome:?}");
+    };
+    fails(&|r| r["contexts"] = json!([]), "missing");
+    fails(
+        &|r| drop(r["contexts"].as_array_mut().unwrap().pop()),
+        "context at 48 context",
+    );
+    fails(&|r| r["contexts"][0]["repetitions"] = json!([]), "missing");
+    fails(
+        &|r| r["quality"]["mean_kl_nats"] = json!(0.5),
+        "mean_kl_nats",
+    );
+    fails(&|r| r["quality"]["perplexity"] = json!(1e9), "perplexity");
+    fails(
+        &|r| drop(r.as_object_mut().unwrap().remove("quality")),
+        "quality: missing",
+    );
+    fails(
+        &|r| r["contexts"][0]["repetitions"][0]["output_sha256"] = json!("other"),
+        "other tokens were generated",
+    );
+    // Both without contexts: nothing was compared, which is no pass.
+    write_changed(&sandbox, "empty.json", &run, |r| r["contexts"] = json!([]));
+    sandbox.write(
+        "empty2.json",
+        std::fs::read(sandbox.path("empty.json")).unwrap(),
+    );
+    let outcome = gate("empty.json empty2.json");
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+}
+
+#[test]
+fn ten_percent_slower_fails_in_every_format_that_ci_reads() {
+    let sandbox = sandbox();
+    let line = "bench corpus.jsonl --ctx 24 -n 4 --repetitions 10 --quality-tokens 0 -q";
+    let outcome = sandbox.run(line).ok();
+    assert_eq!(outcome.stderr, "");
+    let run = sandbox.json("bench-out/run.json");
+    // Steady samples, so that the test is one of the rule and not of this machine.
+    let steady = |factor: f64| {
+        move |run: &mut Value| {
+            let repetitions = run["contexts"][0]["repetitions"].as_array_mut().unwrap();
+            let first = repetitions[0].clone();
+            for (i, repetition) in repetitions.iter_mut().enumerate() {
+                *repetition = first.clone();
+                stretch(repetition, factor * (1.0 + 0.001 * i as f64));
+            }
+        }
+    };
+    write_changed(&sandbox, "base.json", &run, steady(1.0));
+    write_changed(&sandbox, "slow.json", &run, steady(1.1));
+    let line = "report base.json slow.json --fail-above 5% --ci ci -q";
+    let outcome = sandbox.run(line);
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    assert!(outcome.stderr.contains("slow: decode_tok_s"), "{outcome:?}");
+    assert!(!outcome.stdout.contains("wrote"), "{outcome:?}");
+    let read = |name: &str| std::fs::read_to_string(sandbox.path("ci").join(name)).unwrap();
+    let verdict: Value = serde_json::from_str(&read("verdict.json")).unwrap();
+    assert_eq!(verdict[0]["outcome"], "fail");
+    assert!(read("summary.md").contains("### ❌ fail: slow against base"));
+    assert!(read("summary.md").contains('█'));
+    let junit = read("junit.xml");
+    assert!(
+        junit.contains("<failure message=\"decode_tok_s at 24 context"),
+        "{junit}"
+    );
+    let bigger: Value = serde_json::from_str(&read("benchmark-bigger-is-better.json")).unwrap();
+    assert_eq!(bigger[0]["unit"], "tok/s");
+    let bencher: Value = serde_json::from_str(&read("bencher.json")).unwrap();
+    assert!(
+        bencher["context 24"]["decode-tok-s"]["value"]
+            .as_f64()
+            .unwrap()
+            > 0.0
+    );
+    assert!(read("openmetrics.txt").ends_with("# EOF\n"));
+    let line = "report base.json base.json --fail-above 5% --json";
+    let printed = sandbox.run(line).ok().json();
+    assert_eq!(printed["verdicts"][0]["outcome"], "pass");
 }
 
 /// Makes a repetition take `factor` times as long.
@@ -296,4 +468,85 @@ fn doctor_writes_the_facts_it_prints() {
     assert_eq!(facts, sandbox.json("hardware.json"));
     let shown = sandbox.run("doctor --no-measure").ok().stdout;
     assert!(shown.to_lowercase().contains("gpu"), "{shown}");
+}
+
+/// Ctrl-C once the first repetitions are done: they are kept, and the exit code tells.
+#[cfg(unix)]
+#[test]
+fn ctrl_c_keeps_the_samples_that_there_are() {
+    use std::process::Stdio;
+
+    let sandbox = sandbox();
+    let line = "bench corpus.jsonl --ctx 24,48 -n 4 --repetitions 1000000 --quality-tokens 0 \
+                --placement placement.json";
+    sandbox.run("plan --ctx 128 --hardware laptop-4090").ok();
+    let mut child = sandbox
+        .command(&line.split_whitespace().collect::<Vec<_>>())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let told = std::io::BufReader::new(child.stderr.take().unwrap());
+    let loaded =
+        std::io::BufRead::lines(told).find(|line| line.as_ref().unwrap().contains("by cpu"));
+    assert!(loaded.is_some());
+    // The measurement itself tells nothing on a pipe; this long it makes thousands of repetitions.
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    // SAFETY: a signal to a process that we started and have not waited for.
+    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let run = sandbox.json("bench-out/run.json");
+    let contexts = run["contexts"].as_array().unwrap();
+    assert_eq!(contexts.len(), 1);
+    assert!(!contexts[0]["repetitions"].as_array().unwrap().is_empty());
+    assert!(
+        run["labels"]["notes"].to_string().contains("interrupted"),
+        "{run}"
+    );
+    assert!(sandbox.path("bench-out/report.html").is_file());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_build_is_compared_with_another_in_rounds_and_a_seeded_slowdown_fails() {
+    let sandbox = sandbox();
+    // "Another build": this one, all that it measures made a third faster.
+    let other = sandbox.path("other.sh");
+    let script = format!(
+        "#!/bin/sh\nMOECTL={} SLOWER=0.67 exec python3 {}/scripts/ci/slower.py \"$@\"\n",
+        env!("CARGO_BIN_EXE_moectl"),
+        env!("CARGO_MANIFEST_DIR")
+    );
+    sandbox.write("other.sh", script);
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let line = "bench corpus.jsonl --ctx 48 -n 8 --repetitions 3 --quality-tokens 16 --ci ci";
+    let outcome = sandbox.run(&format!("{line} --against-binary other.sh --fail-above 5%"));
+    if outcome.stderr.contains("python3") {
+        eprintln!("no python3; not tested");
+        return;
+    }
+    assert_eq!(outcome.code, Some(3), "{outcome:?}");
+    for part in [
+        "the machine's own noise",
+        "9 rounds",
+        "verdict: FAIL",
+        "decode_tok_s",
+    ] {
+        assert!(outcome.stdout.contains(part), "{part}: {outcome:?}");
+    }
+    for file in [
+        "bench-out/report.html",
+        "bench-out/base/run.json",
+        "ci/junit.xml",
+    ] {
+        assert!(sandbox.path(file).is_file(), "{file}");
+    }
+    let line = "bench --against-binary absent --fail-above 5%";
+    sandbox
+        .run(line)
+        .fails(2, &["absent: there is no such file"]);
+    sandbox
+        .run("bench --fail-above 5%")
+        .fails(2, &["--against-binary"]);
 }

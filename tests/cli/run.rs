@@ -130,6 +130,59 @@ fn a_prompt_comes_from_the_argument_from_standard_input_or_as_ids() {
 }
 
 #[test]
+fn what_is_piped_in_goes_after_the_prompt_and_files_between() {
+    let sandbox = Sandbox::new();
+    sandbox.write("notes.txt", "from a file\n");
+    let model = small_model();
+    let prompt_ids = |flags: &str, input: &str| {
+        let line = format!("run -m {} --json -n 1 {flags}", model.display());
+        ids(&sandbox.pipe(&line, input).ok().json()["prompt_ids"])
+    };
+    let given = |text: &str| {
+        let outcome = small(&sandbox, &["--json", "-n", "1", text]);
+        ids(&outcome.ok().json()["prompt_ids"])
+    };
+    let both = given("Summarise:\n\nfrom a pipe\n");
+    assert_eq!(prompt_ids("Summarise:", "from a pipe\n"), both);
+    assert_eq!(prompt_ids("-p Summarise:", "from a pipe\n"), both);
+    let all = given("Summarise:\n\nfrom a file\n\nfrom a pipe\n");
+    assert_eq!(prompt_ids("Summarise: -f notes.txt", "from a pipe\n"), all);
+    assert_eq!(prompt_ids("-", "from a pipe\n"), given("from a pipe\n"));
+    assert_eq!(prompt_ids("-f -", "from a pipe\n"), given("from a pipe\n"));
+}
+
+#[test]
+fn a_seed_in_json_survives_readers_that_keep_numbers_as_f64() {
+    let sandbox = Sandbox::new();
+    let seed = |flags: &[&str]| {
+        let record = small(&sandbox, &[&["--json", "-n", "1", "x"], flags].concat());
+        record.ok().json()["seed"].clone()
+    };
+    let largest = 1u64 << 53;
+    assert_eq!(seed(&["--seed", &largest.to_string()]), largest);
+    assert_eq!(
+        seed(&["-s", "18446744073709551615"]),
+        "18446744073709551615"
+    );
+    for flags in [&[][..], &["--seed", "-1"]] {
+        assert!(seed(flags).as_u64().unwrap() <= largest);
+    }
+}
+
+#[test]
+fn a_negative_number_of_tokens_is_no_limit_but_the_context() {
+    let sandbox = Sandbox::new();
+    let record = small(
+        &sandbox,
+        &["--json", "-n", "-1", "-c", "64", "--ignore-eos", "x"],
+    );
+    let record = record.ok().json();
+    let (prompt, tokens) = (ids(&record["prompt_ids"]), ids(&record["token_ids"]));
+    assert_eq!(record["finish_reason"], "length");
+    assert!((64..=65).contains(&(prompt.len() + tokens.len())));
+}
+
+#[test]
 fn a_seed_makes_a_run_repeatable() {
     let sandbox = Sandbox::new();
     let run = |seed: &str| {
@@ -183,7 +236,7 @@ fn every_backend_thread_count_and_instruction_set_gives_the_recorded_tokens() {
         assert_eq!(record["prompt_ids"], chat["ids"], "{line}");
         assert_eq!(ids(&record["token_ids"]), expected, "{line}");
     }
-    for isa in ["scalar", "avx2", "avx512", "amx"] {
+    for isa in ["scalar", "avx2", "avxvnni", "avx512", "amx"] {
         let args = [
             "run",
             "--json",

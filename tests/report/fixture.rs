@@ -18,6 +18,7 @@ pub fn run(name: &str, contexts: &[usize], speed: f64, seed: u64) -> Run {
     Run {
         name: name.to_string(),
         model: "unsloth/Qwen3-Next-80B-A3B-Instruct-bnb-4bit".to_string(),
+        fingerprint: None,
         created: "2025-11-23T07:30:00Z".to_string(),
         body: RunBody {
             labels: Labels {
@@ -37,7 +38,7 @@ pub fn run(name: &str, contexts: &[usize], speed: f64, seed: u64) -> Run {
             },
             settings: Settings {
                 warmups: 1,
-                repetitions: 5,
+                repetitions: 10,
                 generated_tokens: 128,
                 corpus: "long-documents".to_string(),
                 corpus_sha256: None,
@@ -61,13 +62,13 @@ pub fn run(name: &str, contexts: &[usize], speed: f64, seed: u64) -> Run {
 
 fn context(tokens: usize, speed: f64, rng: &mut ChaCha8Rng) -> ContextRun {
     let token_ms = (11.0 + 4.5 * (tokens as f64 / 131_072.0)) / speed;
-    let repetitions = (0..5).map(|_| repetition(tokens, token_ms, rng)).collect();
+    let repetitions = (0..10).map(|_| repetition(tokens, token_ms, rng)).collect();
     let mut context = ContextRun {
         context_tokens: tokens,
         repetitions,
         prediction: Some(Prediction {
             decode_tok_s: 1e3 / (token_ms * 0.94),
-            prefill_tok_s: None,
+            prefill_tok_s: Some(2000.0),
             terms: [
                 ("dense weights", 0.35),
                 ("KV cache", 0.07),
@@ -82,6 +83,8 @@ fn context(tokens: usize, speed: f64, rng: &mut ChaCha8Rng) -> ContextRun {
             .to_vec(),
         }),
         prediction_error: None,
+        prefill_prediction_error: None,
+        started_ms: Some(1000.0 * (tokens / 4096) as f64),
         bytes_read_per_token: Some(2_500_000_000),
     };
     context.compare_prediction();
@@ -143,8 +146,6 @@ fn monitor(rng: &mut ChaCha8Rng) -> MonitorRecord {
         peak_rss_bytes: 41_700 << 20,
         peak_vram_bytes: Some(13_200 << 20),
         gpu_energy_j: Some(6000.0),
-        pcie_rx_bytes: Some(300_000_000_000),
-        pcie_tx_bytes: None,
     }
 }
 

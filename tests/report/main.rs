@@ -6,7 +6,8 @@ use std::fs;
 
 use moectl::hardware::{CpuFacts, CpuFeature, DramProbe, HardwareBody, Rate};
 use moectl::report::record::{Continuation, RunBody, Settings, Tier};
-use moectl::report::{ReportError, ReportInputs, charts, compare, doctor, write_report};
+use moectl::report::verdict::Outcome;
+use moectl::report::{ReportError, ReportInputs, Rule, Run, charts, doctor, write_report};
 
 const CONTEXTS: [usize; 4] = [4096, 8192, 32_768, 131_072];
 
@@ -74,7 +75,7 @@ fn the_html_needs_no_other_file() {
         assert!(!html.contains(outside), "{outside}");
     }
     assert_eq!(html.matches("<svg ").count(), inputs.charts().len());
-    assert!(html.contains("itl_ms_p99"));
+    assert!(html.contains("itl_<wbr>ms_<wbr>p99"));
 }
 
 #[test]
@@ -107,8 +108,8 @@ fn samples_csv_has_one_row_per_sample_and_summary_csv_one_per_metric() {
         .map(|r| r.unwrap()[3].to_string())
         .collect();
     let of = |name: &str| metrics.iter().filter(|m| *m == name).count();
-    assert_eq!(of("itl_ms"), 2 * CONTEXTS.len() * 5 * 127);
-    assert_eq!(of("decode_tok_s"), 2 * CONTEXTS.len() * 5);
+    assert_eq!(of("itl_ms"), 2 * CONTEXTS.len() * 10 * 127);
+    assert_eq!(of("decode_tok_s"), 2 * CONTEXTS.len() * 10);
 
     let summary = moectl::report::tables::summary(&inputs.runs).unwrap();
     let mut reader = csv::Reader::from_reader(summary.as_slice());
@@ -222,36 +223,87 @@ fn what_decode_was_fed_is_told_and_a_record_without_it_was_sampled() {
     assert!(!text.contains("the same tokens"), "{text}");
 }
 
-#[test]
-fn a_slower_run_is_a_regression_and_noise_is_not() {
-    let base = fixture::run("base", &CONTEXTS, 1.0, 1).body;
-    let again = fixture::run("again", &CONTEXTS, 1.0, 7).body;
-    let slower = fixture::run("slower", &CONTEXTS, 0.8, 2).body;
-    assert_eq!(compare(&base, &again, 0.05), []);
-    let found = compare(&base, &slower, 0.05);
-    let decode: Vec<_> = found
-        .iter()
-        .filter(|r| r.metric == "decode_tok_s")
-        .collect();
-    assert_eq!(decode.len(), CONTEXTS.len());
-    assert!(decode.iter().all(|r| (0.15..0.25).contains(&r.worse_by)));
-    let text = decode[0].to_string();
-    assert!(text.starts_with("decode_tok_s at 4k context: "), "{text}");
-    assert_eq!(compare(&base, &slower, 0.5), []);
-    assert_eq!(compare(&slower, &base, 0.05), []);
+fn rule(threshold: f64) -> Rule {
+    Rule {
+        threshold,
+        paired: false,
+        allowed: Vec::new(),
+    }
 }
 
 #[test]
-fn more_memory_is_a_regression() {
-    let base = fixture::run("base", &CONTEXTS, 1.0, 1).body;
+fn a_slower_run_fails_and_noise_does_not() {
+    let base = fixture::run("base", &CONTEXTS, 1.0, 1);
+    let again = fixture::run("again", &CONTEXTS, 1.0, 7);
+    let slower = fixture::run("slower", &CONTEXTS, 0.8, 2);
+    let outcome = |base: &Run, new: &Run, threshold| rule(threshold).judge(base, new).outcome;
+    assert_eq!(outcome(&base, &again, 0.05), Outcome::Pass);
+    assert_eq!(outcome(&base, &slower, 0.5), Outcome::Pass);
+    assert_eq!(outcome(&slower, &base, 0.05), Outcome::Pass);
+    let verdict = rule(0.05).judge(&base, &slower);
+    assert_eq!(verdict.outcome, Outcome::Fail);
+    let decode = verdict.checks.iter().filter(|c| c.metric == "decode_tok_s");
+    let decode: Vec<_> = decode.filter(|c| c.outcome == Outcome::Fail).collect();
+    assert_eq!(decode.len(), CONTEXTS.len());
+    let worse = |by: f64| (0.15..0.25).contains(&by);
+    assert!(decode.iter().all(|c| worse(c.worse_by.unwrap())));
+    let text = decode[0].to_string();
+    assert!(text.starts_with("decode_tok_s at 4k context: "), "{text}");
+}
+
+#[test]
+fn more_memory_fails() {
+    let base = fixture::run("base", &CONTEXTS, 1.0, 1);
     let mut new = base.clone();
-    new.memory.peak_rss_bytes *= 2;
-    let found = compare(&base, &new, 0.05);
-    assert_eq!(found.len(), 1);
+    new.body.memory.peak_rss_bytes *= 2;
+    let verdict = rule(0.05).judge(&base, &new);
+    let failed = verdict.checks.iter().filter(|c| c.outcome == Outcome::Fail);
+    let failed: Vec<_> = failed.collect();
+    assert_eq!(failed.len(), 1);
     assert_eq!(
-        (found[0].metric, found[0].worse_by),
-        ("peak_rss_bytes", 1.0)
+        (failed[0].metric.as_str(), failed[0].worse_by),
+        ("peak_rss_bytes", Some(1.0))
     );
+}
+
+#[test]
+fn the_verdict_stands_on_top_and_results_before_charts() {
+    let mut inputs = two_runs();
+    inputs.runs[1] = fixture::run("slower", &CONTEXTS, 0.8, 2);
+    inputs.verdicts = vec![rule(0.05).judge(&inputs.runs[0], &inputs.runs[1])];
+    let html = moectl::report::html::render(&inputs, &inputs.charts());
+    let at = |part: &str| html.find(part).unwrap_or_else(|| panic!("no {part}"));
+    assert!(at("class=\"verdict fail\"") < at("<h2>Results"));
+    assert!(at("<h2>Results") < at("<figure>"));
+    assert!(at("<figure>") < at("<h2>Machine"));
+}
+
+#[test]
+fn a_run_on_a_cpu_shows_no_vram_whatever_its_record_planned() {
+    let mut run = fixture::run("cpu", &[512], 1.0, 1);
+    run.body.labels.executed_on = "cpu".into();
+    run.body.memory.peak_vram_bytes = None;
+    let inputs = ReportInputs {
+        runs: vec![run],
+        ..ReportInputs::default()
+    };
+    let memory = inputs
+        .charts()
+        .into_iter()
+        .find(|c| c.name == "memory")
+        .unwrap();
+    assert!(!memory.svg.contains(">VRAM<") && memory.svg.contains(">RAM<"));
+    let text = moectl::report::markdown::render(&inputs, &[]);
+    assert!(!text.contains("| VRAM"), "{text}");
+}
+
+#[test]
+fn what_was_not_measured_alike_is_told_and_its_tokens_are_not_called_the_same() {
+    let mut inputs = two_runs();
+    inputs.runs[1].model = "another/model".into();
+    let text = moectl::report::markdown::render(&inputs, &[]);
+    assert!(text.contains("They were not measured alike:"), "{text}");
+    assert!(!text.contains("the same tokens"), "{text}");
 }
 
 #[test]

@@ -69,6 +69,36 @@ fn the_built_in_model_renders_its_chat_prompt() {
     );
 }
 
+/// As transformers 4.57.6 renders them, whatever the roles are.
+#[test]
+fn the_assistants_turn_is_opened_after_any_conversation_if_asked_for() {
+    let config = read("workloads/tiny-moe/tokenizer_config.json");
+    let template = ChatTemplate::from_bytes(Some(&config), None)
+        .unwrap()
+        .unwrap();
+    for roles in [
+        &[][..],
+        &["system"],
+        &["user"],
+        &["assistant"],
+        &["system", "user", "assistant"],
+        &["system", "system"],
+    ] {
+        let messages: Vec<Message> = roles
+            .iter()
+            .map(|role| Message::new(*role, "Hi."))
+            .collect();
+        let turns: String = roles
+            .iter()
+            .map(|role| format!("<|im_start|>{role}\nHi.<|im_end|>\n"))
+            .collect();
+        for (open, end) in [(true, "<|im_start|>assistant\n"), (false, "")] {
+            let rendered = template.render(&messages, None, open).unwrap();
+            assert_eq!(rendered, format!("{turns}{end}"), "{roles:?}");
+        }
+    }
+}
+
 #[test]
 fn a_separate_template_file_wins_over_the_config() {
     let config = br#"{"chat_template": "config", "eos_token": {"content": "<e>"}}"#;

@@ -5,7 +5,7 @@
 
 use super::byte_rows::{ByteRows, ByteRowsParts};
 use super::isa::{Isa, dispatch};
-use super::layout::TILE_COLS;
+use super::layout::{TILE_COLS, column};
 use super::simd::{
     BYTE_OFFSET, BYTE_ONE, LANES, Simd, WEIGHT_ONE, WIDE_ONE, activation_sum, lanes, lanes_mut,
 };
@@ -29,8 +29,8 @@ pub enum Integers {
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Int16Block {
-    /// i16 pairs in the order of the tile's codes: pair `4 * group + j` holds the columns of
-    /// nibble `PAIR_ORDER[j]` (low half) and of the nibble four further, 16 columns on.
+    /// i16 pairs in the order in which the instruction set meets the tile's codes: pair `4 * group + j`
+    /// holds the columns of nibbles [`Simd::PAIRS`]`[j]`, the first in the low half.
     pub pairs: [i32; TILE_COLS / 2],
     /// Undoes the scaling of the activations and of the code book.
     pub scale: f32,
@@ -58,8 +58,16 @@ pub struct WideBlock {
     pub rest: Int8Block,
 }
 
-/// Columns of 32 that pairs start with, in order; each pair ends 16 columns on.
-const FIRST: [usize; LANES] = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15];
+/// Columns of the 16 pairs of 32 columns, in order: [`Simd::PAIRS`] of four groups.
+const fn pair_columns(pairs: [[usize; 2]; 4]) -> [[usize; 2]; LANES] {
+    let (mut columns, mut p) = ([[0; 2]; LANES], 0);
+    while p < LANES {
+        let [first, second] = pairs[p % 4];
+        columns[p] = [column(0, p / 4, first), column(0, p / 4, second)];
+        p += 1;
+    }
+    columns
+}
 
 impl Int16Block {
     pub const ZERO: Int16Block = Int16Block {
@@ -69,15 +77,15 @@ impl Int16Block {
 
     /// Inlined, so that the loops become vectors of the caller's instruction set.
     #[inline(always)]
-    fn new(quantized: &[i32; TILE_COLS], scale: f32) -> Self {
+    fn new<S: Simd>(_: S, quantized: &[i32; TILE_COLS], scale: f32) -> Self {
+        let columns = const { pair_columns(S::PAIRS) };
         let mut pairs = [0; TILE_COLS / 2];
         for (pairs, q) in lanes_mut(&mut pairs)
             .iter_mut()
             .zip(quantized.as_chunks::<32>().0)
         {
-            let (low, high) = q.split_at(LANES);
-            for i in 0..LANES {
-                pairs[i] = high[FIRST[i]] << 16 | (low[FIRST[i]] & 0xffff);
+            for (pair, [first, second]) in pairs.iter_mut().zip(columns) {
+                *pair = q[second] << 16 | (q[first] & 0xffff);
             }
         }
         Int16Block { pairs, scale }
@@ -291,7 +299,7 @@ fn quantize_16<S: Simd>(s: S, x: &Block, one: i32) -> (Int16Block, f32) {
     let steps = (activation_sum(one) as f32 / sum).min(f32::from(i16::MAX) / max);
     let quantized = rounded(s, x, steps);
     (
-        Int16Block::new(&quantized, 1.0 / (steps * one as f32)),
+        Int16Block::new(s, &quantized, 1.0 / (steps * one as f32)),
         steps,
     )
 }
@@ -341,13 +349,25 @@ fn quantize_wide_body<S: Simd>(s: S, x: &Block) -> WideBlock {
 mod tests {
     use super::*;
     use crate::backend::cpu::isa::Isa;
-    use crate::backend::cpu::layout::column;
-    use crate::backend::cpu::simd::PAIR_ORDER;
     use crate::backend::cpu::tests::random_vector;
 
-    /// First column of pair `4 * group + j`; the second is 16 further.
-    fn pair_column(p: usize) -> usize {
-        column(p / 16, p / 4 % 4, PAIR_ORDER[p % 4])
+    dispatch! {
+        fn pairs_of() -> [[usize; 2]; 4] = pairs_of_body
+    }
+
+    #[inline(always)]
+    fn pairs_of_body<S: Simd>(_: S) -> [[usize; 2]; 4] {
+        S::PAIRS
+    }
+
+    /// Column and value of both halves of every pair.
+    fn halves(isa: Isa, block: &Int16Block) -> Vec<(usize, i16)> {
+        let pairs = pairs_of(isa);
+        let both = |(p, pair): (usize, &i32)| {
+            let [first, second] = pairs[p % 4].map(|n| column(p / 16, p / 4 % 4, n));
+            [(first, *pair as i16), (second, (pair >> 16) as i16)]
+        };
+        block.pairs.iter().enumerate().flat_map(both).collect()
     }
 
     /// Columns of quad `2 * group + odd`.
@@ -367,13 +387,10 @@ mod tests {
             for isa in Isa::available() {
                 let block = quantize_block(isa, &x);
                 let mut sum = 0;
-                for (p, pair) in block.pairs.iter().enumerate() {
-                    let k = pair_column(p);
-                    for (k, q) in [(k, *pair as i16), (k + 16, (pair >> 16) as i16)] {
-                        let step = block.scale * WEIGHT_ONE as f32;
-                        assert!((f32::from(q) * step - x[k]).abs() <= 0.51 * step);
-                        sum += i64::from(q.unsigned_abs());
-                    }
+                for (k, q) in halves(isa, &block) {
+                    let step = block.scale * WEIGHT_ONE as f32;
+                    assert!((f32::from(q) * step - x[k]).abs() <= 0.51 * step);
+                    sum += i64::from(q.unsigned_abs());
                 }
                 assert!(sum * i64::from(WEIGHT_ONE) <= i64::from(i32::MAX));
             }
@@ -390,10 +407,8 @@ mod tests {
             for isa in Isa::available() {
                 let WideBlock { coarse, rest } = quantize_wide(isa, &x);
                 let mut found = [0.0; 64];
-                for (p, pair) in coarse.pairs.iter().enumerate() {
-                    let unit = coarse.scale * WIDE_ONE as f32;
-                    found[pair_column(p)] += unit * f32::from(*pair as i16);
-                    found[pair_column(p) + 16] += unit * f32::from((pair >> 16) as i16);
+                for (k, q) in halves(isa, &coarse) {
+                    found[k] += coarse.scale * WIDE_ONE as f32 * f32::from(q);
                 }
                 let mut sum = 0;
                 for (q, quad) in rest.quads.iter().enumerate() {

@@ -30,6 +30,16 @@ impl Amx {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512(());
 
+/// Proof of AVX-VNNI, and of all that [`Avx2`] proves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AvxVnni(Avx2);
+
+impl AvxVnni {
+    pub fn avx2(self) -> Avx2 {
+        self.0
+    }
+}
+
 /// Proof of AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx2(());
@@ -43,12 +53,15 @@ pub struct Scalar;
 pub enum Isa {
     Scalar(Scalar),
     Avx2(Avx2),
+    /// [`Avx2`] but for integer products
+    AvxVnni(AvxVnni),
     Avx512(Avx512),
     /// [`Avx512`] but for products of many tokens
     Amx(Amx),
 }
 
-/// Environment variable that forces an instruction set: `scalar`, `avx2`, `avx512` or `amx`.
+/// Environment variable that forces an instruction set: `scalar`, `avx2`, `avxvnni`, `avx512` or
+/// `amx`.
 pub const ISA_VARIABLE: &str = "MOECTL_ISA";
 
 impl Isa {
@@ -60,6 +73,9 @@ impl Isa {
             use std::arch::is_x86_feature_detected as has;
             if has!("avx2") && has!("fma") && has!("f16c") {
                 found.push(Isa::Avx2(Avx2(())));
+                if has!("avxvnni") {
+                    found.push(Isa::AvxVnni(AvxVnni(Avx2(()))));
+                }
                 if has!("avx512f")
                     && has!("avx512bw")
                     && has!("avx512vl")
@@ -113,6 +129,7 @@ impl Isa {
         match self {
             Isa::Scalar(_) => "scalar",
             Isa::Avx2(_) => "avx2",
+            Isa::AvxVnni(_) => "avxvnni",
             Isa::Avx512(_) => "avx512",
             Isa::Amx(_) => "amx",
         }
@@ -128,12 +145,19 @@ macro_rules! dispatch {
         $(#[$doc])*
         #[allow(clippy::too_many_arguments)]
         $vis fn $name(isa: $crate::backend::cpu::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
-            use $crate::backend::cpu::isa::{Avx2, Avx512, Isa};
+            use $crate::backend::cpu::isa::{Avx2, Avx512, AvxVnni, Isa};
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")]
             #[allow(clippy::too_many_arguments)]
             fn avx512(s: Avx512, $($arg: $ty),*) $(-> $ret)? {
+                $body(s, $($arg),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+            #[allow(clippy::too_many_arguments)]
+            fn avx_vnni(s: AvxVnni, $($arg: $ty),*) $(-> $ret)? {
                 $body(s, $($arg),*)
             }
 
@@ -152,10 +176,13 @@ macro_rules! dispatch {
                 // SAFETY: an `Amx` holds an `Avx512`.
                 Isa::Amx(amx) => unsafe { avx512(amx.avx512(), $($arg),*) },
                 #[cfg(target_arch = "x86_64")]
+                // SAFETY: an `AvxVnni` exists only where `available` saw these features.
+                Isa::AvxVnni(s) => unsafe { avx_vnni(s, $($arg),*) },
+                #[cfg(target_arch = "x86_64")]
                 // SAFETY: an `Avx2` exists only where `available` saw these features.
                 Isa::Avx2(s) => unsafe { avx2(s, $($arg),*) },
                 #[cfg(not(target_arch = "x86_64"))]
-                Isa::Amx(_) | Isa::Avx512(Avx512(..)) | Isa::Avx2(Avx2(..)) => {
+                Isa::Amx(_) | Isa::Avx512(Avx512 { .. }) | Isa::AvxVnni(AvxVnni { .. }) | Isa::Avx2(Avx2 { .. }) => {
                     unreachable!("never detected here")
                 }
                 Isa::Scalar(s) => $body(s, $($arg),*),

@@ -125,6 +125,16 @@ fn tile_row_body<S: Simd, X: Terms>(
         0 => {}
         1 => few::<S, X, 1>(s, tiles, x, x_tokens, tokens, c),
         2 => few::<S, X, 2>(s, tiles, x, x_tokens, tokens, c),
+        // Where registers hold two tokens, reading the tiles twice costs less than storing what was
+        // looked up.
+        3 | 4 if S::MAX_TOKENS <= 2 => {
+            let (two, rest) = c.split_at_mut(2);
+            few::<S, X, 2>(s, tiles, x, x_tokens, &tokens[..2], two);
+            match rest.len() {
+                1 => few::<S, X, 1>(s, tiles, x, x_tokens, &tokens[2..], rest),
+                _ => few::<S, X, 2>(s, tiles, x, x_tokens, &tokens[2..], rest),
+            }
+        }
         // Two terms want more registers than there are.
         n if n > S::MAX_TOKENS || (n > 6 && X::BYTES && X::WORDS.is_some()) => {
             many(s, tiles, x, x_tokens, tokens, c)
@@ -189,13 +199,14 @@ fn few<S: Simd, X: Terms, const N: usize>(
         }
         if X::WORDS.is_some() {
             let blocks = blocks.map(X::words);
+            let pairs = blocks.map(|block| &block.pairs);
             // AVX2 has registers for the sums of 16 rows, AVX-512 for those of 32.
             let mut dots = [[s.splat_i32(0); N]; 2];
             if S::MAX_TOKENS > 2 {
-                dots = dot_words::<S, N, 2>(s, tables.words, tile, 0, &blocks);
+                dots = s.dot_words::<N, 2>(tables.words, &tile.codes, 0, pairs);
             } else {
-                dots[0] = dot_words::<S, N, 1>(s, tables.words, tile, 0, &blocks)[0];
-                dots[1] = dot_words::<S, N, 1>(s, tables.words, tile, 1, &blocks)[0];
+                dots[0] = s.dot_words::<N, 1>(tables.words, &tile.codes, 0, pairs)[0];
+                dots[1] = s.dot_words::<N, 1>(tables.words, &tile.codes, 1, pairs)[0];
             }
             add_scaled(s, &mut sums, dots, tile, blocks.map(|b| b.scale));
         }
@@ -236,58 +247,7 @@ fn add_scaled<S: Simd, const N: usize>(
     }
 }
 
-/// Products of `H` halves of a tile, 16 rows each, with one block of each token.
-#[inline(always)]
-fn dot_words<S: Simd, const N: usize, const H: usize>(
-    s: S,
-    table: S::WordTable,
-    tile: &Tile<u16>,
-    first_half: usize,
-    blocks: &[&Int16Block; N],
-) -> [[S::I32; N]; H] {
-    let zero = s.splat_i32(0);
-    let mut out = [[zero; N]; H];
-    if N == 1 {
-        // Two sets of sums for even and odd groups: VNNI adds with the latency of its multiplier.
-        let mut sums = [[[zero; 2]; H]; 2];
-        for (pair, groups) in tile.codes.chunks_exact(2).enumerate() {
-            for odd in 0..2 {
-                let x = &blocks[0].pairs.as_chunks().0[2 * pair + odd];
-                for half in 0..H {
-                    let codes = s.load_u32(&lanes(&groups[odd])[first_half + half]);
-                    sums[odd][half] = s.add_products(table, sums[odd][half], codes, x);
-                }
-            }
-        }
-        for half in 0..H {
-            let even = s.fold_products(sums[0][half]);
-            out[half][0] = s.add_i32(even, s.fold_products(sums[1][half]));
-        }
-        return out;
-    }
-    // Broadcasts are shared between the halves where tokens are many; where they are few, that only
-    // lengthens the way from the codes to the first product.
-    let together = if N > 6 { H } else { 1 };
-    for (group, codes) in tile.codes.iter().enumerate() {
-        for first in (0..H).step_by(together) {
-            let mut words = [[zero; 4]; H];
-            for half in first..first + together {
-                words[half] = s.nf4_words(table, s.load_u32(&lanes(codes)[first_half + half]));
-            }
-            for j in 0..4 {
-                for i in 0..N {
-                    let x = s.splat_i32(blocks[i].pairs[4 * group + j]);
-                    for half in first..first + together {
-                        out[half][i] = s.dot_pairs(out[half][i], words[half][j], x);
-                    }
-                }
-            }
-        }
-    }
-    out
-}
-
-/// [`dot_words`] of bytes.
+/// Products of bytes of `H` halves of a tile, 16 rows each, with one block of each token.
 #[inline(always)]
 fn dot_bytes<S: Simd, const N: usize, const H: usize>(
     s: S,

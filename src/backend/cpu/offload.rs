@@ -385,6 +385,39 @@ mod tests {
         assert!(too_many.is_err());
     }
 
+    #[test]
+    fn after_a_panic_within_a_layer_the_next_token_is_exact() {
+        for threads in [1, 2] {
+            let mut offload = Offload::new(Some(threads)).unwrap();
+            let mut load = |weights: &[ExpertWeights]| {
+                load_layer(offload.pool(), weights, CpuPrecision::Int16)
+                    .unwrap()
+                    .experts
+            };
+            let experts = load(&layer(2, 128, 64));
+            // A matrix that claims more rows than it has tiles: its second tile row panics, with the
+            // expert's first one done.
+            let mut broken = load(&layer(2, 128, 64));
+            broken[1].up = load(&layer(1, 128, 32)).remove(0).up;
+            broken[1].up.rows = 64;
+            let x = random_vector(128, 5);
+            let asked = Asked {
+                ids: &[0, 1],
+                weights: &[0.6, 0.4],
+                x: &x,
+            };
+            let (mut expected, mut out) = (vec![0.0; 128], vec![0.0; 128]);
+            offload.compute(&experts, asked, &mut expected).unwrap();
+            for _ in 0..10 {
+                let error = offload.compute(&broken, asked, &mut out).unwrap_err();
+                assert!(error.to_string().contains("panicked"), "{error}");
+                out.fill(f32::NAN);
+                offload.compute(&experts, asked, &mut out).unwrap();
+                assert_eq!(out, expected);
+            }
+        }
+    }
+
     /// Asks after a while, as a GPU does, and for the next layer once this one is answered.
     struct Later<'a> {
         experts: &'a [Expert],

@@ -1,19 +1,22 @@
 //! Repetitions: the same prompt, prefilled and continued, timed from outside the model.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 
 use super::contenders::Contenders;
+use super::pace::{Pace, show_left};
 use crate::backend::{DecodeTimes, Routing};
 use crate::commands::console::{Console, Unit};
 use crate::commands::{Failure, expert_counts, interrupt};
 use crate::engine::Engine;
 use crate::engine::generate::{FinishReason, GenerateOptions, Observer};
 use crate::engine::sampler::SamplingParams;
-use crate::formats::corpus::Corpus;
 use crate::hardware::{GpuCounters, GpuSource, NvmlGpu};
+use crate::planning::units::show_tokens;
 use crate::report::record::{ContextRun, Continuation, DecodeSplit, Repetition};
+use crate::report::stats::ENOUGH_SAMPLES;
 
 pub struct MeasurePlan {
     /// Ascending; prompt and generated tokens together
@@ -21,82 +24,171 @@ pub struct MeasurePlan {
     pub generated_tokens: usize,
     pub continuation: Continuation,
     pub warmups: usize,
+    /// At most, if there is a time limit
     pub repetitions: usize,
+    pub time_limit: Option<Duration>,
 }
 
-/// Measures every context with every contender, `[contender][context]`; prompts are cut from the corpus'
-/// text from its start, and what is fed after them, if it is text, from behind.
+impl MeasurePlan {
+    /// Tokens of text that the longest context takes: its prompt, and what is decoded if that is text.
+    pub fn text_tokens(&self) -> usize {
+        let longest = self.contexts.last().copied().unwrap_or(0);
+        longest - self.generated_tokens + self.forced_tokens()
+    }
+
+    fn forced_tokens(&self) -> usize {
+        match self.continuation {
+            Continuation::Sampled => 0,
+            Continuation::Text => self.generated_tokens,
+        }
+    }
+}
+
+/// What was measured, and what should be said of it.
+pub struct Measured {
+    /// `[contender][context]`; without contexts that were not reached
+    pub contexts: Vec<Vec<ContextRun>>,
+    pub notes: Vec<String>,
+    /// By Ctrl-C: what there was until then is kept.
+    pub interrupted: bool,
+}
+
+/// Measures every context with every contender; prompts are cut from the text's start, and what is fed after
+/// them, if it is text, from behind.
 pub fn contexts(
     engine: &mut Engine,
-    corpus: &Corpus,
+    text: &[u32],
     plan: &MeasurePlan,
     contenders: &mut Contenders,
     console: &Console,
-) -> anyhow::Result<Vec<Vec<ContextRun>>> {
-    let longest = plan.contexts.last().copied().unwrap_or(0);
-    let ids = text_of(engine, corpus, longest)?;
-    let mut gpu = engine.backend().gpu().and_then(NvmlGpu::open);
-    let runs = plan.contexts.len() * (plan.warmups + plan.repetitions) * contenders.len();
-    let bar = console.progress("bench", runs as u64, Unit::Runs);
+) -> anyhow::Result<Measured> {
+    let rounds = plan.warmups + plan.repetitions;
+    let mut bench = Bench {
+        plan,
+        pace: Pace::new(&plan.contexts, rounds * contenders.len(), plan.time_limit),
+        gpu: engine.backend().gpu().and_then(NvmlGpu::open),
+        bar: console.progress(
+            "bench",
+            (plan.contexts.len() * rounds * contenders.len()) as u64,
+            Unit::Runs,
+        ),
+        notes: Vec::new(),
+        began: Instant::now(),
+    };
     let mut results = vec![Vec::new(); contenders.len()];
-    for &context in &plan.contexts {
-        let (name, new_tokens) = (corpus.name(), plan.generated_tokens);
-        let forced = match plan.continuation {
-            Continuation::Sampled => 0,
-            Continuation::Text => new_tokens,
-        };
-        let wanted = context - new_tokens + forced;
-        let held = ids.len().min(wanted);
-        if forced > 0 && held <= forced {
-            return Err(Failure::Usage(format!(
-                "{name} holds {held} tokens: no prompt, and {new_tokens} to decode after it; lower -n, or \
-                 use --continuation sampled"
-            ))
-            .into());
+    let mut interrupted = false;
+    for at in 0..plan.contexts.len() {
+        match bench.context(at, engine, text, contenders, &mut results) {
+            Ok(()) => {}
+            Err(error) if is_interrupt(&error) => {
+                interrupted = true;
+                break;
+            }
+            Err(error) => return Err(error),
         }
-        if held < wanted {
-            console.note(format!(
-                "note: {name} holds {held} tokens, {wanted} were asked for"
-            ));
-        }
-        let (prompt, forced) = ids[..held].split_at(held - forced);
+    }
+    bench.bar.finish_and_clear();
+    results
+        .iter_mut()
+        .for_each(|runs: &mut Vec<ContextRun>| runs.retain(|run| !run.repetitions.is_empty()));
+    Ok(Measured {
+        contexts: results,
+        notes: bench.notes,
+        interrupted,
+    })
+}
+
+fn is_interrupt(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(Failure::Interrupted))
+}
+
+struct Bench<'a> {
+    plan: &'a MeasurePlan,
+    pace: Pace,
+    gpu: Option<NvmlGpu>,
+    bar: ProgressBar,
+    notes: Vec<String>,
+    /// With the monitor, but for milliseconds
+    began: Instant,
+}
+
+impl Bench<'_> {
+    /// Warm-ups and repetitions at one context, as many as its share of the time allows, one at least.
+    fn context(
+        &mut self,
+        at: usize,
+        engine: &mut Engine,
+        text: &[u32],
+        contenders: &mut Contenders,
+        results: &mut [Vec<ContextRun>],
+    ) -> anyhow::Result<()> {
+        let (plan, tokens) = (self.plan, self.plan.contexts[at]);
+        let prompt_tokens = tokens - plan.generated_tokens;
+        let (prompt, forced) = text[..prompt_tokens + plan.forced_tokens()].split_at(prompt_tokens);
         let run = ContextRun {
-            context_tokens: context,
+            context_tokens: tokens,
+            started_ms: Some(1e3 * self.began.elapsed().as_secs_f64()),
             ..ContextRun::default()
         };
         results.iter_mut().for_each(|runs| runs.push(run.clone()));
-        for number in 0..plan.warmups + plan.repetitions {
+        let (share, began) = (self.pace.share(at), Instant::now());
+        let warmups = self.warmups(at, share, contenders.len());
+        let rounds = warmups + plan.repetitions;
+        for number in 0..rounds {
+            let round = Instant::now();
             for (i, runs) in results.iter_mut().enumerate() {
                 contenders.begin(i, engine)?;
-                let before = counters(&mut gpu);
-                let mut repetition = repeat(engine, prompt, new_tokens, forced)?;
-                repetition.gpu_energy_j = counters(&mut gpu).since(&before).energy_j();
+                let started = Instant::now();
+                let before = counters(&mut self.gpu);
+                let mut repetition = repeat(engine, prompt, plan.generated_tokens, forced)?;
+                repetition.gpu_energy_j = counters(&mut self.gpu).since(&before).energy_j();
                 contenders.end(i, engine);
-                if let Some(run) = runs.last_mut().filter(|_| number >= plan.warmups) {
+                if let Some(run) = runs.last_mut().filter(|_| number >= warmups) {
                     run.repetitions.push(repetition);
                 }
-                bar.inc(1);
+                self.pace.took(at, started.elapsed());
+                self.tell(at, number * contenders.len() + i + 1);
+            }
+            let next_ends = began.elapsed() + round.elapsed();
+            if number >= warmups && share.is_some_and(|share| next_ends > share) {
+                let skipped = (rounds - number - 1) * contenders.len();
+                self.bar.dec_length(skipped as u64);
+                break;
             }
         }
+        Ok(())
     }
-    bar.finish_and_clear();
-    Ok(results)
+
+    /// Warm-ups at a context: none where there is hardly time for the repetitions themselves, and a
+    /// shorter context has warmed the process.
+    fn warmups(&mut self, at: usize, share: Option<Duration>, contenders: usize) -> usize {
+        let round = self.pace.estimate(at).map(|s| s * contenders as f64);
+        let fit = match (round, share) {
+            (Some(round), Some(share)) => share.as_secs_f64() / round,
+            _ => return self.plan.warmups,
+        };
+        if at == 0 || fit >= (self.plan.warmups + ENOUGH_SAMPLES) as f64 || self.plan.warmups == 0 {
+            return self.plan.warmups;
+        }
+        let context = show_tokens(self.plan.contexts[at] as u64);
+        self.notes.push(format!(
+            "context {context}: no warm-up, since a repetition takes about {:.0} s",
+            round.unwrap_or(0.0)
+        ));
+        self.bar.dec_length((self.plan.warmups * contenders) as u64);
+        0
+    }
+
+    fn tell(&self, at: usize, done: usize) {
+        self.bar.inc(1);
+        let left = self.pace.left(at, done).map(show_left).unwrap_or_default();
+        let context = show_tokens(self.plan.contexts[at] as u64);
+        self.bar.set_prefix(format!("context {context}, {left}"));
+    }
 }
 
 fn counters(gpu: &mut Option<NvmlGpu>) -> GpuCounters {
     gpu.as_mut().map(|gpu| gpu.counters()).unwrap_or_default()
-}
-
-/// The first `enough` tokens of the corpus' records, one after the other.
-fn text_of(engine: &Engine, corpus: &Corpus, enough: usize) -> anyhow::Result<Vec<u32>> {
-    let mut ids = Vec::new();
-    for record in corpus.records()? {
-        ids.extend(engine.text().encode_content(&record?.content)?);
-        if ids.len() >= enough {
-            break;
-        }
-    }
-    Ok(ids)
 }
 
 /// Feeds `prompt` and decodes `new_tokens`, `forced` instead of the first ones sampled.

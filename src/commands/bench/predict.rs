@@ -3,7 +3,8 @@
 use crate::cli::ComputeArgs;
 use crate::commands::load;
 use crate::planning::PolicyConfig;
-use crate::planning::cost::{self, DecodeSituation};
+use crate::planning::cost::{self, DecodeSituation, PrefillSituation};
+use crate::planning::execution::PrefillSettings;
 use crate::planning::footprint::{Footprint, KvDtype};
 use crate::planning::hardware::Hardware;
 use crate::planning::placement::{self, Placement};
@@ -16,6 +17,22 @@ pub struct Situation {
     promotions_per_token: f64,
     kv_dtype: KvDtype,
     head: placement::Tier,
+    slots: usize,
+    prefill: PrefillSettings,
+}
+
+/// What a run did at one context.
+#[derive(Clone, Copy)]
+pub struct Lengths {
+    pub prompt_tokens: usize,
+    pub generated_tokens: usize,
+}
+
+impl Lengths {
+    /// Tokens that a decode step sees, in the middle of the generated ones.
+    pub fn seen(self) -> usize {
+        self.prompt_tokens + self.generated_tokens / 2
+    }
 }
 
 impl Situation {
@@ -26,6 +43,8 @@ impl Situation {
             promotions_per_token: 0.0,
             kv_dtype: KvDtype::F16,
             head: placement::Tier::Vram,
+            slots: 0,
+            prefill: PrefillSettings::default(),
         }
     }
 }
@@ -46,6 +65,11 @@ pub fn situation(compute: &ComputeArgs, placement: &Placement) -> Situation {
             .kv_dtype
             .map_or(placement.kv_dtype, load::planned_kv),
         head: placement.head,
+        slots: match compute.cpu_moe {
+            true => 0,
+            false => placement.total_slots(),
+        },
+        prefill: compute.prefill.settings(),
     }
 }
 
@@ -64,12 +88,18 @@ fn forced_policy(forced: PolicyConfig, placement: &Placement) -> (f64, f64) {
     }
 }
 
-pub fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64, at: &Situation) -> Prediction {
+/// Prefill of the prompt, and decode in the middle of what is generated after it.
+pub fn predict(
+    footprint: &Footprint,
+    machine: &Hardware,
+    lengths: Lengths,
+    at: &Situation,
+) -> Prediction {
     let decode = cost::decode(
         footprint,
         machine,
         &DecodeSituation {
-            ctx_tokens: ctx,
+            ctx_tokens: lengths.seen() as u64,
             kv_dtype: at.kv_dtype,
             head: at.head,
             hit_rates: &at.hit_rates,
@@ -77,10 +107,16 @@ pub fn predict(footprint: &Footprint, machine: &Hardware, ctx: u64, at: &Situati
             disk_share: 0.0,
         },
     );
+    let prefill = PrefillSituation {
+        prompt_tokens: lengths.prompt_tokens as u64,
+        slots: at.slots,
+        settings: at.prefill,
+    };
+    let prefill = cost::prefill(footprint, machine, prefill);
     let terms = decode.terms.into_iter();
     Prediction {
         decode_tok_s: decode.tok_s,
-        prefill_tok_s: None,
+        prefill_tok_s: Some(prefill.tok_s),
         terms: terms
             .map(|t| PredictionTerm {
                 name: t.name,

@@ -5,6 +5,7 @@ use crate::report::metrics::{
     DECODE_TOK_S, ITL_P50_MS, ITL_P99_MS, Metric, PREFILL_TOK_S, TTFT_MS,
 };
 use crate::report::record::{ContextRun, RunBody};
+use crate::report::stats::Spread;
 use crate::report::terms;
 
 const COLUMNS: [&Metric; 5] = [
@@ -15,28 +16,30 @@ const COLUMNS: [&Metric; 5] = [
     &ITL_P99_MS,
 ];
 
-/// Medians with their 95% intervals, one line per context; then what stands beside the speed.
+/// Medians with their intervals, one line per context; then what stands beside the speed.
 pub fn render(run: &RunBody) -> String {
-    let mut out = format!("{:>8}", "context");
+    let mut out = format!("{:>8}  {:>3}", "context", "n");
     for metric in COLUMNS {
         out += &format!("  {:>22}", metric.key);
     }
-    out += &format!("  {:>20}", "predicted decode");
     for context in &run.contexts {
-        out += &format!("\n{:>8}", show_tokens(context.context_tokens as u64));
+        let tokens = show_tokens(context.context_tokens as u64);
+        out += &format!("\n{tokens:>8}  {:>3}", context.repetitions.len());
         for metric in COLUMNS {
             out += &format!("  {:>22}", cell(metric, context));
         }
-        out += &format!("  {:>20}", predicted(context));
     }
+    let samples = run.contexts.iter().map(|context| context.repetitions.len());
     out += &format!(
-        "\n\nmedian of {} repetitions after {} warm-up, 95% bootstrap interval in brackets; \
-         {}; peak memory {}",
-        run.settings.repetitions,
+        "\n\nmedian of n repetitions after {} warm-up, {} in brackets; {}; peak memory {}",
         run.settings.warmups,
+        Spread::describe(samples),
         run.settings.continuation.describe(),
         show_bytes(run.memory.peak_rss_bytes)
     );
+    for context in &run.contexts {
+        out += &predicted(context).unwrap_or_default();
+    }
     out += &vram(run).unwrap_or_default();
     for context in &run.contexts {
         out += &roofline(run, context).unwrap_or_default();
@@ -82,13 +85,22 @@ fn cell(metric: &Metric, context: &ContextRun) -> String {
     })
 }
 
-fn predicted(context: &ContextRun) -> String {
-    match (&context.prediction, context.prediction_error) {
-        (Some(prediction), Some(error)) => {
-            format!("{:.1} ({:+.0}%)", prediction.decode_tok_s, 100.0 * error)
-        }
-        _ => "-".into(),
-    }
+/// Promised speeds, and how far off they are: above zero where promised faster than measured.
+fn predicted(context: &ContextRun) -> Option<String> {
+    let prediction = context.prediction.as_ref()?;
+    let decode = context.prediction_error?;
+    let prefill = prediction
+        .prefill_tok_s
+        .zip(context.prefill_prediction_error);
+    Some(format!(
+        "\ncontext {}: predicted decode {:.1} tok/s ({:+.0}% of measured){}",
+        show_tokens(context.context_tokens as u64),
+        prediction.decode_tok_s,
+        100.0 * decode,
+        prefill.map_or(String::new(), |(tok_s, error)| {
+            format!(", prefill {tok_s:.1} tok/s ({:+.0}%)", 100.0 * error)
+        })
+    ))
 }
 
 /// Bytes a token reads, and what that comes to beside the measured bandwidth of the RAM.
@@ -104,33 +116,24 @@ fn roofline(run: &RunBody, context: &ContextRun) -> Option<String> {
     ))
 }
 
-/// How far the prediction is off, and in which term.
+/// Predicted and measured time of a token, term by term.
 fn compared(context: &ContextRun) -> Option<String> {
     let prediction = context.prediction.as_ref()?;
     let measured_ms = 1e3 / DECODE_TOK_S.summary(context)?.median;
-    let percent = |error: f64| format!("{:+.0}%", 100.0 * error);
-    let predicted_ms = terms::predicted_ms(prediction);
-    let mut text = format!(
-        "\ncontext {}: predicted {predicted_ms:.2} ms a token, measured {measured_ms:.2} ({})",
+    let terms = terms::compare(context).into_iter().map(|term| {
+        format!(
+            "{} {:.2} / {:.2}",
+            term.name, term.predicted_ms, term.measured_ms
+        )
+    });
+    let terms: Vec<String> = terms.collect();
+    Some(format!(
+        "\ncontext {}: predicted / measured ms of a token {:.2} / {measured_ms:.2}{}{}",
         show_tokens(context.context_tokens as u64),
-        percent((predicted_ms - measured_ms) / measured_ms)
-    );
-    for (i, term) in terms::compare(context).iter().enumerate() {
-        text += &format!(
-            "{} {} {:.2} for {:.2}",
-            if i == 0 { ":" } else { "," },
-            term.name,
-            term.predicted_ms,
-            term.measured_ms
-        );
-        // What is not predicted is off by all of it.
-        if term.predicted_ms > 0.0 {
-            text += &term
-                .error()
-                .map_or(String::new(), |e| format!(" ({})", percent(e)));
-        }
-    }
-    Some(text)
+        terms::predicted_ms(prediction),
+        if terms.is_empty() { "" } else { ": " },
+        terms.join(", ")
+    ))
 }
 
 /// Where a decode step's time goes, in the repetition of median speed.

@@ -7,11 +7,14 @@ use crate::planning::planner::Alternative;
 use crate::planning::units::{show_bytes, show_tokens};
 use crate::planning::validation::{PolicyScore, Validation};
 
-/// Memory, slots, prediction and validation.
-pub fn describe(placement: &Placement) -> String {
-    let mut out = memory(placement);
-    out += &slots(placement);
-    out += &prediction(placement);
+/// Memory, slots, prediction and validation; without a GPU what a CPU makes of it: RAM, and
+/// predictions from RAM.
+pub fn describe(placement: &Placement, has_gpu: bool) -> String {
+    let mut out = match has_gpu {
+        true => memory(placement) + &slots(placement),
+        false => ram(placement),
+    };
+    out += &prediction(placement, has_gpu);
     if let Some(validation) = &placement.validation {
         out += &held_out(validation);
     }
@@ -36,6 +39,27 @@ fn memory(placement: &Placement) -> String {
     )
 }
 
+/// Parts of a plan that are there for the GPU alone.
+const GPU_ONLY: [&str; 3] = ["CUDA context", "workspace", "expert slots"];
+
+/// All that a run without a GPU holds, in RAM whatever the plan's tier.
+fn ram(placement: &Placement) -> String {
+    let mut out = String::from("component          tier        size\n");
+    let items = || {
+        let all = placement.memory.iter();
+        all.filter(|item| !GPU_ONLY.contains(&item.component.as_str()))
+    };
+    for item in items() {
+        out += &format!(
+            "{:18} RAM   {:>11}\n",
+            item.component,
+            show_bytes(item.bytes)
+        );
+    }
+    let total: u64 = items().map(|item| item.bytes).sum();
+    out + &format!("{:18} RAM   {:>11}\n", "total", show_bytes(total))
+}
+
 fn slots(placement: &Placement) -> String {
     let slots: Vec<usize> = placement.layers.iter().map(|layer| layer.slots).collect();
     let (least, most) = (slots.iter().min(), slots.iter().max());
@@ -54,10 +78,25 @@ fn slots(placement: &Placement) -> String {
         least.unwrap_or(&0),
         most.unwrap_or(&0),
         placement.policy.label(),
-    )
+    ) + &left_in_ram(placement)
 }
 
-fn prediction(placement: &Placement) -> String {
+/// Where there is room for more experts than the plan puts into VRAM.
+fn left_in_ram(placement: &Placement) -> String {
+    let all = placement.num_experts * placement.layers.len();
+    let left = (all - placement.total_slots()) as u64;
+    let used = placement.bytes_in(Tier::Vram);
+    let free = placement.vram_budget_bytes.saturating_sub(used) / placement.expert_bytes.max(1);
+    match left.min(free) {
+        0 => String::new(),
+        room => format!(
+            "room for {room} more slots is left unused on purpose: {left} experts stay in RAM, where \
+             the CPU computes them while the GPU computes its own, which is predicted faster\n"
+        ),
+    }
+}
+
+fn prediction(placement: &Placement, has_gpu: bool) -> String {
     let basis = match placement.hardware_basis {
         Basis::Measured => "measured",
         Basis::Modelled => "modelled",
@@ -70,11 +109,11 @@ fn prediction(placement: &Placement) -> String {
         show_tokens(placement.ctx_tokens),
         placement.kv_dtype.name()
     );
-    out += &format!(
-        "decode   {:8.1} tok/s   hit rate {:.1}%\n",
-        decode.tok_s,
-        100.0 * decode.expert_hit_rate
-    );
+    let hits = match has_gpu {
+        true => format!("   hit rate {:.1}%", 100.0 * decode.expert_hit_rate),
+        false => String::new(),
+    };
+    out += &format!("decode   {:8.1} tok/s{hits}\n", decode.tok_s);
     for term in &decode.terms {
         out += &format!("  {:26} {:9.3} ms   {}\n", term.name, term.ms, term.from);
     }
@@ -94,21 +133,35 @@ fn prediction(placement: &Placement) -> String {
     out
 }
 
-fn held_out(validation: &Validation) -> String {
+/// Hit rates on held-out text, for any GPU that has these slots.
+pub fn held_out(validation: &Validation) -> String {
+    let timed = validation
+        .scores
+        .iter()
+        .any(|score| score.experts_ms.is_some());
     let mut out = format!(
-        "\nheld out: {} documents, {} tokens\npolicy                 hit rate   bytes/token\n",
-        validation.held_out_documents, validation.held_out_tokens
+        "\nheld out: {} documents, {} tokens\npolicy                 hit rate   bytes/token{}\n",
+        validation.held_out_documents,
+        validation.held_out_tokens,
+        if timed { "   experts, predicted" } else { "" }
     );
     for score in &validation.scores {
+        let time = score.experts_ms.map(|ms| format!("   {ms:10.3} ms/token"));
         let mark = if score.chosen { "  <- chosen" } else { "" };
         out += &format!(
-            "{:22} {:7.1}%  {:>11}{mark}\n",
+            "{:22} {:7.1}%  {:>11}{}{mark}\n",
             score.policy,
             100.0 * score.expert_hit_rate,
-            show_bytes(score.h2d_bytes_per_token as u64)
+            show_bytes(score.h2d_bytes_per_token as u64),
+            time.unwrap_or_default()
         );
     }
-    out
+    out + match timed {
+        true => {
+            "chosen by the least predicted time, copies included, on other documents than these\n"
+        }
+        false => "chosen by the fewest misses on other documents than these\n",
+    }
 }
 
 /// What other choices would give, the worth of the next GiB, and the policies by slots.

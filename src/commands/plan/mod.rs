@@ -10,12 +10,13 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 
 use super::console::Console;
-use super::machine::HardwareChoice;
-use super::{Failure, check_context, check_output, profile};
+use super::machine::{HERE, HardwareChoice};
+use super::output::OutputFile;
+use super::{Failure, check_context, profile};
 use crate::cli::{ModelArgs, PrefillArgs};
 use crate::engine::footprint::footprint;
 use crate::formats::document::PLACEMENT;
-use crate::formats::{Document, ModelId};
+use crate::formats::{Document, ModelId, input};
 use crate::hardware::gpu::GpuReport;
 use crate::model::Source;
 use crate::planning::footprint::{Footprint, KvDtype};
@@ -24,10 +25,10 @@ use crate::planning::planner::{PlanError, PlanRequest, Planner, RoutingSource, p
 use crate::planning::policy::PolicyConfig;
 use crate::planning::profile::ProfileBody;
 use crate::planning::trace::RoutingTrace;
-use crate::planning::units::{parse_bytes, parse_tokens, show_tokens};
+use crate::planning::units::{parse_budget, parse_tokens, show_tokens};
 use crate::planning::{RoutingStats, Tail, TraceReader};
 
-pub(super) use describe::describe;
+pub(super) use describe::{describe, held_out};
 
 use describe::describe_alternatives;
 use sweep::SweepRange;
@@ -40,6 +41,7 @@ use sweep::SweepRange;
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
+  moectl plan --vram 14G
   moectl plan --vram 14G --ctx 32k --profile profile.json
   moectl plan --model org/name --vram 14G --hardware laptop-4090 --explain
   moectl plan --vram 24G --kv int8 --trace corpus.trace -o placement.json
@@ -48,16 +50,16 @@ Examples:
 pub struct PlanArgs {
     /// GPU memory for everything, CUDA context included (14G = 14 GiB, 14GB = 14 * 10^9 bytes)
     /// [default: what is free; without a GPU, the dense part and a quarter of the experts]
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
     vram: Option<u64>,
     /// RAM for the experts; the rest stays on disk [default: all of them]
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget)]
     ram: Option<u64>,
     /// Context to make room for, in tokens (32k = 32768) [default: 8k, or the model's longest]
-    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS", value_parser = parse_tokens)]
     ctx: Option<u64>,
     /// Type of the KV cache
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
+    #[arg(long, visible_alias = "kv-dtype", value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
     kv: Kv,
     /// Profile of the text to plan for
     #[arg(long, value_name = "FILE", conflicts_with = "trace")]
@@ -65,8 +67,9 @@ pub struct PlanArgs {
     /// Trace of the text to plan for; a part of it is held out to validate the plan
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-    /// Machine to predict for: laptop-4090, h100, or a hardware.json of `moectl doctor -o`
-    #[arg(long, value_name = "NAME|FILE", default_value = "laptop-4090")]
+    /// Machine to predict for: here, laptop-4090, h100, or a hardware.json of `moectl doctor -o`;
+    /// `here` measures the RAM and takes a GPU that was not measured to be like a known one
+    #[arg(long, value_name = "NAME|FILE", default_value = HERE)]
     hardware: HardwareChoice,
     /// Where the output matrix goes
     #[arg(long, value_enum, value_name = "TIER", default_value_t = Head::Auto)]
@@ -84,9 +87,9 @@ pub struct PlanArgs {
     /// Print the plan for another engine instead of the table; eplb needs a profile or a trace
     #[arg(long, value_enum, value_name = "FORMAT")]
     export: Option<Export>,
-    /// Where the placement goes
-    #[arg(short, long, value_name = "FILE", default_value = "placement.json")]
-    output: PathBuf,
+    /// Where the placement goes; - is standard output [default: placement.json]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -144,7 +147,13 @@ enum Export {
 const DEFAULT_CONTEXT: u64 = 8192;
 
 pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
-    check_output(&args.output)?;
+    let output = OutputFile::new(args.output.clone(), "placement.json", console)?;
+    if args.export.is_some() && output.is_stdout() {
+        return Err(Failure::Usage(
+            "--export and -o - both write to standard output; name a file with -o".into(),
+        )
+        .into());
+    }
     let source = Source::resolve(args.model.model.as_deref())?;
     let config = source.config()?;
     let checkpoint = source.local_checkpoint()?;
@@ -192,11 +201,10 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
     };
     let planner = Planner::new(&request).map_err(refused)?;
     let document = Document::new(PLACEMENT, Some(model_id), planner.plan().map_err(refused)?);
-    document.write(&args.output)?;
-    let written = match args.sweep {
-        Some(range) => write_sweep(range, &planner, &document, &args.output)?,
-        None => Vec::new(),
-    };
+    output.write(&document, console)?;
+    if let Some(range) = args.sweep {
+        write_sweep(range, &planner, &document, output.path(), console)?;
+    }
     let placement = &document.body;
     match args.export {
         Some(Export::LlamaCpp) => {
@@ -219,16 +227,44 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
             if let Some(label) = document.label() {
                 console.result(label)?;
             }
-            console.result(describe(placement))?;
+            console.result(subject(&document, &args, hardware.gpu.is_some()))?;
+            console.table(describe(placement, hardware.gpu.is_some()))?;
             if args.explain {
-                console.result(describe_alternatives(placement, &planner.explain()))?;
+                console.table(describe_alternatives(placement, &planner.explain()))?;
             }
         }
     }
-    for path in std::iter::once(&args.output).chain(&written) {
-        console.note(format!("wrote {}", path.display()));
-    }
     Ok(())
+}
+
+/// Whose plan it is, and how to ask for that of another model or machine.
+fn subject(document: &Document<Placement>, args: &PlanArgs, has_gpu: bool) -> String {
+    let model = document
+        .model
+        .as_ref()
+        .map_or("", |model| model.id.as_str());
+    let (of, other_model) = match args.model.model {
+        None => (
+            " (built in, 30M parameters)",
+            "; another: --model org/name, or --model synth:qwen3-next-80b-a3b",
+        ),
+        Some(_) => ("", ""),
+    };
+    let (here, other_machine) = match args.hardware {
+        HardwareChoice::Here => (
+            "this one, ",
+            "; another: --hardware laptop-4090, h100, or a file of `moectl doctor --measure -o`",
+        ),
+        _ => ("", ""),
+    };
+    let label = &document.body.hardware;
+    let mut text =
+        format!("model    {model}{of}{other_model}\nmachine  {here}{label}{other_machine}\n");
+    if !has_gpu {
+        text += "no GPU: everything is computed from RAM, and no budget of VRAM changes that; the \
+                 placement file holds what a GPU with this budget would be given\n";
+    }
+    text
 }
 
 /// The picks of a profile or trace.
@@ -255,7 +291,8 @@ fn write_sweep(
     planner: &Planner,
     document: &Document<Placement>,
     output: &Path,
-) -> anyhow::Result<Vec<PathBuf>> {
+    console: &Console,
+) -> anyhow::Result<()> {
     let points = planner.sweep(range.budgets());
     if points.is_empty() {
         return Err(Failure::DoesNotFit(format!(
@@ -265,7 +302,7 @@ fn write_sweep(
         .into());
     }
     let folder = output.parent().unwrap_or(Path::new(""));
-    sweep::write(folder, &points, &budget_curve(document, &points))
+    sweep::write(folder, &points, &budget_curve(document, &points), console)
 }
 
 /// The picture of a placement's surroundings.
@@ -328,7 +365,7 @@ pub(super) fn default_budget(footprint: &Footprint, ctx: u64, kv: KvDtype) -> u6
 
 fn read_trace(path: &Path, model: &ModelId, console: &Console) -> anyhow::Result<RoutingTrace> {
     let context = || path.display().to_string();
-    let file = std::fs::File::open(path).with_context(context)?;
+    let file = input::open(path).with_context(context)?;
     let reader = TraceReader::new(std::io::BufReader::new(file)).with_context(context)?;
     let recorded = &reader.header().fingerprint;
     if model

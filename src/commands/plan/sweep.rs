@@ -1,13 +1,15 @@
 //! The curve of hit rate and speed against the VRAM budget, as files.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::Context;
 
+use crate::commands::console::Console;
+use crate::commands::output::tell;
 use crate::formats::atomic;
 use crate::planning::placement::{BudgetPoint, Placement, Tier};
-use crate::planning::units::{GIB, parse_bytes, show_bytes};
+use crate::planning::units::{GIB, parse_budget, show_bytes};
 use crate::report::charts::{BudgetCurve, BudgetSample, budget};
 
 /// `8G..24G`, or `8G..24G:2G` with a step.
@@ -32,7 +34,7 @@ impl FromStr for SweepRange {
             Some((to, step)) => (to, Some(step)),
             None => (rest, None),
         };
-        let size = |text: &str| parse_bytes(text).map_err(|e| e.to_string());
+        let size = |text: &str| parse_budget(text).map_err(|e| e.to_string());
         let (from, to) = (size(from)?, size(to)?);
         if from >= to {
             return Err(format!("{shape}, FROM below TO"));
@@ -92,12 +94,12 @@ pub fn write(
     folder: &Path,
     points: &[BudgetPoint],
     curve: &BudgetCurve,
-) -> anyhow::Result<Vec<PathBuf>> {
-    let mut written = Vec::new();
-    let mut write = |name: &str, bytes: &[u8]| -> anyhow::Result<()> {
+    console: &Console,
+) -> anyhow::Result<()> {
+    let write = |name: &str, bytes: &[u8]| -> anyhow::Result<()> {
         let path = folder.join(name);
-        atomic::write(&path, bytes).with_context(|| path.display().to_string())?;
-        written.push(path);
+        let written = atomic::write(&path, bytes).with_context(|| path.display().to_string())?;
+        tell(&path, written, false, console);
         Ok(())
     };
     write("sweep.csv", &csv(points)?)?;
@@ -105,7 +107,7 @@ pub fn write(
         write("sweep.svg", chart.svg.as_bytes())?;
         write("sweep.png", &chart.png().map_err(anyhow::Error::msg)?)?;
     }
-    Ok(written)
+    Ok(())
 }
 
 fn csv(points: &[BudgetPoint]) -> anyhow::Result<Vec<u8>> {

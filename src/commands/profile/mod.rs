@@ -11,11 +11,14 @@ use anyhow::Context;
 use clap::Args;
 
 use super::console::Console;
+use super::flags::{self, GpuFlags};
+use super::output::OutputFile;
 use super::{check_output, load, workloads};
+use crate::cli::values::whole;
 use crate::cli::{ComputeArgs, ModelArgs};
-use crate::formats::Document;
 use crate::formats::corpus::Corpus;
 use crate::formats::document::PROFILE;
+use crate::formats::{Document, atomic};
 use crate::model::Source;
 use crate::planning::Phase;
 use crate::planning::profile::ProfileBody;
@@ -39,22 +42,24 @@ Examples:
   moectl profile corpus.jsonl -o profile.json
   moectl profile corpus.jsonl --generate 128 --trace corpus.trace
   moectl profile corpus.jsonl --shard 1/4 -o part1.json
-  moectl profile --merge part1.json part2.json -o profile.json")]
+  moectl profile --merge part1.json part2.json -o profile.json
+  zcat corpus.jsonl.gz | moectl profile - -o profile.json")]
 pub struct ProfileArgs {
-    /// Corpus files [default: the built-in workloads]
+    /// Corpus files, - for standard input [default: the built-in workloads]
     #[arg(value_name = "CORPUS.jsonl")]
     corpora: Vec<PathBuf>,
-    /// Where the profile goes
-    #[arg(short, long, value_name = "FILE", default_value = "profile.json")]
-    output: PathBuf,
+    /// Where the profile goes; - is standard output [default: profile.json]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
     /// Also write every routing event to this file
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// Tokens to generate after each prompt or conversation
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", value_parser = whole, default_value_t = 0)]
     generate: usize,
     /// Most tokens of a record; longer ones are cut (32k = 32768)
-    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens, default_value = "4k")]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS",
+          value_parser = parse_tokens, default_value = "4k")]
     ctx: u64,
     /// Only every n-th record, starting with the i-th
     #[arg(long, value_name = "I/N")]
@@ -93,12 +98,16 @@ impl FromStr for Shard {
 }
 
 pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
-    check_output(&args.output)?;
+    let output = OutputFile::new(args.output.clone(), "profile.json", console)?;
     let mut progress = None;
     let document = if args.merge.is_empty() {
         if let Some(trace) = &args.trace {
             check_output(trace)?;
+            if atomic::is_stdout(trace) {
+                console.keep_stdout_free();
+            }
         }
+        flags::check(&args.compute, GpuFlags::Place, console)?;
         let source = Source::resolve(args.model.model.as_deref())?;
         let corpora = open_corpora(&args.corpora)?;
         let limit = source.config()?.max_position_embeddings;
@@ -121,7 +130,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
             backend: format!("{} {}", backend.name, backend.kernels.unwrap_or_default()),
         };
         let every = Duration::from_secs(args.save_every);
-        let kept = Progress::open(&args.output, engine.model_id(), identity, every, console)?;
+        let kept = Progress::open(output.path(), engine.model_id(), identity, every, console)?;
         let kept = progress.insert(kept);
         let mut trace = args.trace.as_deref();
         let mut trace = trace.take().map(|path| kept.open_trace(path)).transpose()?;
@@ -130,7 +139,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
     } else {
         merge(&args.merge)?
     };
-    document.write(&args.output)?;
+    output.write(&document, console)?;
     if let Some(progress) = progress {
         progress.finish(args.trace.as_deref())?;
     }
@@ -140,8 +149,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
         if let Some(label) = document.label() {
             console.result(label)?;
         }
-        console.result(summary(&document.body))?;
-        console.note(format!("wrote {}", args.output.display()));
+        console.table(summary(&document.body))?;
     }
     Ok(())
 }

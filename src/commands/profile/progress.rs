@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::commands::console::Console;
 use crate::formats::document::PROFILE_PROGRESS;
-use crate::formats::{Document, ModelId};
+use crate::formats::{Document, ModelId, atomic};
 use crate::planning::profile::ProfileBody;
 
 /// Where a trace goes.
@@ -35,9 +35,9 @@ impl<T: TraceSink + ?Sized> TraceSink for &mut T {
     }
 }
 
-/// A trace under construction.
+/// A trace under construction, or on its way to whoever reads it.
 pub struct PartialTrace {
-    out: BufWriter<File>,
+    out: BufWriter<Box<dyn Write>>,
     bytes: u64,
 }
 
@@ -103,6 +103,8 @@ pub struct Progress {
     done: Option<Done>,
     /// Whether a file holds anything worth keeping.
     on_disk: bool,
+    /// Whether profile and trace are files: what went through a pipe cannot be gone on from.
+    resumable: bool,
 }
 
 impl Progress {
@@ -128,8 +130,9 @@ impl Progress {
             start: None,
             done: None,
             on_disk: false,
+            resumable: !atomic::is_stream(output),
         };
-        if progress.path.exists() {
+        if progress.resumable && progress.path.exists() {
             progress.read(console)?;
         }
         Ok(progress)
@@ -161,8 +164,18 @@ impl Progress {
         Ok(())
     }
 
-    /// The trace to write to: cut back to the last record that counts, or new.
+    /// The trace to write to: cut back to the last record that counts, or new; a device or a pipe
+    /// itself.
     pub fn open_trace(&mut self, path: &Path) -> anyhow::Result<PartialTrace> {
+        if atomic::is_stream(path) {
+            self.resumable = false;
+            self.start = None;
+            let stream = atomic::open_stream(path).with_context(|| path.display().to_string())?;
+            return Ok(PartialTrace {
+                out: BufWriter::new(stream),
+                bytes: 0,
+            });
+        }
         let partial = partial(path);
         let context = || partial.display().to_string();
         let length = std::fs::metadata(&partial).map_or(0, |m| m.len());
@@ -174,6 +187,7 @@ impl Progress {
                 0
             }
         };
+        make_folder(&partial)?;
         let mut file = File::options()
             .write(true)
             .create(true)
@@ -184,7 +198,7 @@ impl Progress {
         file.seek(SeekFrom::End(0)).with_context(context)?;
         self.trace = Some(partial);
         Ok(PartialTrace {
-            out: BufWriter::with_capacity(1 << 18, file),
+            out: BufWriter::with_capacity(1 << 18, Box::new(file)),
             bytes: keep,
         })
     }
@@ -215,7 +229,7 @@ impl Progress {
 
     /// Puts what is done on disk; false if there is nothing yet.
     pub fn save(&mut self) -> anyhow::Result<bool> {
-        let Some(done) = &self.done else {
+        let Some(done) = self.done.as_ref().filter(|_| self.resumable) else {
             return Ok(self.on_disk);
         };
         if let Some(trace) = &self.trace {
@@ -237,11 +251,7 @@ impl Progress {
     /// The profile is written: the trace takes its name, and the rest goes.
     pub fn finish(mut self, trace: Option<&Path>) -> anyhow::Result<()> {
         if let (Some(partial), Some(path)) = (self.trace.take(), trace) {
-            let rename = || -> io::Result<()> {
-                File::options().write(true).open(&partial)?.sync_all()?;
-                std::fs::rename(&partial, path)
-            };
-            rename().with_context(|| path.display().to_string())?;
+            atomic::take_place(&partial, path).with_context(|| path.display().to_string())?;
         }
         if self.path.exists() {
             std::fs::remove_file(&self.path).with_context(|| self.path.display().to_string())?;
@@ -257,6 +267,12 @@ impl Drop for Progress {
             let _ = std::fs::remove_file(trace);
         }
     }
+}
+
+/// Makes the folders above a file.
+fn make_folder(path: &Path) -> anyhow::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new(""));
+    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())
 }
 
 fn partial(path: &Path) -> PathBuf {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use crate::commands::checkpoint_folder::{CheckpointFolder, Job};
 use crate::formats::nf4::{STATE_SUFFIX, quantize as nf4};
 use crate::formats::writer::Planned;
-use crate::formats::{Bytes, Checkpoint, Dtype, FormatError, atomic};
+use crate::formats::{Bytes, Checkpoint, Dtype, FormatError};
 
 const CONFIG: &str = "config.json";
 
@@ -102,12 +102,12 @@ pub fn quantize_checkpoint(
     let written = folder.write(jobs, options.max_shard_bytes, &mut done)?;
     summary.output_bytes = written.bytes;
     summary.files = written.files;
-    atomic::write_json(&folder.path().join(CONFIG), &config)?;
+    folder.write_json(CONFIG, &config)?;
     for name in COMPANIONS {
         let from = src.join(name);
         if from.is_file() {
             let bytes = fs::read(&from).with_context(|| from.display().to_string())?;
-            atomic::write(&folder.path().join(name), &bytes)?;
+            folder.write_file(name, &bytes)?;
         }
     }
     folder.finish()?;

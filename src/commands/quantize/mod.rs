@@ -10,7 +10,7 @@ use clap::Args;
 
 use super::console::{Console, Unit};
 use super::{Failure, interrupt};
-use crate::planning::units::{parse_bytes, show_bytes};
+use crate::planning::units::{parse_budget, show_bytes};
 
 pub use convert::{QuantizeOptions, Summary, quantize_checkpoint};
 
@@ -40,7 +40,7 @@ pub struct QuantizeArgs {
     #[arg(long)]
     no_double_quant: bool,
     /// Largest file of the result (5GB = 5 * 10^9 bytes)
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes, default_value = "5GB")]
+    #[arg(long, value_name = "SIZE", value_parser = parse_budget, default_value = "5GB")]
     max_shard_size: u64,
 }
 

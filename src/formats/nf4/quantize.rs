@@ -263,4 +263,29 @@ mod tests {
             "tensor `w`: weight 129 is NaN, expected a finite number"
         );
     }
+
+    /// bitsandbytes multiplies a whole block by the reciprocal of its scale and divides a partial one,
+    /// which differs for values that lie on a threshold but for a rounding.
+    #[test]
+    fn a_partial_block_is_divided_by_its_scale_and_a_whole_one_multiplied_by_the_reciprocal() {
+        let (mut differ, scales) = (0, [0.7f32, 0.0301, 1.9, 3.3e-5, 1234.5]);
+        for scale in scales {
+            for threshold in THRESHOLDS {
+                for ulps in -2i32..=2 {
+                    let near = (threshold * scale).to_bits().wrapping_add_signed(ulps);
+                    let near = f32::from_bits(near);
+                    let code = |v: f32| THRESHOLDS.iter().filter(|&&t| v > t).count() as u8;
+                    let (divided, multiplied) = (code(near / scale), code(near * (1.0 / scale)));
+                    differ += usize::from(divided != multiplied);
+                    for (len, expected) in [(2, divided), (63, divided), (64, multiplied)] {
+                        let mut values = vec![0.0; len];
+                        (values[0], values[1]) = (near, -scale);
+                        let found = quantize("w", &le_bytes(&values), Dtype::F32, &[len], false);
+                        assert_eq!(found.unwrap().packed[0], expected << 4, "{near} of {scale}");
+                    }
+                }
+            }
+        }
+        assert!(differ > 10, "{differ} values show no difference");
+    }
 }

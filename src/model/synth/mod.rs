@@ -16,6 +16,8 @@ mod weights;
 pub use spec::{DEFAULT_LOCALITY, FIELDS, PREFIX, Spec, SpecError};
 pub use weights::{Part, Weight};
 
+use std::sync::Arc;
+
 use thiserror::Error;
 
 use super::config::ConfigError;
@@ -41,28 +43,25 @@ impl Spec {
         weights::weights(&shape, depth, self.seed, self.locality)
     }
 
-    /// The model in memory, made by all threads of the current pool.
-    ///
-    /// - `constants_only`: leaves the random weights 0; they are most of the model, and planning
-    ///   reads only the headers
+    /// The model in memory, whose tensors are made when they are read: planning reads only the headers,
+    /// and a loader that releases what it packed never holds the whole beside it.
     ///
     /// # Errors
     /// If the system has no room for it, or this build no built-in model.
-    pub fn checkpoint(&self, constants_only: bool) -> Result<Checkpoint, SynthError> {
+    pub fn checkpoint(&self) -> Result<Checkpoint, SynthError> {
         let mut parts: Vec<Part> = self.weights()?.into_iter().flat_map(|w| w.parts).collect();
-        // Constants lie together, so that without the rest few pages are touched. Wide types come
-        // first: all data stays aligned.
+        // Wide types come first: all data stays aligned. Small constants lie together and leave whole
+        // pages to the rest.
         parts.sort_by_key(|part| {
             let width = part.tensor.dtype.size_bytes();
             (std::cmp::Reverse(width), !part.is_constant())
         });
-        let planned: Vec<&Planned> = parts.iter().map(|part| &part.tensor).collect();
-        let bytes = writer::in_memory(&planned, |i, out| {
-            if parts[i].is_constant() || !constants_only {
-                parts[i].fill(out);
-            }
-        })
-        .map_err(SynthError::Memory)?;
+        let contents = Arc::new(parts);
+        let planned: Vec<&Planned> = contents.iter().map(|part| &part.tensor).collect();
+        let makers = Makers::new().map_err(SynthError::Memory)?;
+        let parts = Arc::clone(&contents);
+        let bytes = writer::in_memory(&planned, move |i, out| makers.fill(&parts[i], out))
+            .map_err(SynthError::Memory)?;
         Ok(Checkpoint::from_bytes(&self.to_string(), bytes)?)
     }
 
@@ -77,6 +76,30 @@ impl Spec {
         probe.set("vocab_size", TOKENIZER_SIZE)?;
         probe.set("moe_intermediate_size", BLOCKSIZE)?;
         Ok(probe)
+    }
+}
+
+/// Threads of their own that make tensors: whoever waits for one must not be handed other work
+/// meanwhile, which may wait for the same tensor.
+struct Makers(rayon::ThreadPool);
+
+impl Makers {
+    fn new() -> std::io::Result<Self> {
+        let pool = rayon::ThreadPoolBuilder::new().build();
+        pool.map(Makers).map_err(std::io::Error::other)
+    }
+
+    fn fill(&self, part: &Part, out: &mut [u8]) {
+        if part.is_constant() {
+            part.fill(out);
+        } else if rayon::current_thread_index().is_none() {
+            self.0.install(|| part.fill(out));
+        } else {
+            // A worker of another pool would go on with that pool's work while it waits.
+            std::thread::scope(|scope| {
+                scope.spawn(|| self.0.install(|| part.fill(out)));
+            });
+        }
     }
 }
 

@@ -228,7 +228,7 @@ fn last_misses_gb_s(hardware: &Hardware) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{laptop, near, server};
+    use super::super::tests::{laptop, near, server, terms_are};
     use super::*;
     use crate::planning::footprint::tests::qwen3_next_80b;
     use crate::planning::hardware::{ExpertWait, Figure};
@@ -343,6 +343,69 @@ mod tests {
     }
 
     #[test]
+    fn every_term_of_a_token_is_exact() {
+        let f = qwen3_next_80b();
+        let hit_rates: Vec<f64> = (0..48).map(|l| if l < 12 { 1.0 } else { 0.25 }).collect();
+        let mut machine = laptop();
+        machine.cpu.disk_read_gb_s.value = 5.0;
+        let gpu = machine.gpu.as_mut().unwrap();
+        gpu.kernel_boundary_us.value = 3.0;
+        gpu.flag_round_trip_us.value = 8.0;
+        let situation = DecodeSituation {
+            ctx_tokens: 1000,
+            promotions_per_token: 3.0,
+            disk_share: 0.1,
+            ..at(&hit_rates)
+        };
+        let p = decode(&f, &machine, &situation);
+        let picked = 10.0 * 1_671_168.0;
+        let hits = (12.0 + 36.0 * 0.25) * picked;
+        // A layer that hits a quarter waits for the CPU's 65 GB/s longer than the GPU reads.
+        let waits = 36.0 * (0.75 * picked / 65e6 - 0.25 * picked / 461e6);
+        let mut expected = [
+            ("dense weights", (905_489_408.0 + 100_663_296.0) / 461e6),
+            ("lm_head", 622_329_856.0 / 461e6),
+            ("delta-net state", 2.0 * 75_497_472.0 / 461e6),
+            ("kv cache", 1000.0 * 24_576.0 / 461e6),
+            ("kernel boundaries", 48.0 * 7.0 * 3e-3),
+            ("handoffs", 48.0 * 8e-3),
+            ("experts in VRAM", hits / 461e6),
+            ("waiting for experts in RAM", waits),
+            ("promotions", 3.0 * 1_671_168.0 / 76e6),
+            ("experts from disk", 36.0 * 0.75 * 0.1 * picked / 5e6),
+        ];
+        terms_are(&p.terms, &expected);
+        near(p.expert_hit_rate, (12.0 + 9.0) / 48.0, 1e-12);
+        near(p.promotion_h2d_ms, 3.0 * 1_671_168.0 / 25e6, 1e-9);
+        near(
+            p.tok_s,
+            1e3 / expected.iter().map(|(_, ms)| ms).sum::<f64>(),
+            1e-9,
+        );
+        // Rates of their own, where they were measured.
+        let figure = |gb_s| Some(Figure::measured(gb_s));
+        let gpu = machine.gpu.as_mut().unwrap();
+        (gpu.dense_gb_s, gpu.lm_head_gb_s, gpu.kv_cache_gb_s) =
+            (figure(400.0), figure(420.0), figure(300.0));
+        for (term, slower) in expected.iter_mut().zip([400.0, 420.0, 400.0, 300.0]) {
+            term.1 *= 461.0 / slower;
+        }
+        terms_are(&decode(&f, &machine, &situation).terms, &expected);
+    }
+
+    #[test]
+    fn with_all_experts_in_vram_the_cpu_is_not_asked() {
+        let f = qwen3_next_80b();
+        let p = decode(&f, &server(), &at(&[1.0; 48]));
+        let ms = |name: &str| p.terms.iter().find(|t| t.name == name).unwrap().ms;
+        assert_eq!(
+            (ms("handoffs"), ms("waiting for experts in RAM")),
+            (0.0, 0.0)
+        );
+        near(ms("kernel boundaries"), 6.0 / 7.0, 1e-9);
+    }
+
+    #[test]
     fn a_head_in_ram_costs_the_difference_of_the_bandwidths() {
         let f = qwen3_next_80b();
         let hit_rates = [0.5; 48];
@@ -364,6 +427,20 @@ mod tests {
         assert!((60.0..90.0).contains(&per_token), "{per_token}");
         let picks = pay_back_picks(&machine);
         assert!((1.0..1.5).contains(&picks), "{picks}");
+        // By rates: half of what the bus carries in a token without context, and a copy's bytes at
+        // 76 GB/s against what a hit saves.
+        let token = DecodeSituation {
+            ctx_tokens: 0,
+            ..at(&[0.5; 48])
+        };
+        let token_ms = decode(&f, &laptop(), &token).total_ms;
+        let spare = promotion_bytes_per_token(&f, &laptop());
+        near(spare, 0.5 * token_ms * 25e6, 1e-9);
+        let saved = 1.0 / 65.0 - 1.0 / 461.0;
+        near(pay_back_picks(&laptop()), 1.0 / 76.0 / saved, 1e-9);
+        let mut even = laptop();
+        even.cpu.expert_kernel_gb_s.value = 461.0;
+        assert_eq!(pay_back_picks(&even), f64::INFINITY);
         let mut cpu_only = machine;
         cpu_only.gpu = None;
         assert_eq!(promotion_bytes_per_token(&f, &cpu_only), 0.0);

@@ -63,6 +63,7 @@ fn ms(bytes: f64, gb_s: f64) -> f64 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::super::hardware::{CopyRate, Figure, Hardware};
+    use super::Term;
 
     /// The machines of the roofline: attained bandwidths as such, PCIe alone or not at all beside
     /// the CPU, 1.0 ms of kernels and 0.4 ms of handoffs in 48 layers.
@@ -98,6 +99,20 @@ pub(crate) mod tests {
             Hardware::h100_box(),
             [2180.0, 125.0, 150.0, 52.0, 350.0, 400.0],
         )
+    }
+
+    /// Names and milliseconds of all terms, each to a billionth.
+    #[track_caller]
+    pub(crate) fn terms_are(found: &[Term], expected: &[(&str, f64)]) {
+        let names = |terms: &mut dyn Iterator<Item = &str>| terms.collect::<Vec<_>>().join(", ");
+        assert_eq!(
+            names(&mut found.iter().map(|term| &*term.name)),
+            names(&mut expected.iter().map(|&(name, _)| name))
+        );
+        for (term, &(name, ms)) in found.iter().zip(expected) {
+            let off = (term.ms - ms).abs();
+            assert!(off <= 1e-9 * ms, "{name}: {} ms, expected {ms}", term.ms);
+        }
     }
 
     #[track_caller]

@@ -198,7 +198,7 @@ fn cpu_experts_ms(f: &Footprint, cpu: &Cpu, tokens: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{laptop, near, server};
+    use super::super::tests::{laptop, near, server, terms_are};
     use super::*;
     use crate::planning::footprint::tests::qwen3_next_80b;
 
@@ -303,6 +303,76 @@ mod tests {
         };
         assert!(speed(6000) > speed(2000) && speed(12_000) > speed(6000));
         assert!(speed(1000) > 0.98 * speed(0));
+    }
+
+    #[test]
+    fn every_term_of_a_prompt_is_exact() {
+        let f = qwen3_next_80b();
+        let at = PrefillSituation {
+            slots: 2000,
+            settings: PrefillSettings {
+                precision: Precision::F16,
+                ..PrefillSettings::default()
+            },
+            ..without_slots(6144)
+        };
+        let plan = PrefillPlan {
+            chunk_tokens: 4096,
+            workspace_bytes: 0,
+            borrowed_slots: 1296,
+        };
+        let p = by_plan(&f, &laptop(), at, plan);
+        let missing = 1.0 - (2000 - 1296) as f64 / 24_576.0;
+        let read_ms = |experts: f64| experts * 1_671_168.0 / 25e6;
+        // A chunk of 4096 and one of 2048 tokens, each token against half of its own chunk and all before.
+        let chunks = [(4096.0, 2048.0), (2048.0, 5120.0)];
+        let products = chunks.map(|(tokens, _)| tokens * 6_653_411_328.0 / 40e9);
+        let attention = chunks.map(|(tokens, context)| tokens * context * 196_608.0 / 40e9);
+        let waiting = [0, 1].map(|i| read_ms(24_576.0 * missing) - products[i] - attention[i]);
+        assert!(waiting[0] > 0.0 && waiting[1] > waiting[0]);
+        let expected = [
+            ("matrix products", products.iter().sum()),
+            ("attention", attention.iter().sum()),
+            ("waiting for experts", waiting.iter().sum()),
+            ("first layer", read_ms(512.0 * missing)),
+            ("slots refilled", read_ms(1296.0)),
+        ];
+        terms_are(&p.terms, &expected);
+        near(p.total_ms, expected.iter().map(|(_, ms)| ms).sum(), 1e-12);
+        near(p.tok_s, 6144e3 / p.total_ms, 1e-12);
+        // Slots that are not there cannot be borrowed.
+        let few = PrefillSituation { slots: 100, ..at };
+        let p = by_plan(&f, &laptop(), few, plan);
+        assert_eq!(p.borrowed_slots, 100);
+        near(p.terms[4].ms, read_ms(100.0), 1e-12);
+    }
+
+    #[test]
+    fn without_a_gpu_a_chunk_waits_for_each_expert_that_it_meets_once() {
+        let f = qwen3_next_80b();
+        let mut hardware = laptop();
+        hardware.cpu.expert_kernel_gflops.value = 2000.0;
+        hardware.gpu = None;
+        let waiting = |tokens: u64| {
+            let p = with_chunk(&f, &hardware, tokens, tokens as usize);
+            let context = tokens as f64 / 2.0;
+            near(
+                p.terms[0].ms,
+                tokens as f64 * 6_653_411_328.0 / 2000e6,
+                1e-9,
+            );
+            near(
+                p.terms[1].ms,
+                tokens as f64 * context * 196_608.0 / 2000e6,
+                1e-9,
+            );
+            p.total_ms
+        };
+        // One token meets ten experts of each layer; the kernels read 65 GB/s.
+        near(waiting(1), 48.0 * 10.0 * 1_671_168.0 / 65e6, 1e-9);
+        // An expert is missed by all three of a chunk's tokens with probability (502 / 512)^3.
+        let distinct = 512.0 * (1.0 - (502.0f64 / 512.0).powi(3));
+        near(waiting(3), 48.0 * distinct * 1_671_168.0 / 65e6, 1e-9);
     }
 
     #[test]

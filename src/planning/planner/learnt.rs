@@ -128,7 +128,7 @@ fn choose(request: &PlanRequest, learnt: &Learnt, split: &Split) -> PolicyConfig
 }
 
 /// Milliseconds of a token that depend on the policy; misses alone where no GPU uses hits.
-fn time_of(request: &PlanRequest, outcome: &Outcome) -> f64 {
+pub(super) fn time_of(request: &PlanRequest, outcome: &Outcome) -> f64 {
     let (f, hardware) = (request.footprint, request.hardware);
     if hardware.gpu.is_none() {
         return 1.0 - outcome.hit_rate();

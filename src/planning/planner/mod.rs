@@ -182,6 +182,10 @@ impl<'a> Planner<'a> {
                 &learnt.hottest,
                 learnt.policy,
                 learnt.throttle,
+                &|outcome| {
+                    let gpu = request.hardware.gpu.is_some();
+                    gpu.then(|| learnt::time_of(request, outcome))
+                },
             )
         });
         let slots = choice.slots.iter().sum();
@@ -244,12 +248,39 @@ impl<'a> Planner<'a> {
                 .vram_bytes
                 .checked_sub(smallest_bytes(f, budget.ctx_tokens, kv_dtype, head))?;
         let capacity = (free / f.expert_bytes.max(1)).min(budget.most_slots as u64) as usize;
-        let slots = self.solved.slots(self.useful[capacity]);
+        let choice = self.decoded(
+            budget,
+            kv_dtype,
+            head,
+            self.solved.slots(self.useful[capacity]),
+        );
+        if capacity < f.total_experts() {
+            return Some(choice);
+        }
+        // With the last expert in VRAM all hand-offs vanish at once, which no layer's cost knows of.
+        let all = vec![f.num_experts; f.num_layers];
+        let all = self.decoded(budget, kv_dtype, head, all);
+        Some(match all.decode.total_ms <= choice.decode.total_ms {
+            true => all,
+            false => choice,
+        })
+    }
+
+    /// The prediction for these slots per layer.
+    fn decoded(&self, budget: &Budget, kv_dtype: KvDtype, head: Tier, slots: Vec<usize>) -> Choice {
+        let f = self.request.footprint;
         let each = || slots.iter().enumerate();
-        let hit_rates: Vec<f64> = each()
-            .map(|(layer, &n)| self.learnt.curves[layer].hit_rate(n))
-            .collect();
-        let promotions_per_token = each().map(|(l, &n)| self.learnt.admits[l][n]).sum();
+        let hit_rate = |(layer, &n): (usize, &usize)| match n == f.num_experts {
+            true => 1.0,
+            false => self.learnt.curves[layer].hit_rate(n),
+        };
+        let hit_rates: Vec<f64> = each().map(hit_rate).collect();
+        // Where an expert is there is nothing to copy.
+        let admits = |(layer, &n): (usize, &usize)| match n == f.num_experts {
+            true => 0.0,
+            false => self.learnt.admits[layer][n],
+        };
+        let promotions_per_token = each().map(admits).sum();
         let decode = cost::decode(
             f,
             self.request.hardware,
@@ -262,13 +293,13 @@ impl<'a> Planner<'a> {
                 disk_share: self.disk_share,
             },
         );
-        Some(Choice {
+        Choice {
             kv_dtype,
             head,
             slots,
             hit_rates,
             decode,
-        })
+        }
     }
 
     fn prefill(&self, prompt_tokens: u64, slots: usize) -> PrefillPrediction {

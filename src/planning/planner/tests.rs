@@ -165,8 +165,9 @@ fn experts_beyond_the_ram_budget_are_on_disk_and_cost_time() {
 fn a_trace_chooses_the_policy_and_validates_it_on_held_out_documents() {
     let trace = synthetic(3, 16, 4, 9, 90);
     let (f, laptop) = (small(), Hardware::laptop_4090());
+    let smallest = smallest_bytes(&f, 8192, KvDtype::F16, Tier::Vram);
     let plan = plan(&PlanRequest {
-        vram_budget_bytes: 2_800_000_000,
+        vram_budget_bytes: smallest + f.experts_bytes() / 2,
         routing: RoutingSource::Trace(&trace),
         ..request(&f, &laptop)
     })
@@ -196,6 +197,75 @@ fn a_trace_chooses_the_policy_and_validates_it_on_held_out_documents() {
     assert_eq!(shares, [2, 4, 8]);
     let text = serde_json::to_string(&plan).unwrap();
     assert_eq!(serde_json::from_str::<Placement>(&text).unwrap(), plan);
+}
+
+/// To the byte: one less, and an expert less is held.
+#[test]
+fn experts_in_ram_are_what_the_budget_holds_beside_embedding_and_head() {
+    let (f, laptop) = (qwen3_next_80b(), Hardware::laptop_4090());
+    let on_disk_at = |heads: &[Tier], ram_budget_bytes| {
+        let request = PlanRequest {
+            ram_budget_bytes: Some(ram_budget_bytes),
+            heads,
+            ..request(&f, &laptop)
+        };
+        plan(&request).map(|plan| {
+            assert!(plan.bytes_in(Tier::Ram) <= ram_budget_bytes);
+            plan.bytes_in(Tier::Disk) / f.expert_bytes
+        })
+    };
+    let all = f.total_experts() as u64;
+    for (heads, fixed) in [
+        (&[Tier::Vram][..], f.embedding_bytes),
+        (&[Tier::Ram], f.embedding_bytes + f.lm_head_bytes),
+        (
+            &[Tier::Vram, Tier::Ram],
+            f.embedding_bytes + f.lm_head_bytes,
+        ),
+    ] {
+        for held in [10, 5000, all] {
+            let budget = fixed + held * f.expert_bytes;
+            assert_eq!(on_disk_at(heads, budget), Ok(all - held));
+            assert_eq!(
+                on_disk_at(heads, budget + f.expert_bytes - 1),
+                Ok(all - held)
+            );
+        }
+        // A token's ten experts of one layer must at least pass through.
+        let smallest_bytes = fixed + 10 * f.expert_bytes;
+        let budget_bytes = smallest_bytes - 1;
+        let refused = PlanError::RamDoesNotFit {
+            budget_bytes,
+            smallest_bytes,
+        };
+        assert_eq!(on_disk_at(heads, budget_bytes), Err(refused));
+    }
+}
+
+#[test]
+fn the_memory_table_counts_every_byte_once() {
+    let (f, laptop) = (qwen3_next_80b(), Hardware::laptop_4090());
+    for (head, kv_dtype, kv_bytes_per_token) in [
+        (Tier::Vram, KvDtype::F16, 24_576),
+        (Tier::Ram, KvDtype::Int8, 13_056),
+    ] {
+        let plan = plan(&PlanRequest {
+            kv_dtypes: &[kv_dtype],
+            heads: &[head],
+            ..request(&f, &laptop)
+        })
+        .unwrap();
+        let slots = plan.total_slots() as u64 * f.expert_bytes;
+        let head_in = |tier| if head == tier { f.lm_head_bytes } else { 0 };
+        let vram = f.fixed_vram_bytes_without_head()
+            + head_in(Tier::Vram)
+            + 8192 * kv_bytes_per_token
+            + slots;
+        assert_eq!(plan.bytes_in(Tier::Vram), vram);
+        let ram = f.embedding_bytes + f.experts_bytes() + head_in(Tier::Ram);
+        assert_eq!(plan.bytes_in(Tier::Ram), ram);
+        assert_eq!(plan.bytes_in(Tier::Disk), 0);
+    }
 }
 
 #[test]
@@ -335,8 +405,9 @@ fn a_plan_holds_the_curve_of_its_surroundings() {
 fn the_run_time_cache_hits_exactly_as_often_as_the_plan_simulated() {
     let trace = synthetic(3, 16, 4, 9, 90);
     let (f, laptop) = (small(), Hardware::laptop_4090());
+    let smallest = smallest_bytes(&f, 8192, KvDtype::F16, Tier::Vram);
     let plan = plan(&PlanRequest {
-        vram_budget_bytes: 2_800_000_000,
+        vram_budget_bytes: smallest + f.experts_bytes() / 2,
         routing: RoutingSource::Trace(&trace),
         ..request(&f, &laptop)
     })
@@ -377,4 +448,42 @@ fn the_first_slots_are_left_empty_rather_than_predict_slower() {
             assert!(more >= less * (1.0 - 1e-12), "{pair:?}");
         }
     }
+}
+
+#[test]
+fn with_room_for_all_experts_a_gpu_holds_them_all_and_hands_nothing_over() {
+    let f = qwen3_next_80b();
+    let trace = synthetic(3, 16, 4, 9, 90);
+    for (hardware, gib) in [(Hardware::laptop_4090(), 48), (Hardware::h100_box(), 80)] {
+        let request = PlanRequest {
+            vram_budget_bytes: gib * GIB,
+            ..request(&f, &hardware)
+        };
+        let plan = plan(&request).unwrap();
+        assert_eq!(plan.total_slots(), f.total_experts(), "{gib}");
+        let term = |name: &str| {
+            plan.decode
+                .terms
+                .iter()
+                .find(|t| t.name == name)
+                .unwrap()
+                .ms
+        };
+        assert_eq!(term("handoffs"), 0.0);
+        // One expert less is predicted slower: each layer waits for the CPU again.
+        let planner = Planner::new(&request).unwrap();
+        let almost = planner.sweep([gib * GIB, plan.bytes_in(Tier::Vram) - f.expert_bytes]);
+        assert!(
+            almost[0].decode_tok_s > almost[1].decode_tok_s,
+            "{almost:?}"
+        );
+    }
+    // A trace's curve may end below 1; what is there is there.
+    let (f, h100) = (small(), Hardware::h100_box());
+    let small = plan(&PlanRequest {
+        vram_budget_bytes: 80 * GIB,
+        routing: RoutingSource::Trace(&trace),
+        ..request(&f, &h100)
+    });
+    assert_eq!(small.unwrap().total_slots(), f.total_experts());
 }

@@ -49,6 +49,12 @@ impl DecayedPicks {
         self.score.iter().map(|s| (s / self.unit) as f32).collect()
     }
 
+    /// Forgets all picks.
+    pub fn clear(&mut self) {
+        self.unit = 1.0;
+        self.score.fill(0.0);
+    }
+
     pub fn set_all(&mut self, picks: &[f32]) {
         self.unit = 1.0;
         self.score = picks.iter().map(|&p| f64::from(p)).collect();

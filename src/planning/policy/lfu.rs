@@ -123,3 +123,58 @@ impl LayerPolicy for LfuLayer {
         self.least = None;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_restore_the_least_picked_of_the_restored_experts_is_evicted() {
+        let layer = LayerSlots {
+            slots: 2,
+            pinned_experts: Vec::new(),
+            initial_experts: vec![0, 1],
+        };
+        let mut lfu = LfuLayer::new(8, &layer, 1e6, 0.5);
+        let mut admits = Vec::new();
+        // A miss that is not worth a slot finds the slot to give up next: expert 0's, picked once.
+        for ids in [&[0, 1][..], &[1], &[1, 7]] {
+            lfu.access(ids, 8, &mut admits);
+        }
+        assert_eq!((&admits[..], lfu.least), (&[][..], Some(0)));
+        // In the restored state the other slot holds the least picked expert.
+        let mut picks = [0.0; 8];
+        (picks[4], picks[5]) = (9.0, 2.0);
+        lfu.restore(&[Some(4), Some(5)], &picks);
+        for ids in [[6], [6], [6]] {
+            lfu.access(&ids, 8, &mut admits);
+        }
+        let evicts_5 = Admit {
+            expert: 6,
+            slot: 1,
+            evicted: Some(5),
+        };
+        assert_eq!(admits, [evicts_5]);
+    }
+
+    /// The half-life says what a pick counts for later; another sequence takes seven eighths at once.
+    #[test]
+    fn picks_fade_by_the_half_life_and_to_an_eighth_in_a_new_sequence() {
+        let layer = LayerSlots {
+            slots: 1,
+            ..LayerSlots::default()
+        };
+        let mut lfu = LfuLayer::new(4, &layer, 2.0, 0.0);
+        let mut admits = Vec::new();
+        lfu.access(&[3], 0, &mut admits);
+        for _ in 0..4 {
+            lfu.access(&[1], 0, &mut admits);
+        }
+        let near = |found: f32, expected: f32| assert!((found / expected - 1.0).abs() < 1e-6);
+        near(lfu.worth()[3], 0.25);
+        lfu.begin_sequence();
+        near(lfu.worth()[3], 0.25 / 8.0);
+        lfu.access(&[3], 0, &mut admits);
+        near(lfu.worth()[3], 0.25 / 8.0 * 0.5f32.sqrt() + 1.0);
+    }
+}

@@ -125,7 +125,12 @@ impl LayerPolicy for LruLayer {
         worth
     }
 
+    /// A threshold's picks are not in the state: they are counted from zero, and fill again within a
+    /// half-life.
     fn restore(&mut self, contents: &[Option<u16>], worth: &[f32]) {
+        if let Admission::Picked(_, picks) = &mut self.admission {
+            picks.clear();
+        }
         self.map.set_contents(contents);
         let mut slots: Vec<u16> = self.map.free_slots().collect();
         let recency = |slot: &u16| {

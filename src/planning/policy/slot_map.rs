@@ -62,7 +62,7 @@ impl SlotMap {
             .is_some_and(|s| usize::from(s) < self.pinned)
     }
 
-    /// Takes over the content of the slots that may change.
+    /// Takes over the content of the slots that may change. One that held an expert pinned here stays empty.
     pub fn set_contents(&mut self, contents: &[Option<u16>]) {
         for slot in self.free_slots() {
             if let Some(old) = self.expert_in[usize::from(slot)].take() {
@@ -70,8 +70,9 @@ impl SlotMap {
             }
         }
         for slot in self.free_slots() {
-            if let Some(expert) = contents[usize::from(slot)] {
-                self.place(expert, slot);
+            match contents[usize::from(slot)] {
+                Some(expert) if !self.is_pinned(expert) => _ = self.place(expert, slot),
+                _ => {}
             }
         }
     }

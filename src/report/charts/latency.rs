@@ -125,6 +125,11 @@ fn draw_row(svg: &mut Svg, row: &Row, x: &Axis, top: f64, several_runs: bool) {
         );
     }
     svg.line((x.from, base), (x.to, base), Stroke::solid(INK, 1.0));
+    // The scale upwards: how many of the tokens are in the fullest bin.
+    let scale = Text::new(10.0, Regular, MUTED).anchored(Anchor::End);
+    let share = format!("{:.0}%", 100.0 * fullest / row.samples.len().max(1) as f64);
+    svg.text((x.from - 4.0, base - height + 4.0), &share, scale);
+    svg.text((x.from - 4.0, base), "0", scale);
 
     let small = Text::new(10.5, Regular, MUTED);
     let mark = |svg: &mut Svg, value: f64, name: &str, stroke, anchor, shift: f64| {

@@ -1,6 +1,6 @@
 //! What the bytes are for: one stacked bar per tier, every component named.
 
-use super::palette::{GRID, INK, MUTED, series, text_on, tint};
+use super::palette::{GRID, INK, MUTED, component, text_on, tint};
 use super::{Anchor, Chart, Frame, LABEL, MARGIN, TOP, VALUE, WIDTH};
 use crate::report::Run;
 use crate::report::record::{MemoryComponent, MemoryRecord, Tier};
@@ -56,7 +56,8 @@ pub fn memory(runs: &[Run]) -> Option<Chart> {
 fn stacks(runs: &[Run]) -> Vec<Stack<'_>> {
     let mut stacks = Vec::new();
     for run in runs {
-        for tier in [Tier::Vram, Tier::Ram, Tier::Disk] {
+        let tiers = [Tier::Vram, Tier::Ram, Tier::Disk];
+        for tier in tiers.into_iter().filter(|&tier| run.has_tier(tier)) {
             let memory = &run.body.memory;
             let mut parts: Vec<&MemoryComponent> = memory
                 .components
@@ -77,7 +78,7 @@ fn stacks(runs: &[Run]) -> Vec<Stack<'_>> {
     stacks
 }
 
-/// Names in the order of their size, which gives each one colour in all tiers and runs.
+/// Names in the order of their size.
 fn components<'a>(stacks: &[Stack<'a>]) -> Vec<&'a str> {
     let mut sizes: Vec<(&str, u64)> = Vec::new();
     for part in stacks.iter().flat_map(|s| &s.parts) {
@@ -147,8 +148,7 @@ impl Stack<'_> {
         let bar = top + 24.0;
         let color = |name: &str| {
             let index = colors.iter().position(|c| *c == name).unwrap_or(0);
-            // Past the palette its colours come again, lighter.
-            tint(series(index), if index < 7 { 0.85 } else { 0.45 })
+            component(name, index)
         };
         svg.rect(
             (MARGIN, bar),

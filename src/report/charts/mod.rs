@@ -15,6 +15,7 @@ mod prediction;
 mod resources;
 mod throughput;
 
+use super::stats::Spread;
 use super::svg::{self, Anchor, Regular, SemiBold, Svg, Text};
 use super::{Run, units};
 
@@ -180,6 +181,12 @@ fn repetitions(runs: &[Run]) -> String {
         (low, high) if low == high => format!("{high} repetitions"),
         _ => format!("{low} to {high} repetitions"),
     }
+}
+
+/// What the lines about medians are: `95% interval` or `range`.
+fn spread(runs: &[Run]) -> &'static str {
+    let contexts = runs.iter().flat_map(|run| &run.body.contexts);
+    Spread::describe(contexts.map(|context| context.repetitions.len()))
 }
 
 /// `4k context`.

@@ -16,6 +16,45 @@ pub fn series(index: usize) -> &'static str {
     SERIES[index % SERIES.len()]
 }
 
+/// What memory and time go to, with its colour in every chart: what belongs together has one hue, the
+/// lighter the less of the work is the GPU's.
+const COMPONENTS: [(&str, usize, f64); 19] = [
+    ("expert slots", 0, 0.9),
+    ("experts in VRAM", 0, 0.9),
+    ("experts", 0, 0.55),
+    ("experts in RAM", 0, 0.55),
+    ("waiting for experts in RAM", 0, 0.55),
+    ("experts from disk", 0, 0.3),
+    ("promotions", 0, 0.3),
+    ("dense weights", 1, 0.85),
+    ("router", 1, 0.5),
+    ("kv cache", 2, 0.85),
+    ("delta-net state", 2, 0.55),
+    ("conv state", 2, 0.3),
+    ("lm_head", 4, 0.9),
+    ("embedding", 4, 0.5),
+    ("CUDA context", 6, 0.85),
+    ("workspace", 6, 0.5),
+    ("kernel boundaries", 3, 0.85),
+    ("handoffs", 3, 0.5),
+    ("launches and handoffs", 3, 0.5),
+];
+
+/// The colour of a component of memory or time, whatever chart it is in; `index` tells apart those that
+/// have no colour of their own.
+pub fn component(name: &str, index: usize) -> String {
+    let known = COMPONENTS
+        .iter()
+        .find(|(known, _, _)| known.eq_ignore_ascii_case(name));
+    match known {
+        Some(&(_, hue, strength)) => tint(SERIES[hue], strength),
+        None => tint(
+            SERIES[5 - index % 2 * 2],
+            0.7 / (1.0 + (index / 2) as f64 / 4.0),
+        ),
+    }
+}
+
 /// Near white to deep blue, even steps of lightness; `t` from 0 to 1.
 pub fn sequential(t: f64) -> String {
     const STOPS: [[f64; 3]; 5] = [

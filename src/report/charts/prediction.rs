@@ -1,11 +1,11 @@
 //! What the plan promised against what was measured, in time per token, where terms add up.
 
 use super::axis::Axis;
-use super::palette::{GRID, INK, MUTED, series, tint};
+use super::palette::{GRID, INK, MUTED, component, tint};
 use super::{Anchor, Chart, Frame, LABEL, MARGIN, TOP, VALUE, WIDTH};
 use crate::report::Run;
 use crate::report::metrics::DECODE_TOK_S;
-use crate::report::record::{ContextRun, Prediction};
+use crate::report::record::{ContextRun, Prediction, prediction_error};
 use crate::report::stats::Summary;
 use crate::report::svg::{Regular, Stroke, Svg, Text};
 use crate::report::units::significant;
@@ -46,7 +46,10 @@ pub fn prediction(runs: &[Run]) -> Option<Chart> {
         width: WIDTH,
         height: legend_height + rows.len() as f64 * ROW + 40.0,
         title,
-        subtitle: "Predicted terms stacked above the measured median with its 95% interval",
+        subtitle: &format!(
+            "Predicted terms stacked above the measured median with its {}",
+            super::spread(runs)
+        ),
         footnote: &super::footnote(runs),
         warning: super::synthetic_warning(runs),
     }
@@ -57,7 +60,7 @@ pub fn prediction(runs: &[Run]) -> Option<Chart> {
             svg.rect(
                 (MARGIN + left, baseline - 9.0),
                 (10.0, 10.0),
-                &color(*index),
+                &component(terms[*index], *index),
             );
             svg.text((MARGIN + left + 16.0, baseline), terms[*index], LABEL);
         }
@@ -93,7 +96,7 @@ fn row<'a>(context: &'a ContextRun, run_name: Option<&'a str>) -> Option<Row<'a>
         heading: super::context_label(context.context_tokens),
         run_name,
         prediction,
-        error: (prediction.decode_tok_s - measured.median) / measured.median,
+        error: prediction_error(prediction.decode_tok_s, measured.median),
         measured,
     })
 }
@@ -128,10 +131,6 @@ fn legend(terms: &[&str]) -> Vec<Vec<(usize, f64)>> {
     lines
 }
 
-fn color(term: usize) -> String {
-    tint(series(term), if term < 7 { 0.8 } else { 0.4 })
-}
-
 impl Row<'_> {
     fn longest_ms(&self) -> f64 {
         let slowest = 1e3 / self.measured.interval.low;
@@ -156,14 +155,15 @@ impl Row<'_> {
             let index = terms.iter().position(|t| *t == term.name).unwrap_or(0);
             let width = x.at(term.ms_per_token) - x.from;
             let gap = if width > 3.0 { 1.0 } else { 0.0 };
-            svg.rect((from, upper), ((width - gap).max(0.0), BAR), &color(index));
+            let color = component(&term.name, index);
+            svg.rect((from, upper), ((width - gap).max(0.0), BAR), &color);
             from += width;
         }
         if self.prediction.terms.is_empty() {
             svg.rect(
                 (x.from, upper),
                 (x.at(predicted_ms) - x.from, BAR),
-                &color(0),
+                &tint(INK, 0.15),
             );
         }
 

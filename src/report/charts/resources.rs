@@ -1,11 +1,11 @@
 //! What the machine did while the run went on: memory, CPU and GPU against time.
 
 use super::axis::Axis;
-use super::palette::{GRID, INK, series};
+use super::palette::{FAINT, GRID, INK, MUTED, series};
 use super::{Anchor, Chart, Frame, LABEL, MARGIN, TOP, VALUE, WIDTH};
 use crate::hardware::Sample;
 use crate::report::Run;
-use crate::report::svg::{Stroke, Svg};
+use crate::report::svg::{Regular, Stroke, Svg, Text};
 
 const PANEL: f64 = 150.0;
 const COLUMNS: usize = 2;
@@ -83,8 +83,8 @@ pub fn resources(runs: &[Run]) -> Option<Chart> {
         width: WIDTH,
         height: legend + PANEL * panels.len().div_ceil(COLUMNS) as f64,
         title,
-        subtitle: "Sampled through warm-ups and repetitions; what the machine does not count is \
-                   left out",
+        subtitle: "Sampled through warm-ups and repetitions, dashed lines where a context begins; \
+                   what the machine does not count is left out",
         footnote: &super::footnote(runs),
         warning: super::synthetic_warning(runs),
     }
@@ -96,7 +96,10 @@ pub fn resources(runs: &[Run]) -> Option<Chart> {
     for (i, (quantity, lines)) in panels.iter().enumerate() {
         let left = MARGIN + (i % COLUMNS) as f64 * (width + GAP);
         let top = TOP + legend + (i / COLUMNS) as f64 * PANEL;
-        draw_panel(&mut svg, quantity.name, lines, seconds, (left, top), width);
+        let x = draw_panel(&mut svg, quantity.name, lines, seconds, (left, top), width);
+        if let [run] = runs {
+            mark_contexts(&mut svg, run, &x, top);
+        }
     }
     Some(Chart {
         name: "resources".to_string(),
@@ -153,7 +156,7 @@ fn draw_panel(
     seconds: f64,
     (left, top): (f64, f64),
     width: f64,
-) {
+) -> Axis {
     let all = lines.iter().flat_map(|line| &line.points);
     let highest = all.map(|p| p.1).fold(0.0, f64::max);
     let (ceiling, floor) = (top + 24.0, top + PANEL - 36.0);
@@ -178,6 +181,25 @@ fn draw_panel(
         let at = |p: &(f64, f64)| (x.at(p.0), y.at(p.1));
         let points: Vec<(f64, f64)> = line.points.iter().map(at).collect();
         svg.polyline(&points, Stroke::solid(line.color, 1.5));
+    }
+    x
+}
+
+/// Where each context began.
+fn mark_contexts(svg: &mut Svg, run: &Run, x: &Axis, top: f64) {
+    let style = Text::new(9.5, Regular, MUTED);
+    let mut free_from = f64::NEG_INFINITY;
+    for context in &run.body.contexts {
+        let Some(at) = context.started_ms.map(|ms| x.at(ms / 1e3)) else {
+            continue;
+        };
+        let floor = top + PANEL - 36.0;
+        svg.line((at, top + 22.0), (at, floor), Stroke::dashed(FAINT, 1.0));
+        let name = crate::report::units::tokens(context.context_tokens);
+        if at >= free_from && at + style.width(&name) < x.to + 14.0 {
+            svg.text((at + 3.0, top + 22.0), &name, style);
+            free_from = at + style.width(&name) + 6.0;
+        }
     }
 }
 

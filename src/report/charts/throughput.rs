@@ -11,8 +11,10 @@ use crate::report::units;
 
 const HEIGHT: f64 = 320.0;
 const GAP: f64 = 56.0;
+/// Between the intervals of several runs at one context.
+const DODGE: f64 = 9.0;
 
-/// Median, 95% interval and every repetition; `None` without a single rate.
+/// Median, interval and every repetition; `None` without a single rate.
 pub fn throughput(runs: &[Run]) -> Option<Chart> {
     let panels: Vec<&Metric> = [&DECODE_TOK_S, &PREFILL_TOK_S]
         .into_iter()
@@ -25,7 +27,8 @@ pub fn throughput(runs: &[Run]) -> Option<Chart> {
     let subtitle = match super::repetitions(runs).as_str() {
         "1 repetition" => "A single repetition, so there is no interval".to_string(),
         several => format!(
-            "Median of {several} with its 95% bootstrap interval; small dots are the repetitions"
+            "Median of {several} with its {}; small dots are the repetitions",
+            super::spread(runs)
         ),
     };
     let mut svg = Frame {
@@ -78,7 +81,7 @@ fn panel(svg: &mut Svg, runs: &[Run], metric: &Metric, left: f64, width: f64) {
     let every = || lines.iter().flatten();
     let several = runs.len() > 1;
     let highest = every().map(|p| p.summary.max).fold(0.0, f64::max);
-    let name_room = if several { 124.0 } else { 12.0 };
+    let name_room = if several { 150.0 } else { 12.0 };
     let (top, bottom) = (TOP + 34.0, TOP + HEIGHT - 40.0);
     // A little air above the highest point holds its label.
     let y = Axis::round(0.0, highest * 1.08, (bottom, top), 5);
@@ -101,13 +104,19 @@ fn panel(svg: &mut Svg, runs: &[Run], metric: &Metric, left: f64, width: f64) {
 
     for (index, line) in lines.iter().enumerate() {
         let color = series(index);
-        let at = |p: &Point, value| (x.at((p.context_tokens as f64).log2()), y.at(value));
+        // Side by side, or the intervals of several runs would hide each other.
+        let aside = DODGE * (index as f64 - (lines.len() - 1) as f64 / 2.0);
+        let at = |p: &Point, value| {
+            let along = x.at((p.context_tokens as f64).log2());
+            (along + aside, y.at(value))
+        };
         let medians: Vec<(f64, f64)> = line.iter().map(|p| at(p, p.summary.median)).collect();
         svg.polyline(&medians, Stroke::solid(&tint(color, 0.55), 1.5));
         for point in line {
             for &value in &point.values {
                 let (px, py) = at(point, value);
-                svg.dot((px + 9.0, py), 2.2, &tint(color, 0.45));
+                let beside = if several { 0.0 } else { 9.0 };
+                svg.dot((px + beside, py), 2.2, &tint(color, 0.45));
             }
             let ends = point.summary.interval;
             svg.line(
@@ -130,7 +139,7 @@ fn panel(svg: &mut Svg, runs: &[Run], metric: &Metric, left: f64, width: f64) {
     }
 }
 
-/// The name of each run beside its last point.
+/// The name of each run beside its last point, with its value there.
 fn name_lines(svg: &mut Svg, runs: &[Run], lines: &[Vec<Point>], x: &Axis, y: &Axis, room: f64) {
     let named: Vec<(usize, &Point)> = lines
         .iter()
@@ -147,7 +156,11 @@ fn name_lines(svg: &mut Svg, runs: &[Run], lines: &[Vec<Point>], x: &Axis, y: &A
             color: series(*i),
             ..VALUE
         };
-        svg.text((x.to + 2.0, at), &style.fit(&runs[*i].name, room), style);
+        let value = lines[*i].last().map_or(String::new(), |point| {
+            format!("  {}", units::significant(point.summary.median))
+        });
+        let name = style.fit(&runs[*i].name, room - style.width(&value) - 8.0);
+        svg.text((x.to + 6.0, at), &(name + &value), style);
     }
 }
 

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::{BYTE_OFFSET, CODE_BOOK_INT8, LANES, Simd};
+use super::{BYTE_TABLE_UNSIGNED, LANES, Simd};
 use crate::backend::cpu::isa::Avx512;
 use crate::formats::nf4::CODE_BOOK;
 
@@ -23,6 +23,9 @@ impl Simd for Avx512 {
     type WordTable = __m512i;
     type ByteTable = __m512i;
     type F32Table = __m512;
+
+    /// Codes of the two words of a dword, shifted to the same place.
+    const PAIRS: [[usize; 2]; 4] = [[0, 4], [2, 6], [1, 5], [3, 7]];
 
     /// 24 of 32 registers accumulate, two hold weights.
     const MAX_TOKENS: usize = 12;
@@ -178,16 +181,8 @@ impl Simd for Avx512 {
     /// Unsigned bytes, as `vpdpbusd` takes them.
     #[inline(always)]
     fn byte_table(self) -> __m512i {
-        const TABLE: [u8; 16] = {
-            let (mut table, mut i) = ([0; 16], 0);
-            while i < 16 {
-                table[i] = (CODE_BOOK_INT8[i] as i32 + BYTE_OFFSET) as u8;
-                i += 1;
-            }
-            table
-        };
         avx512!(_mm512_broadcast_i32x4(_mm_loadu_si128(
-            TABLE.as_ptr().cast()
+            BYTE_TABLE_UNSIGNED.as_ptr().cast()
         )))
     }
     #[inline(always)]

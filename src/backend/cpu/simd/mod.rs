@@ -1,13 +1,15 @@
 //! Sixteen lanes, whatever the machine: kernels are written once against [`Simd`].
 //!
-//! AVX-512 holds 16 f32 in one register, AVX2 in two, plain Rust in an array. All add lanes up in
-//! the same order, so AVX2 and AVX-512 agree bit for bit; scalar code differs in that it has no
+//! AVX-512 holds 16 f32 in one register, AVX2 and AVX-VNNI in two, plain Rust in an array. All add lanes
+//! up in the same order, so the first three agree bit for bit; scalar code differs in that it has no
 //! fused multiply-add.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 mod scalar;
 
 use half::{bf16, f16};
@@ -64,8 +66,16 @@ pub const CODE_BOOK_INT8: [i8; 16] = {
 /// What the 8-bit weights of [`Simd::nf4_bytes`] may be above their values.
 pub const BYTE_OFFSET: i32 = 128;
 
-/// Which code each i16 pair starts with: the order in which byte lookups of AVX2 meet them.
-pub const PAIR_ORDER: [usize; 4] = [0, 2, 1, 3];
+/// The 8-bit code book plus [`BYTE_OFFSET`], for products that take one factor unsigned.
+#[cfg(target_arch = "x86_64")]
+const BYTE_TABLE_UNSIGNED: [u8; 16] = {
+    let (mut table, mut i) = ([0; 16], 0);
+    while i < 16 {
+        table[i] = (CODE_BOOK_INT8[i] as i32 + BYTE_OFFSET) as u8;
+        i += 1;
+    }
+    table
+};
 
 /// Vector operations of one instruction set; lane by lane unless said otherwise.
 pub trait Simd: Copy {
@@ -79,6 +89,9 @@ pub trait Simd: Copy {
     type ByteTable: Copy;
     /// The f32 code book, ready for [`nf4_f32`](Self::nf4_f32)
     type F32Table: Copy;
+
+    /// Which of a lane's eight codes become a pair of i16: four such pairs.
+    const PAIRS: [[usize; 2]; 4];
 
     /// Tokens for which the accumulators of a 32-row matrix product fit in registers.
     const MAX_TOKENS: usize;
@@ -124,34 +137,71 @@ pub trait Simd: Copy {
 
     fn word_table(self, book: &[i16; 16]) -> Self::WordTable;
     /// Eight codes per lane become four vectors of i16 pairs: of vector `j`, the low half comes
-    /// from code `PAIR_ORDER[j]`, the high half from the code four further.
+    /// from the first code of `PAIRS[j]`, the high half from the second.
     fn nf4_words(self, table: Self::WordTable, codes: Self::I32) -> [Self::I32; 4];
     /// `acc + a.low * b.low + a.high * b.high`, on i16 halves.
     fn dot_pairs(self, acc: Self::I32, a: Self::I32, b: Self::I32) -> Self::I32;
 
-    /// Adds to `sums` the products of the codes' integers with the pairs `x` of one token.
+    /// Products of `H` halves of a tile, 16 rows each, with a block of 64 activations of each of a few
+    /// tokens, whose sums fit in registers.
     ///
-    /// What the two sums mean is the instruction set's business: start with zeros, end with
-    /// [`fold_products`](Self::fold_products).
+    /// - `codes`: eight of each row per group
+    /// - `pairs`: of each token, those of [`PAIRS`](Self::PAIRS) for each group
     #[inline(always)]
-    fn add_products(
+    fn dot_words<const N: usize, const H: usize>(
         self,
         table: Self::WordTable,
-        sums: [Self::I32; 2],
-        codes: Self::I32,
-        x: &[i32; 4],
-    ) -> [Self::I32; 2] {
-        let [mut a, mut b] = sums;
-        let words = self.nf4_words(table, codes);
-        a = self.dot_pairs(a, words[0], self.splat_i32(x[0]));
-        b = self.dot_pairs(b, words[1], self.splat_i32(x[1]));
-        a = self.dot_pairs(a, words[2], self.splat_i32(x[2]));
-        b = self.dot_pairs(b, words[3], self.splat_i32(x[3]));
-        [a, b]
-    }
-    #[inline(always)]
-    fn fold_products(self, [a, b]: [Self::I32; 2]) -> Self::I32 {
-        self.add_i32(a, b)
+        codes: &[[u32; 2 * LANES]; 8],
+        first_half: usize,
+        pairs: [&[i32; 32]; N],
+    ) -> [[Self::I32; N]; H] {
+        let zero = self.splat_i32(0);
+        let mut out = [[zero; N]; H];
+        if N == 1 {
+            // Sums for even and odd groups, and two for each: VNNI adds with the latency of its
+            // multiplier.
+            let mut sums = [[[zero; 2]; H]; 2];
+            for (two, groups) in codes.chunks_exact(2).enumerate() {
+                for odd in 0..2 {
+                    let x: [Self::I32; 4] =
+                        std::array::from_fn(|j| self.splat_i32(pairs[0][8 * two + 4 * odd + j]));
+                    for half in 0..H {
+                        let codes = self.load_u32(&lanes(&groups[odd])[first_half + half]);
+                        let words = self.nf4_words(table, codes);
+                        for j in 0..4 {
+                            let sum = &mut sums[odd][half][j % 2];
+                            *sum = self.dot_pairs(*sum, words[j], x[j]);
+                        }
+                    }
+                }
+            }
+            for half in 0..H {
+                let [even, odd] = sums.map(|sums| self.add_i32(sums[half][0], sums[half][1]));
+                out[half][0] = self.add_i32(even, odd);
+            }
+            return out;
+        }
+        // Broadcasts are shared between the halves where tokens are many; where they are few, that
+        // only lengthens the way from the codes to the first product.
+        let together = if N > 6 { H } else { 1 };
+        for (group, codes) in codes.iter().enumerate() {
+            for first in (0..H).step_by(together) {
+                let mut words = [[zero; 4]; H];
+                for half in first..first + together {
+                    let codes = self.load_u32(&lanes(codes)[first_half + half]);
+                    words[half] = self.nf4_words(table, codes);
+                }
+                for j in 0..4 {
+                    for i in 0..N {
+                        let x = self.splat_i32(pairs[i][4 * group + j]);
+                        for half in first..first + together {
+                            out[half][i] = self.dot_pairs(out[half][i], words[half][j], x);
+                        }
+                    }
+                }
+            }
+        }
+        out
     }
 
     fn byte_table(self) -> Self::ByteTable;

@@ -4,7 +4,7 @@ use std::array::from_fn;
 
 use half::{bf16, f16};
 
-use super::{CODE_BOOK_INT8, LANES, PAIR_ORDER, Simd};
+use super::{CODE_BOOK_INT8, LANES, Simd};
 use crate::backend::cpu::isa::Scalar;
 use crate::formats::nf4::CODE_BOOK;
 
@@ -30,6 +30,7 @@ impl Simd for Scalar {
     type ByteTable = ();
     type F32Table = ();
 
+    const PAIRS: [[usize; 2]; 4] = [[0, 1], [2, 3], [4, 5], [6, 7]];
     const MAX_TOKENS: usize = 1;
 
     #[inline(always)]
@@ -150,7 +151,7 @@ impl Simd for Scalar {
     #[inline(always)]
     fn nf4_words(self, table: [i16; 16], codes: I32) -> [I32; 4] {
         let word = |code: u32, n: usize| table[(code >> (4 * n)) as usize & 15];
-        PAIR_ORDER.map(|n| codes.map(|c| join(word(c as u32, n), word(c as u32, n + 4))))
+        Self::PAIRS.map(|[a, b]| codes.map(|c| join(word(c as u32, a), word(c as u32, b))))
     }
     #[inline(always)]
     fn dot_pairs(self, acc: I32, a: I32, b: I32) -> I32 {

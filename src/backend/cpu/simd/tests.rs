@@ -23,6 +23,12 @@ impl Bits {
         s.store_i32(v, &mut out);
         self.0.extend(out.map(|v| v as u32));
     }
+    #[inline(always)]
+    fn products<S: Simd, const N: usize, const H: usize>(&mut self, sums: [[S::I32; N]; H], s: S) {
+        for v in sums.into_iter().flatten() {
+            self.i(s, v);
+        }
+    }
 }
 
 struct Input {
@@ -63,11 +69,18 @@ fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
         s,
         s.pow2(s.round(s.min(s.max(a, s.splat(-126.0)), s.splat(127.0)))),
     );
+    out.i(s, s.dot_pairs(pairs, codes, pairs));
     for book in [&CODE_BOOK_INT16, &CODE_BOOK_WIDE] {
-        for words in s.nf4_words(s.word_table(book), codes) {
-            out.i(s, words);
-            out.i(s, s.dot_pairs(pairs, words, pairs));
+        // In the order of the codes, whichever become a pair.
+        let mut words = [[0; LANES]; 8];
+        let looked_up = s.nf4_words(s.word_table(book), codes);
+        for (vector, [first, second]) in looked_up.into_iter().zip(S::PAIRS) {
+            let mut both = [0; LANES];
+            s.store_i32(vector, &mut both);
+            words[first] = both.map(|pair| pair as i16 as u32);
+            words[second] = both.map(|pair| (pair >> 16) as u32);
         }
+        out.0.extend(words.as_flattened());
     }
     for bytes in s.nf4_bytes(s.byte_table(), codes) {
         let quad = input.quad;
@@ -76,12 +89,30 @@ fn all_operations<S: Simd>(s: S, input: &Input) -> Bits {
         let quad = i32::from_le_bytes(quad.map(i8::cast_unsigned));
         out.i(s, s.dot_bytes(start, bytes, s.splat_i32(quad)));
     }
-    let x = std::array::from_fn(|i| input.pairs[i]);
-    let zeros = [s.splat_i32(0); 2];
     let table = s.word_table(&CODE_BOOK_INT16);
-    let sums = s.add_products(table, zeros, codes, &x);
-    let sums = s.add_products(table, sums, pairs, &x);
-    out.i(s, s.fold_products(sums));
+    let tile: [[u32; 2 * LANES]; 8] = std::array::from_fn(|group| {
+        std::array::from_fn(|row| input.codes[row % LANES].rotate_left((row + 4 * group) as u32))
+    });
+    // Activations of the codes of all groups, a different set for each token.
+    let x: [[i32; 32]; 7] = std::array::from_fn(|token| {
+        let of = |group: usize, code: usize| {
+            let pair = input.pairs[(8 * group + code + token) % LANES].rotate_left(group as u32);
+            // Thirteen bits, so that no sum overflows.
+            pair as i16 >> 3
+        };
+        std::array::from_fn(|p| {
+            let [low, high] = S::PAIRS[p % 4].map(|code| of(p / 4, code));
+            i32::from(high) << 16 | i32::from(low as u16)
+        })
+    });
+    out.products(s.dot_words::<1, 2>(table, &tile, 0, [&x[0]]), s);
+    out.products(s.dot_words::<1, 1>(table, &tile, 1, [&x[0]]), s);
+    out.products(s.dot_words::<2, 1>(table, &tile, 1, [&x[1], &x[2]]), s);
+    out.products(
+        s.dot_words::<3, 2>(table, &tile, 0, [&x[0], &x[3], &x[4]]),
+        s,
+    );
+    out.products(s.dot_words::<7, 2>(table, &tile, 0, x.each_ref()), s);
     let table = s.f32_table();
     out.f(s, s.nf4_f32(table, codes));
     out.f(s, s.nf4_f32(table, s.shr::<28>(codes)));

@@ -1,24 +1,33 @@
 //! `moectl run`: generate text.
 
-use std::io::{self, BufRead, IsTerminal, Read, Write};
+mod chat;
+mod commands;
+mod conversation;
+mod editor;
+mod prompt;
+mod record;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use clap::Args;
-use serde::Serialize;
 
 use super::console::{Console, Unit};
+use super::flags::{self, GpuFlags};
 use super::{Failure, cache_state, check_context, expert_counts, interrupt, load};
 use crate::backend::Routing;
+use crate::cli::values::{Seed, seed, whole, whole_or_all};
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::generate::{FinishReason, GenerateOptions, Generation, Observer};
 use crate::engine::sampler::SamplingParams;
 use crate::engine::{Engine, TextModel};
-use crate::formats::ModelId;
 use crate::hardware::monitor::high_water_mark;
 use crate::model::{Message, ModelConfig, Source};
 use crate::planning::units::{parse_tokens, show_bytes};
-use crate::report::record::ExpertCounts;
+
+use record::{LARGEST_EXACT, record};
 
 /// Generate text: one prompt, standard input, or a chat
 ///
@@ -29,12 +38,20 @@ use crate::report::record::ExpertCounts;
 Examples:
   moectl run \"What is the meaning of the noun \\\"river\\\"?\"
   moectl run --raw -n 64 --temperature 0 \"def fibonacci(n):\"
+  cat notes.txt | moectl run \"Summarise this:\"
   cat notes.txt | moectl run --system \"Summarise.\" --json
   moectl run --chat --model org/name")]
 pub struct RunArgs {
-    /// Prompt text [default: standard input]
+    /// Prompt text; what is piped in goes after it [default: standard input; a chat on a terminal]
     #[arg(conflicts_with_all = ["prompt_ids", "chat"])]
     prompt: Option<String>,
+    /// The same as a flag
+    #[arg(short = 'p', long = "prompt", value_name = "TEXT",
+          conflicts_with_all = ["prompt", "prompt_ids", "chat"])]
+    prompt_flag: Option<String>,
+    /// File whose text goes after the prompt
+    #[arg(short, long, value_name = "FILE", conflicts_with_all = ["prompt_ids", "chat"])]
+    file: Option<PathBuf>,
     /// Prompt as token ids, taken as they are
     #[arg(
         long,
@@ -43,20 +60,21 @@ pub struct RunArgs {
         conflicts_with = "chat"
     )]
     prompt_ids: Option<Vec<u32>>,
-    /// Chat: one turn per line of input, with history
-    #[arg(long, conflicts_with = "raw")]
+    /// Chat: a line editor on a terminal, else one turn per line of input; /help lists its commands
+    #[arg(long, visible_alias = "interactive", conflicts_with = "raw")]
     chat: bool,
     /// Continue the prompt as plain text, without the chat template
     #[arg(long)]
     raw: bool,
     /// System message of the conversation
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["raw", "prompt_ids"])]
+    #[arg(long, alias = "system-prompt", value_name = "TEXT", conflicts_with_all = ["raw", "prompt_ids"])]
     system: Option<String>,
-    /// Most tokens to generate, per turn
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 512)]
+    /// Most tokens to generate, per turn; -1 for as many as there is room for
+    #[arg(short = 'n', long, visible_alias = "n-predict", alias = "max-new-tokens", value_name = "N",
+          value_parser = whole_or_all, default_value = "512")]
     max_tokens: usize,
     /// Room for prompt and answer, in tokens (32k = 32768) [default: what they need; 8k in a chat]
-    #[arg(long, value_name = "TOKENS", value_parser = parse_tokens)]
+    #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS", value_parser = parse_tokens)]
     ctx: Option<u64>,
     /// End before this text; may be given more than once
     #[arg(long, value_name = "TEXT")]
@@ -65,7 +83,7 @@ pub struct RunArgs {
     #[arg(long)]
     ignore_eos: bool,
     /// Report the K best tokens of each step (with --json)
-    #[arg(long, value_name = "K", default_value_t = 0, requires = "json")]
+    #[arg(long, value_name = "K", value_parser = whole, default_value_t = 0, requires = "json")]
     logprobs: usize,
     #[command(flatten)]
     sampling: SamplingArgs,
@@ -82,10 +100,10 @@ pub struct RunArgs {
 #[command(next_help_heading = "Sampling (defaults: the model's generation_config.json)")]
 struct SamplingArgs {
     /// Randomness; 0 always takes the best token
-    #[arg(long, value_name = "T")]
+    #[arg(long, visible_alias = "temp", value_name = "T")]
     temperature: Option<f32>,
     /// Keep the K best tokens; 0 keeps all
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", value_parser = whole)]
     top_k: Option<usize>,
     /// Keep the best tokens that together have this probability
     #[arg(long, value_name = "P")]
@@ -94,17 +112,17 @@ struct SamplingArgs {
     #[arg(long, value_name = "P")]
     min_p: Option<f32>,
     /// Weaken tokens seen before, prompt included; 1 is off
-    #[arg(long, value_name = "X")]
+    #[arg(long, alias = "repeat-penalty", value_name = "X")]
     repetition_penalty: Option<f32>,
     /// Subtracted from logits of tokens generated before
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X")]
     presence_penalty: Option<f32>,
     /// Subtracted per earlier generation of a token
-    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    #[arg(long, value_name = "X")]
     frequency_penalty: Option<f32>,
-    /// Seed of the draws [default: a new one each run]
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
+    /// Seed of the draws; -1 for a new one each run [default: a new one]
+    #[arg(short, long, value_name = "N", value_parser = seed)]
+    seed: Option<Seed>,
 }
 
 impl SamplingArgs {
@@ -121,8 +139,9 @@ impl SamplingArgs {
             presence_penalty: self.presence_penalty.unwrap_or(defaults.presence_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(defaults.frequency_penalty),
             seed: match self.seed {
-                Some(seed) => seed,
-                None => getrandom::u64().context("random seed")?,
+                Some(Seed(Some(seed))) => seed,
+                // One that JSON's readers keep, so that it can be given again.
+                _ => getrandom::u64().context("random seed")? % LARGEST_EXACT,
             },
         };
         params
@@ -132,50 +151,12 @@ impl SamplingArgs {
     }
 }
 
-/// The object that `--json` prints.
-#[derive(Serialize)]
-struct RunRecord<'a> {
-    model: &'a ModelId,
-    /// The weights are random, the text means nothing
-    synthetic: bool,
-    backend: String,
-    seed: u64,
-    prompt_ids: &'a [u32],
-    token_ids: &'a [u32],
-    text: &'a str,
-    finish_reason: &'static str,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    logprobs: Vec<Vec<LogprobRecord>>,
-    timings: TimingsRecord,
-    experts: ExpertCounts,
-    peak_rss_bytes: Option<u64>,
-    /// Held on the GPU at the end, by the driver's figure
-    #[serde(skip_serializing_if = "Option::is_none")]
-    vram_bytes: Option<u64>,
-}
-
-#[derive(Serialize)]
-struct LogprobRecord {
-    id: u32,
-    logit: f32,
-    logprob: f32,
-}
-
-#[derive(Serialize)]
-struct TimingsRecord {
-    prompt_tokens: usize,
-    generated_tokens: usize,
-    prefill_ms: f64,
-    ttft_ms: f64,
-    decode_ms: f64,
-    prefill_tok_s: f64,
-    decode_tok_s: f64,
-}
-
 pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
     if args.chat && console.json {
         return Err(Failure::Usage("--chat does not go with --json; use one prompt".into()).into());
     }
+    let wants_chat = args.chat || args.could_chat(console);
+    flags::check(&args.compute, GpuFlags::Place, console)?;
     let source = Source::resolve(args.model.model.as_deref())?;
     let config = source.config()?;
     if let Some(ctx) = args.ctx {
@@ -192,12 +173,36 @@ pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
         logprobs: args.logprobs,
         forced: Vec::new(),
     };
-    if args.chat {
-        chat(&args, &source, &config, options, console)
+    if args.chat || (wants_chat && text.chat_template.is_some()) {
+        chat::chat(&args, &source, &config, options, console)
     } else {
-        let prompt_ids = prompt_ids(&args, &config, &text)?;
+        let prompt_ids = prompt::prompt_ids(&args, &config, &text)?;
         one_prompt(&args, &source, &config, &prompt_ids, &options, console)
     }
+}
+
+impl RunArgs {
+    /// The prompt that the command line itself holds.
+    fn given_prompt(&self) -> Option<&str> {
+        self.prompt.as_deref().or(self.prompt_flag.as_deref())
+    }
+
+    /// Whether there is no prompt but a person to ask for one.
+    fn could_chat(&self, console: &Console) -> bool {
+        let prompt = self.given_prompt().is_some() || self.file.is_some();
+        let plain = self.raw || console.json || self.prompt_ids.is_some();
+        !prompt && !plain && io::stdin().is_terminal()
+    }
+}
+
+/// Room for an answer of any length, unless --ctx says otherwise.
+const DEFAULT_ROOM: usize = 8192;
+
+fn system_message(args: &RunArgs) -> Vec<Message> {
+    args.system
+        .iter()
+        .map(|text| Message::new("system", text.clone()))
+        .collect()
 }
 
 fn one_prompt(
@@ -211,7 +216,13 @@ fn one_prompt(
     let limit = config.max_position_embeddings;
     let max_tokens = match args.ctx {
         Some(ctx) => ctx as usize,
-        None => (prompt_ids.len() + args.max_tokens).min(limit),
+        None => {
+            let answer = match args.max_tokens {
+                usize::MAX => DEFAULT_ROOM,
+                tokens => tokens,
+            };
+            prompt_ids.len().saturating_add(answer).min(limit)
+        }
     };
     if prompt_ids.len() >= max_tokens.max(1) && args.max_tokens > 0 {
         return Err(Failure::Usage(format!(
@@ -260,56 +271,6 @@ fn load(
     load::engine(source, &args.compute, &mut outline, max_tokens, console)
 }
 
-/// The prompt's token ids, from wherever the flags say.
-fn prompt_ids(args: &RunArgs, config: &ModelConfig, text: &TextModel) -> anyhow::Result<Vec<u32>> {
-    if let Some(ids) = &args.prompt_ids {
-        let vocab_size = config.shape.vocab_size;
-        return match ids.iter().find(|&&id| id as usize >= vocab_size) {
-            Some(id) => Err(Failure::Usage(format!(
-                "--prompt-ids: {id} is not in the model's vocabulary; expected 0 to {}",
-                vocab_size - 1
-            ))
-            .into()),
-            None => Ok(ids.clone()),
-        };
-    }
-    let prompt = match &args.prompt {
-        Some(prompt) => prompt.clone(),
-        None if io::stdin().is_terminal() => {
-            let way_out = "no prompt: give one, pipe one in, or use --chat";
-            return Err(Failure::Usage(way_out.into()).into());
-        }
-        None => {
-            let mut prompt = String::new();
-            io::stdin()
-                .read_to_string(&mut prompt)
-                .context("standard input")?;
-            prompt
-        }
-    };
-    // A system message needs a template; without one, that is an error of encoding.
-    let templated = text.chat_template.is_some() || args.system.is_some();
-    let ids = match templated && !args.raw {
-        true => {
-            let mut messages = system_message(args);
-            messages.push(Message::new("user", prompt));
-            text.encode_chat(&messages)?
-        }
-        false => text.tokenizer.encode(&prompt)?,
-    };
-    if ids.is_empty() {
-        return Err(Failure::Usage("the prompt is empty".into()).into());
-    }
-    Ok(ids)
-}
-
-fn system_message(args: &RunArgs) -> Vec<Message> {
-    args.system
-        .iter()
-        .map(|text| Message::new("system", text.clone()))
-        .collect()
-}
-
 fn generate(
     engine: &mut Engine,
     prompt_ids: &[u32],
@@ -353,51 +314,6 @@ fn generate(
     }
 }
 
-fn record<'a>(
-    engine: &'a Engine,
-    options: &GenerateOptions,
-    prompt_ids: &'a [u32],
-    generation: &'a Generation,
-    experts: ExpertCounts,
-) -> RunRecord<'a> {
-    let timings = &generation.timings;
-    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
-    RunRecord {
-        model: engine.model_id(),
-        synthetic: engine.config().synthetic,
-        backend: engine.backend().name,
-        seed: options.sampling.seed,
-        prompt_ids,
-        token_ids: &generation.token_ids,
-        text: &generation.text,
-        finish_reason: generation.finish_reason.name(),
-        logprobs: generation
-            .logprobs
-            .iter()
-            .map(|best| {
-                let record = |t: &crate::engine::sampler::TokenLogprob| LogprobRecord {
-                    id: t.id,
-                    logit: t.logit,
-                    logprob: t.logprob,
-                };
-                best.iter().map(record).collect()
-            })
-            .collect(),
-        timings: TimingsRecord {
-            prompt_tokens: timings.prompt_tokens,
-            generated_tokens: generation.token_ids.len(),
-            prefill_ms: ms(timings.prefill),
-            ttft_ms: ms(timings.ttft),
-            decode_ms: ms(timings.inter_token.iter().sum()),
-            prefill_tok_s: timings.prefill_tok_s(),
-            decode_tok_s: timings.decode_tok_s(),
-        },
-        experts,
-        peak_rss_bytes: high_water_mark(),
-        vram_bytes: engine.vram_bytes(),
-    }
-}
-
 fn closing_line(engine: &Engine, generation: &Generation, console: &Console) {
     let timings = &generation.timings;
     let memory = high_water_mark().map_or(String::new(), |bytes| {
@@ -416,97 +332,5 @@ fn closing_line(engine: &Engine, generation: &Generation, console: &Console) {
     ));
     if let Some(reason) = engine.experts().and_then(|experts| experts.stopped()) {
         console.note(format!("note: {reason}"));
-    }
-}
-
-/// One turn per line, the conversation so far always in context.
-fn chat(
-    args: &RunArgs,
-    source: &Source,
-    config: &ModelConfig,
-    options: GenerateOptions,
-    console: &Console,
-) -> anyhow::Result<()> {
-    const DEFAULT_CONTEXT: usize = 8192;
-    let limit = config.max_position_embeddings;
-    let max_tokens = args
-        .ctx
-        .map_or(DEFAULT_CONTEXT.min(limit), |ctx| ctx as usize);
-    let mut engine = load(args, source, max_tokens, console)?;
-    let ended = turns(args, &mut engine, limit, max_tokens, &options, console);
-    cache_state::save(args.cache.cache_state.as_deref(), &engine, console)?;
-    ended
-}
-
-fn turns(
-    args: &RunArgs,
-    engine: &mut Engine,
-    limit: usize,
-    max_tokens: usize,
-    options: &GenerateOptions,
-    console: &Console,
-) -> anyhow::Result<()> {
-    let mut messages = system_message(args);
-    // A template that cannot be used is told before the first line is typed.
-    engine.text().encode_chat(&[Message::new("user", "")])?;
-    let prompting = io::stdin().is_terminal();
-    if prompting {
-        console.note("chat: one line per turn; /reset starts over, Ctrl-D ends");
-    }
-    loop {
-        if prompting {
-            eprint!("> ");
-        }
-        let mut line = String::new();
-        if io::stdin()
-            .lock()
-            .read_line(&mut line)
-            .context("standard input")?
-            == 0
-        {
-            return Ok(());
-        }
-        let line = line.trim_end_matches(['\r', '\n']);
-        if line == "/reset" {
-            messages = system_message(args);
-            continue;
-        }
-        if line.trim().is_empty() {
-            continue;
-        }
-        messages.push(Message::new("user", line));
-        let ids = engine.text().encode_chat(&messages)?;
-        // What the sequence has seen is kept where the new conversation begins with it.
-        let seen = match ids.strip_prefix(engine.tokens()) {
-            Some(rest) if !rest.is_empty() => engine.tokens().len(),
-            _ => {
-                engine.reset(max_tokens)?;
-                0
-            }
-        };
-        if ids.len() >= max_tokens {
-            return Err(Failure::Usage(format!(
-                "the conversation has {} tokens, the context {max_tokens}; raise --ctx (the \
-                 model's limit is {limit}) or start over with /reset",
-                ids.len()
-            ))
-            .into());
-        }
-        let interrupt = interrupt::flag();
-        let generation = generate(
-            engine,
-            &ids[seen..],
-            options,
-            interrupt,
-            true,
-            &mut 0,
-            console,
-        )?;
-        writeln!(io::stdout())?;
-        closing_line(engine, &generation, console);
-        if generation.finish_reason == FinishReason::Interrupted {
-            return Err(Failure::Interrupted.into());
-        }
-        messages.push(Message::new("assistant", generation.text));
     }
 }
