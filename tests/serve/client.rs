@@ -71,7 +71,8 @@ pub fn built_in_service() -> Service {
             progress: &|_, _| {},
             max_tokens: 2048,
         };
-        let engine = Engine::load(&source, &options).map_err(|e| e.to_string())?;
+        let mut engine = Engine::load(&source, &options).map_err(|e| e.to_string())?;
+        engine.reserve(2, 2048).map_err(|e| e.to_string())?;
         serve_sessions(engine, 2048, ServeOptions::default(), &jobs);
         Ok(())
     })

@@ -20,7 +20,8 @@ use crate::engine::session::Session;
 use crate::engine::{Engine, EngineError};
 use crate::planning::PolicyConfig;
 
-/// Requests in work for each sequence that may be resident: the others wait in RAM for their turn.
+/// Requests in work for each of several sequences: those that are not resident wait in RAM for their
+/// turn.
 const REQUESTS_PER_SEQUENCE: usize = 2;
 
 /// A sequence runs at least so long, in its own time, before it is parked for another.
@@ -51,6 +52,11 @@ pub fn serve_sessions(engine: Engine, context_tokens: usize, options: ServeOptio
     // A year is for ever, and no overflow.
     let save_every = save_every.min(Duration::from_secs(31_536_000));
     let mut worker = Worker::new(engine, options);
+    // With one sequence requests run one after the other, as was asked.
+    let at_most = match sequences {
+        0 | 1 => 1,
+        _ => REQUESTS_PER_SEQUENCE * sequences,
+    };
     let mut running = Running::default();
     let mut saved = Instant::now();
     loop {
@@ -65,7 +71,7 @@ pub fn serve_sessions(engine: Engine, context_tokens: usize, options: ServeOptio
             jobs.answer(&mut worker, false);
         }
         // Who changes something between requests must not wait for ever.
-        while running.requests.len() < REQUESTS_PER_SEQUENCE * sequences
+        while running.requests.len() < at_most
             && !jobs.wants_a_change()
             && let Some(job) = jobs.take_waiting()
         {
