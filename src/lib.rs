@@ -13,7 +13,7 @@
 //! ```
 //!
 //! A checkpoint is mapped, never read as a whole: [`formats`] hands out views. [`model`] gives
-//! them roles and shapes and runs the blocks in order. A [`backend`] computes blocks. The
+//! them roles and shapes. A [`backend`] computes blocks and runs sequences over them. The
 //! [`engine`] turns logits into tokens and text. What the router picks leaves the loop over blocks
 //! as events, which [`planning`] counts, simulates caches on, and turns into a placement.
 //!
@@ -25,8 +25,8 @@
 //! |---|---|---|
 //! | [`formats`] | safetensors, NF4, corpora, JSON envelopes, atomic writes | devices, models |
 //! | [`backend`] | the blocks on one kind of hardware: [`backend::reference`], the oracle, [`backend::cpu`], own SIMD kernels, and `backend::cuda`, own kernels in `kernels/` | tensor names, text |
-//! | [`model`] | config, weights by role, tokenizer, chat template, the loop over blocks, synthetic models | hardware |
-//! | [`engine`] | prefill, sampling, streaming, stopping, carrying out the cache's decisions | flags, files of results |
+//! | [`model`] | config, weights by role, tokenizer, chat template, synthetic models | hardware |
+//! | [`engine`] | sessions, kept prefixes, whose turn it is, sampling, streaming, stopping, carrying out the cache's decisions | flags, files of results |
 //! | [`planning`] | traces, statistics, policies and the cache they drive, simulator, cost model, knapsack | files, clocks, GPUs |
 //! | [`hardware`] | facts and measured bandwidths of this machine | models |
 //! | [`report`] | records, statistics, tables, charts | how anything was computed |
@@ -37,8 +37,12 @@
 //!
 //! - The seam to a backend is the block, not the tensor op: inside a block a backend fuses as it
 //!   likes.
-//! - The `cuda` backend is driven as a whole sequence ([`model::Runner`]), because its decode step is
-//!   one captured graph; the CPU and the GPU meet once per layer, through flags in pinned memory.
+//! - A sequence is a value of an [`backend::Executor`]: made, forked, parked, restored from a
+//!   snapshot, each is as if it were alone, bit for bit when fed in the same pieces. `cpu` and
+//!   `reference` come by through the loop over blocks ([`backend::BlockExecutor`]); `cuda` runs a decode
+//!   step as one captured graph that knows no sequence, and the CPU and the GPU meet once per layer,
+//!   through flags in pinned memory.
+//! - What one owner's prompts left behind ([`engine::prefix`]) no other's can find.
 //! - A token chosen from the best logits ([`backend::BestLogits`]) is the one that all logits give.
 //! - Feeding a sequence in other pieces changes no result beyond rounding, and greedy tokens not
 //!   at all.

@@ -1,14 +1,17 @@
-//! The token loop: ids that take the place of sampled ones.
+//! The token loop, with ids that take the place of sampled ones, and sessions side by side.
 
 mod support;
 
 use std::sync::atomic::AtomicBool;
 
+use moectl::backend::NextLogits;
 use moectl::backend::cpu::CpuPrecision;
 use moectl::engine::generate::{GenerateOptions, Generation, Observer};
 use moectl::engine::sampler::SamplingParams;
+use moectl::engine::session::Session;
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use moectl::model::Source;
+use support::sequences::bits;
 
 fn engine() -> Engine {
     let folder = support::data("goldens/tiny-c/nf4");
@@ -155,4 +158,153 @@ fn penalties_count_forced_tokens_and_not_those_they_replace() {
         let (forced, free) = found.token_ids.split_at(6);
         assert!(free.iter().all(|id| !forced.contains(id)), "{found:?}");
     }
+}
+
+/// The bits of the last token's logits.
+fn prefill(engine: &mut Engine, session: &mut Session, prompt: &[u32]) -> Vec<u32> {
+    loop {
+        let logits = engine.prefill_piece(session, prompt, &mut |_, _, _| {});
+        if let Some(logits) = logits.unwrap() {
+            return bits(&logits);
+        }
+    }
+}
+
+fn decode(engine: &mut Engine, session: &mut Session, id: u32) -> Vec<u32> {
+    match engine.decode(session, id, None, &mut |_, _, _| {}).unwrap() {
+        NextLogits::All(logits) => bits(&logits),
+        NextLogits::Best(_) => panic!("all logits were wanted"),
+    }
+}
+
+/// Logits of a prompt that nothing is known of.
+fn cold(prompt: &[u32]) -> Vec<u32> {
+    let mut engine = engine();
+    engine.reserve(1, 256).unwrap();
+    let mut session = engine.open(prompt, &[], 0).unwrap();
+    assert!(session.tokens().is_empty());
+    prefill(&mut engine, &mut session, prompt)
+}
+
+fn text(seed: u32, len: u32) -> Vec<u32> {
+    (0..len).map(|i| (i * (2 * seed + 3) + seed) % 90).collect()
+}
+
+#[test]
+fn a_turn_of_a_conversation_computes_its_rest_and_gives_the_bits_of_all_of_it() {
+    let mut engine = engine();
+    engine.reserve(1, 256).unwrap();
+    let first = text(1, 70);
+    let mut session = engine.open(&first, &[], 7).unwrap();
+    prefill(&mut engine, &mut session, &first);
+    for id in [4, 5, 6] {
+        decode(&mut engine, &mut session, id);
+    }
+    assert_eq!(session.tokens().len(), 73);
+    engine.close(session);
+
+    let second = [&first[..], &[4, 5, 6, 8, 9]].concat();
+    let mut session = engine.open(&second, &[], 7).unwrap();
+    assert_eq!(session.tokens().len(), 73);
+    assert_eq!(prefill(&mut engine, &mut session, &second), cold(&second));
+    engine.close(session);
+    // Another answer to the first prompt: its end is known, too.
+    let other = [&first[..], &[30, 31]].concat();
+    let mut session = engine.open(&other, &[], 7).unwrap();
+    assert_eq!(session.tokens().len(), 70);
+    assert_eq!(prefill(&mut engine, &mut session, &other), cold(&other));
+    engine.close(session);
+    // Nobody else learns of it.
+    let session = engine.open(&second, &[], 8).unwrap();
+    assert!(session.tokens().is_empty());
+    engine.close(session);
+    engine.set_prefix_cache(0);
+    let session = engine.open(&second, &[], 7).unwrap();
+    assert!(session.tokens().is_empty());
+}
+
+#[test]
+fn beginnings_that_prompts_share_are_known_from_the_third_on_or_where_marked() {
+    let mut engine = engine();
+    engine.reserve(1, 256).unwrap();
+    let systems: Vec<Vec<u32>> = (1..5).map(|seed| text(seed, 80)).collect();
+    for round in 0..4u32 {
+        for (i, system) in systems.iter().enumerate() {
+            let marks: &[usize] = if i == 0 { &[80] } else { &[] };
+            let prompt = [&system[..], &text(10 + round, 20)].concat();
+            let mut session = engine.open(&prompt, marks, 0).unwrap();
+            let known = session.tokens().len();
+            let expected = if round >= 2 || (i == 0 && round == 1) {
+                80
+            } else {
+                0
+            };
+            assert_eq!(known, expected, "system prompt {i}, round {round}");
+            let logits = prefill(&mut engine, &mut session, &prompt);
+            if round >= 2 {
+                assert_eq!(logits, cold(&prompt));
+            }
+            engine.close(session);
+        }
+    }
+    let counts = engine.prefix_cache().counts();
+    assert_eq!(counts.found_tokens, 9 * 80);
+    assert!(engine.prefix_cache().held_bytes() > 0);
+}
+
+#[test]
+fn sessions_side_by_side_parked_and_given_up_are_as_if_each_were_alone() {
+    let mut engine = engine();
+    let prompts = [text(1, 30), text(2, 40), text(3, 20)];
+    let alone: Vec<Vec<Vec<u32>>> = (prompts.iter())
+        .map(|prompt| {
+            engine.reserve(1, 128).unwrap();
+            let mut session = engine.open(prompt, &[], 0).unwrap();
+            let mut all = vec![prefill(&mut engine, &mut session, prompt)];
+            all.extend((3..9).map(|id| decode(&mut engine, &mut session, id)));
+            all
+        })
+        .collect();
+    engine.set_prefix_cache(1 << 30);
+    engine.reserve(2, 128).unwrap();
+    let open = |engine: &mut Engine, i: usize| engine.open(&prompts[i], &[], i as u64);
+    let mut sessions: Vec<Session> = Vec::new();
+    for i in 0..2 {
+        let mut session = open(&mut engine, i).unwrap();
+        assert_eq!(prefill(&mut engine, &mut session, &prompts[i]), alone[i][0]);
+        sessions.push(session);
+    }
+    let error = open(&mut engine, 2).unwrap_err().to_string();
+    assert!(error.contains("all 2 sequences"), "{error}");
+    engine.park(&mut sessions[0]).unwrap();
+    let error = engine.decode(&mut sessions[0], 3, None, &mut |_, _, _| {});
+    assert!(error.unwrap_err().to_string().contains("parked"));
+    let mut third = open(&mut engine, 2).unwrap();
+    assert_eq!(prefill(&mut engine, &mut third, &prompts[2]), alone[2][0]);
+    sessions.push(third);
+    for step in 1..7 {
+        for i in 0..3 {
+            if !sessions[i].is_resident() {
+                let other = (i + 1) % 3;
+                engine.park(&mut sessions[other]).unwrap();
+                engine.unpark(&mut sessions[i]).unwrap();
+            }
+            let logits = decode(&mut engine, &mut sessions[i], step as u32 + 2);
+            assert_eq!(logits, alone[i][step], "session {i}, step {step}");
+        }
+    }
+    assert_eq!(engine.resident_sessions(), (2, 2));
+    sessions
+        .into_iter()
+        .for_each(|session| engine.close(session));
+    assert_eq!(engine.resident_sessions(), (0, 2));
+    // Given up before its end, and asked again.
+    let long = text(4, 100);
+    let mut session = engine.open(&long, &[50], 0).unwrap();
+    let done = engine.prefill_piece(&mut session, &long, &mut |_, _, _| {});
+    assert!(done.unwrap().is_none());
+    engine.close(session);
+    let mut session = engine.open(&long, &[], 0).unwrap();
+    assert_eq!(session.tokens().len(), 50);
+    assert_eq!(prefill(&mut engine, &mut session, &long), cold(&long));
 }

@@ -101,10 +101,11 @@ fn room_for_more_sequences_is_taken_from_expert_slots_or_refused() {
         vram_bytes: Some(used + (56 << 20)),
         ..with(Residency::Fill)
     };
-    let mut executor = cuda(&device, options, &model, 256).executor;
+    let One { mut executor, id } = cuda(&device, options, &model, 256);
+    let resident = executor.resident_experts();
     let error = executor.reserve(100_000, 256).unwrap_err();
     assert!(matches!(error, BackendError::DoesNotFit { .. }), "{error}");
     // What there was is still there.
-    let id = executor.new_sequence().unwrap();
+    assert_eq!(executor.resident_experts(), resident);
     feed(&mut executor, id, &[1, 2, 3]).unwrap();
 }

@@ -158,6 +158,12 @@ impl Snapshot {
         }
     }
 
+    /// One that no executor restores, for tests of what keeps snapshots.
+    #[cfg(test)]
+    pub(crate) fn of_nothing(tokens: usize, own_bytes: usize, pages: Vec<SharedPage>) -> Self {
+        Snapshot::new(tokens, own_bytes, pages, ())
+    }
+
     /// Tokens the sequence had seen.
     pub fn tokens(&self) -> usize {
         self.tokens

@@ -16,9 +16,7 @@ use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::TextModel;
 use crate::engine::experts::ExpertManager;
 use crate::engine::service::script::{Script, serve_script};
-use crate::engine::service::{
-    Jobs, ManagerSource, Phase, Service, SingleOptions, serve_one_at_a_time,
-};
+use crate::engine::service::{Jobs, ManagerSource, Phase, ServeOptions, Service, serve_sessions};
 use crate::model::Source;
 use crate::planning::PolicyConfig;
 use crate::planning::units::{parse_bytes, parse_tokens};
@@ -59,6 +57,8 @@ pub struct ServeArgs {
     #[command(flatten)]
     access: AccessArgs,
     #[command(flatten)]
+    sequences: SequenceArgs,
+    #[command(flatten)]
     limits: LimitArgs,
     /// Answer from a script instead of a model, to try clients
     #[arg(long, value_name = "FILE", hide = true)]
@@ -95,6 +95,21 @@ struct AccessArgs {
     cors_origin: Vec<String>,
 }
 
+/// What is computed side by side, and kept.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Sequences")]
+struct SequenceArgs {
+    /// Requests that are computed side by side [default: 4 where the memory allows]
+    ///
+    /// Each has a context of its own; on a GPU their keys, values and states take the memory of expert
+    /// slots. More requests wait, or take turns from RAM.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=64))]
+    parallel: Option<u8>,
+    /// RAM for beginnings of prompts that may come again, such as 2G; 0 for none
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_bytes)]
+    prefix_cache: u64,
+}
+
 /// What clients may use up.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Limits")]
@@ -118,6 +133,8 @@ struct LimitArgs {
 
 /// Room where nothing else is asked for: agents begin with 10k to 20k tokens.
 const DEFAULT_CONTEXT: usize = 32 << 10;
+/// Requests that are computed side by side, where nothing else is asked for.
+const PARALLEL: usize = 4;
 /// How often the state of the expert cache is written.
 const SAVE_EVERY: Duration = Duration::from_secs(300);
 
@@ -348,6 +365,8 @@ fn service(
         compute: args.compute.clone(),
         outline,
         context,
+        parallel: args.sequences.parallel.map(usize::from),
+        prefix_cache: args.sequences.prefix_cache as usize,
         cache_file,
         console: console.clone(),
     };
@@ -369,13 +388,15 @@ struct Loading {
     compute: ComputeArgs,
     outline: load::Outline,
     context: usize,
+    parallel: Option<usize>,
+    prefix_cache: usize,
     cache_file: Option<PathBuf>,
     console: Console,
 }
 
 impl Loading {
     fn serve(mut self, jobs: &Jobs) -> anyhow::Result<()> {
-        let engine = load::engine_watched(
+        let mut engine = load::engine_watched(
             &self.source,
             &self.compute,
             &mut self.outline,
@@ -383,11 +404,13 @@ impl Loading {
             &self.console,
             &|done, total| jobs.loading(done as u64, total as u64),
         )?;
+        engine.set_prefix_cache(self.prefix_cache);
+        reserve(&mut engine, self.parallel, self.context, &self.console)?;
         let managers = managers(&self, engine.model_id().clone());
         let console = self.console;
         let cache_file = self.cache_file;
         let saves = cache_file.is_some();
-        let options = SingleOptions {
+        let options = ServeOptions {
             managers,
             save: saves.then(|| {
                 let save = move |engine: &_| {
@@ -401,8 +424,26 @@ impl Loading {
             }),
             save_every: saves.then_some(SAVE_EVERY),
         };
-        serve_one_at_a_time(engine, self.context, options, jobs);
+        serve_sessions(engine, self.context, options, jobs);
         Ok(())
+    }
+}
+
+/// Room for `parallel` sequences; where it is not given, for as many of [`PARALLEL`] as fit.
+fn reserve(
+    engine: &mut crate::engine::Engine,
+    parallel: Option<usize>,
+    context: usize,
+    console: &Console,
+) -> anyhow::Result<()> {
+    let mut sequences = parallel.unwrap_or(PARALLEL);
+    loop {
+        match engine.reserve(sequences, context) {
+            Ok(()) => return Ok(()),
+            Err(error) if parallel.is_some() || sequences == 1 => return Err(error.into()),
+            Err(_) => sequences /= 2,
+        }
+        console.note(format!("note: room for {sequences} sequences at once"));
     }
 }
 

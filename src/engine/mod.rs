@@ -3,8 +3,11 @@
 pub mod experts;
 pub mod footprint;
 pub mod generate;
+pub mod prefix;
 pub mod sampler;
+pub mod scheduler;
 pub mod service;
+pub mod session;
 pub mod stream;
 pub mod text;
 
@@ -18,8 +21,8 @@ use crate::backend::cpu::{Cpu, CpuOptions, CpuPrecision, Progress};
 use crate::backend::reference::Reference;
 use crate::backend::{
     BackendError, BackendFacts, BlockExecutor, DecodeTimes, Executor, KernelTimes, KvDtype,
-    LoadRates, LogitRows, ModelShape, ModelWeights, NextLogits, OnRouting, Piece, Routing,
-    RunEvents, SequenceId, SlotChange, VramHeld, VramMeter, Wanted,
+    LoadRates, LogitRows, ModelShape, ModelWeights, NextLogits, OnRouting, Piece, VramHeld,
+    VramMeter,
 };
 use crate::formats::{Checkpoint, FormatError, ModelId};
 use crate::hardware::GpuProbe;
@@ -29,6 +32,8 @@ use crate::model::{
 };
 use crate::planning::execution::PrefillSettings;
 use experts::ExpertManager;
+use prefix::PrefixCache;
+use session::Session;
 
 pub use crate::backend::Residency;
 pub use sampler::{
@@ -154,6 +159,8 @@ pub enum EngineError {
          lower --ctx"
     )]
     Context { asked: usize, limit: usize },
+    #[error("this sequence is parked; bring it back before it is fed")]
+    Parked,
     #[error("the prompt is empty; generation needs at least one token to start from")]
     EmptyPrompt,
 }
@@ -233,14 +240,19 @@ fn cuda(
     .into())
 }
 
-/// A model in memory with one sequence.
+/// What is kept of beginnings, unless it is set: 24 snapshots of an 80B model.
+pub const DEFAULT_PREFIX_CACHE_BYTES: usize = 2 << 30;
+
+/// A model in memory.
 pub struct Engine {
     executor: Box<dyn Executor>,
-    sequence: SequenceId,
+    /// The sequence of whoever needs no more than one
+    own: Option<Session>,
+    prefix: PrefixCache,
+    /// Whether a session was opened before
+    opened: bool,
     /// Decides which experts are in VRAM, once a placement is in force
     experts: Option<ExpertManager>,
-    /// What the sequence holds
-    tokens: Vec<u32>,
     config: ModelConfig,
     text: TextModel,
     model_id: ModelId,
@@ -296,10 +308,11 @@ impl Engine {
         let own_notes = notes.len();
         notes.extend(executor.diagnostics().map_or_else(Vec::new, |d| d.notes()));
         Ok(Engine {
-            sequence: executor.new_sequence()?,
             executor,
+            own: None,
+            prefix: PrefixCache::new(DEFAULT_PREFIX_CACHE_BYTES),
+            opened: false,
             experts: None,
-            tokens: Vec::new(),
             config,
             text,
             model_id,
@@ -387,35 +400,73 @@ impl Engine {
         self.executor.device_memory().map(|memory| memory.meter())
     }
 
-    /// The ids the sequence has been fed, in order.
+    /// The ids the engine's own sequence has been fed, in order.
     pub fn tokens(&self) -> &[u32] {
-        &self.tokens
+        self.own.as_ref().map_or(&[], |session| session.tokens())
     }
 
-    /// Forgets the sequence and makes room for `max_tokens`.
+    /// Forgets all sequences and makes room for one of `max_tokens`.
+    ///
+    /// # Errors
+    /// A context above the model's; if memory is short.
     pub fn reset(&mut self, max_tokens: usize) -> Result<()> {
-        let limit = self.config.max_position_embeddings;
-        if max_tokens > limit {
-            return Err(EngineError::Context {
-                asked: max_tokens,
-                limit,
-            });
-        }
+        self.reserve(1, max_tokens)?;
         if let Some(experts) = &mut self.experts {
             experts.begin_sequence();
         }
-        self.executor.reserve(1, max_tokens)?;
         self.begin()
     }
 
-    /// A new sequence, where the executor forgot the one before.
+    /// Makes the engine's own sequence one that has seen a beginning of `prompt`, the longest that is
+    /// known, but never all of it: how many tokens.
+    ///
+    /// # Errors
+    /// If the backend fails.
+    pub fn resume(&mut self, prompt: &[u32]) -> Result<usize> {
+        let seen = self.tokens().len();
+        if seen > 0 && seen < prompt.len() && prompt.starts_with(self.tokens()) {
+            return Ok(seen);
+        }
+        if let Some(own) = self.own.take() {
+            self.close(own);
+        }
+        let session = self.open(prompt, &[], 0)?;
+        let seen = session.tokens().len();
+        self.own = Some(session);
+        Ok(seen)
+    }
+
+    /// Keeps at most so many bytes of beginnings that sequences had; what is kept now is dropped.
+    pub fn set_prefix_cache(&mut self, bytes: usize) {
+        self.prefix = PrefixCache::new(bytes);
+    }
+
+    /// What is kept of beginnings.
+    pub fn prefix_cache(&self) -> &PrefixCache {
+        &self.prefix
+    }
+
+    /// The executor forgot all sequences: a new one takes the place of the engine's own.
     fn begin(&mut self) -> Result<()> {
-        self.tokens.clear();
-        self.sequence = self.executor.new_sequence()?;
+        self.own = Some(self.new_session()?);
         Ok(())
     }
 
-    /// Feeds one chunk of tokens; `[rows, vocab_size]` logits.
+    /// Has `work` drive the engine's own sequence.
+    fn with_own<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self, &mut Session) -> Result<T>,
+    ) -> Result<T> {
+        let mut own = match self.own.take() {
+            Some(own) => own,
+            None => self.new_session()?,
+        };
+        let result = work(self, &mut own);
+        self.own = Some(own);
+        result
+    }
+
+    /// Feeds one chunk of tokens to the engine's own sequence; `[rows, vocab_size]` logits.
     ///
     /// # Errors
     /// An id outside the vocabulary, a full context, or a failing backend.
@@ -426,8 +477,11 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
     ) -> Result<Vec<f32>> {
         let decode = ids.len() == 1;
-        let piece = Piece::new(self.sequence, ids, rows);
-        self.feed(piece, decode, on_routing).map(all_logits)
+        self.with_own(|engine, own| {
+            let piece = Piece::new(engine.resident(own)?, ids, rows);
+            let logits = engine.run_piece(own, piece, decode, on_routing)?;
+            Ok(all_logits(logits))
+        })
     }
 
     /// As [`forward`](Engine::forward) of one token, for whoever needs only its `wanted` best logits:
@@ -441,37 +495,12 @@ impl Engine {
         wanted: usize,
         on_routing: &mut OnRouting<'_>,
     ) -> Result<NextLogits> {
-        let ids = [id];
-        let piece = Piece {
-            wanted: Wanted::Best(wanted),
-            ..Piece::new(self.sequence, &ids, LogitRows::Last)
-        };
-        self.feed(piece, true, on_routing)
+        self.with_own(|engine, own| engine.decode(own, id, Some(wanted), on_routing))
     }
 
-    /// Runs a piece, and has the experts' cache see what the router picks. `decode`: it counts and
-    /// moves, else it only learns.
-    fn feed(
-        &mut self,
-        piece: Piece<'_>,
-        decode: bool,
-        on_routing: &mut OnRouting<'_>,
-    ) -> Result<NextLogits> {
-        check_ids(piece.ids, self.config.shape.vocab_size)?;
-        let mut events = Events {
-            experts: self.experts.as_mut(),
-            decode,
-            on_routing,
-        };
-        let mut outputs = (self.executor).run(std::slice::from_ref(&piece), &mut events)?;
-        self.tokens.extend(piece.ids);
-        self.change_slots()?;
-        Ok(outputs.remove(0))
-    }
-
-    /// Feeds a prompt in chunks; the logits of its last token.
+    /// Feeds a prompt to the engine's own sequence in pieces; the logits of its last token.
     ///
-    /// `proceed` is asked before each chunk with the tokens done so far; `None` is returned when
+    /// `proceed` is asked before each piece with the tokens done so far; `None` is returned when
     /// it says no.
     ///
     /// # Errors
@@ -482,31 +511,16 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
         proceed: &mut dyn FnMut(usize) -> bool,
     ) -> Result<Option<Vec<f32>>> {
-        let renews = self.experts.as_ref().is_some_and(ExpertManager::renews);
-        let chunk_len = self.executor.prefill_chunk(ids.len());
-        let chunks = ids.len().div_ceil(chunk_len);
-        for (i, chunk) in ids.chunks(chunk_len).enumerate() {
-            if !proceed(i * chunk_len) {
-                return Ok(None);
+        self.with_own(|engine, own| {
+            let before = own.tokens().len();
+            let prompt = [own.tokens(), ids].concat();
+            while proceed(own.tokens().len() - before) {
+                if let Some(logits) = engine.prefill_piece(own, &prompt, on_routing)? {
+                    return Ok(Some(logits));
+                }
             }
-            let last = i + 1 == chunks;
-            let rows = if last {
-                LogitRows::Last
-            } else {
-                LogitRows::None
-            };
-            let piece = Piece {
-                admits: last && renews,
-                ..Piece::new(self.sequence, chunk, rows)
-            };
-            // No decode step even where a chunk is one token.
-            let logits = self.feed(piece, false, on_routing)?;
-            if last {
-                self.prompt_ended()?;
-                return Ok(Some(all_logits(logits)));
-            }
-        }
-        Err(EngineError::EmptyPrompt)
+            Ok(None)
+        })
     }
 }
 
@@ -515,28 +529,5 @@ fn all_logits(logits: NextLogits) -> Vec<f32> {
     match logits {
         NextLogits::All(logits) => logits,
         NextLogits::Best(_) => unreachable!("rows were wanted"),
-    }
-}
-
-/// Passes on what the router picks, and lets the experts' cache see it first.
-struct Events<'a, 'b> {
-    experts: Option<&'a mut ExpertManager>,
-    decode: bool,
-    on_routing: &'a mut OnRouting<'b>,
-}
-
-impl RunEvents for Events<'_, '_> {
-    fn routed(&mut self, _piece: usize, layer: usize, position: usize, routing: &Routing) {
-        if let Some(experts) = &mut self.experts {
-            experts.observe(layer, routing, self.decode);
-        }
-        (self.on_routing)(layer, position, routing);
-    }
-
-    fn admit(&mut self, _piece: usize, layer: usize, at_most: usize) -> Vec<SlotChange> {
-        match &mut self.experts {
-            Some(experts) => experts.renew(layer, at_most),
-            None => Vec::new(),
-        }
     }
 }

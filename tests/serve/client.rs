@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use moectl::engine::service::script::{Script, serve_script};
-use moectl::engine::service::{Phase, Service, SingleOptions, serve_one_at_a_time};
+use moectl::engine::service::{Phase, ServeOptions, Service, serve_sessions};
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions, TextModel};
 use moectl::model::Source;
 use moectl::server::guard::{Keys, Origins};
@@ -71,8 +71,9 @@ pub fn built_in_service() -> Service {
             progress: &|_, _| {},
             max_tokens: 2048,
         };
-        let engine = Engine::load(&source, &options).map_err(|e| e.to_string())?;
-        serve_one_at_a_time(engine, 2048, SingleOptions::default(), &jobs);
+        let mut engine = Engine::load(&source, &options).map_err(|e| e.to_string())?;
+        engine.reserve(2, 2048).map_err(|e| e.to_string())?;
+        serve_sessions(engine, 2048, ServeOptions::default(), &jobs);
         Ok(())
     })
 }

@@ -6,4 +6,5 @@ mod attacks;
 mod client;
 mod generation;
 mod manners;
+mod sessions;
 mod tools;

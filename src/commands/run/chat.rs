@@ -99,7 +99,7 @@ impl Chat<'_> {
         let Some(ids) = self.fitting_ids(interactive)? else {
             return Ok(());
         };
-        let seen = keep_prefix(&mut self.engine, &ids, self.max_tokens)?;
+        let seen = keep_prefix(&mut self.engine, &ids)?;
         if interactive {
             interrupt::clear();
         }

@@ -203,17 +203,11 @@ impl Conversation {
     }
 }
 
-/// How many of `ids` the engine's sequence holds already; the sequence starts over unless it begins
-/// them and at least one is left to feed.
+/// How many of `ids` the engine's sequence has seen already: as many as are known of this or an earlier
+/// conversation, at least one is left to feed.
 ///
 /// # Errors
-/// If the sequence cannot start over.
-pub fn keep_prefix(engine: &mut Engine, ids: &[u32], max_tokens: usize) -> anyhow::Result<usize> {
-    match ids.strip_prefix(engine.tokens()) {
-        Some(rest) if !rest.is_empty() => Ok(engine.tokens().len()),
-        _ => {
-            engine.reset(max_tokens)?;
-            Ok(0)
-        }
-    }
+/// If the backend fails.
+pub fn keep_prefix(engine: &mut Engine, ids: &[u32]) -> anyhow::Result<usize> {
+    Ok(engine.resume(ids)?)
 }

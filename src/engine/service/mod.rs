@@ -9,9 +9,11 @@
 //!               Jobs::next -> Job::send(Event)   on the model's thread
 //! ```
 
+mod decode;
+mod picks;
 mod queue;
 pub mod script;
-mod single;
+mod sessions;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,9 +26,10 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::sampler::{SamplingParams, TokenLogprob};
 use crate::planning::{LayerCounts, PolicyConfig};
+pub use picks::entropy_bits;
 use queue::Shared;
 pub use queue::{Job, Jobs};
-pub use single::{ManagerSource, SingleOptions, entropy_bits, serve_one_at_a_time};
+pub use sessions::{ManagerSource, ServeOptions, serve_sessions};
 
 /// One prompt to be continued.
 pub struct Request {

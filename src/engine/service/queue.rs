@@ -20,6 +20,8 @@ pub(super) struct Shared {
 }
 
 struct State {
+    /// Requests that can be in work at once without waiting for each other
+    at_once: usize,
     phase: Phase,
     waiting: VecDeque<Waiting>,
     running: usize,
@@ -44,6 +46,7 @@ impl Shared {
     pub fn new(max_waiting: usize) -> Self {
         Shared {
             state: Mutex::new(State {
+                at_once: 1,
                 phase: Phase::Loading { done: 0, total: 0 },
                 waiting: VecDeque::new(),
                 running: 0,
@@ -80,7 +83,7 @@ impl Shared {
         }
         state.forget_who_left();
         // A request that is taken at once needs no place in the queue.
-        let places = self.max_waiting + usize::from(state.running == 0);
+        let places = self.max_waiting + state.at_once.saturating_sub(state.running);
         if state.waiting.len() >= places {
             let waiting = state.waiting.len();
             return Err(Refusal::QueueFull { waiting });
@@ -205,9 +208,24 @@ impl Jobs {
         self.shared.lock().phase = Phase::Loading { done, total };
     }
 
-    /// From now on requests are taken.
-    pub fn ready(&self, facts: ModelFacts) {
-        self.shared.lock().phase = Phase::Ready(Arc::new(facts));
+    /// From now on requests are taken; so many can be in work at once.
+    pub fn ready(&self, facts: ModelFacts, at_once: usize) {
+        let mut state = self.shared.lock();
+        state.phase = Phase::Ready(Arc::new(facts));
+        state.at_once = at_once;
+    }
+
+    /// Whether somebody waits for the time between requests.
+    pub fn wants_a_change(&self) -> bool {
+        !self.shared.lock().changes.is_empty()
+    }
+
+    /// The next request, if one waits.
+    pub fn take_waiting(&self) -> Option<Job> {
+        match self.take(self.shared.lock()) {
+            Taken::Job(job) => Some(*job),
+            Taken::End | Taken::Nothing(_) => None,
+        }
     }
 
     /// Waits for the next request, answering questions meanwhile. `None` when no more will come.

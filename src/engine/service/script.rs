@@ -53,13 +53,16 @@ impl Script {
 
 /// Serves until no more requests come. Constraints are not applied: the script is what it says.
 pub fn serve_script(script: &Script, tokenizer: &Tokenizer, jobs: &Jobs) {
-    jobs.ready(ModelFacts {
-        backend: "script".into(),
-        context_tokens: script.context_tokens,
-        vocab_size: tokenizer.vocab_size(),
-        notes: vec!["answers come from a script, not from a model".into()],
-        ..ModelFacts::default()
-    });
+    jobs.ready(
+        ModelFacts {
+            backend: "script".into(),
+            context_tokens: script.context_tokens,
+            vocab_size: tokenizer.vocab_size(),
+            notes: vec!["answers come from a script, not from a model".into()],
+            ..ModelFacts::default()
+        },
+        1,
+    );
     while let Some(job) = jobs.next(&mut NoExperts) {
         answer(script, tokenizer, &job, jobs);
     }

@@ -1,0 +1,285 @@
+//! Sequences of an engine as values: opened on what is known of a prompt, fed piece by piece, parked in
+//! RAM, closed. Several may be open; each is as if it were alone.
+
+use super::experts::ExpertManager;
+use super::{Engine, EngineError, Result, all_logits, check_ids};
+use crate::backend::{
+    LogitRows, NextLogits, OnRouting, Piece, Routing, RunEvents, SequenceId, SlotChange, Snapshot,
+    Wanted,
+};
+
+/// One sequence: where it is, and what it has seen.
+#[derive(Debug)]
+pub struct Session {
+    place: Place,
+    tokens: Vec<u32>,
+    /// Whether what it has seen is kept for others, and for whom
+    salt: Option<u64>,
+    /// Places in its prompt where a snapshot is taken, ascending
+    marks: Vec<usize>,
+}
+
+#[derive(Debug)]
+enum Place {
+    Resident(SequenceId),
+    /// In RAM
+    Parked(Snapshot),
+}
+
+impl Session {
+    /// The ids it was fed, in order.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Whether it can run now.
+    pub fn is_resident(&self) -> bool {
+        matches!(self.place, Place::Resident(_))
+    }
+
+    /// The end of the next piece of `prompt`: pieces end at multiples of `chunk`, counted from the
+    /// sequence's beginning, so that they are the same whatever was known of the prompt; and at marks.
+    fn piece_end(&self, prompt: &[u32], chunk: usize) -> usize {
+        let start = self.tokens.len();
+        let on_grid = (start / chunk + 1) * chunk;
+        let mark = self.marks.iter().copied().find(|&mark| mark > start);
+        on_grid.min(prompt.len()).min(mark.unwrap_or(usize::MAX))
+    }
+}
+
+impl Engine {
+    /// Makes room for `sequences` at once, of `max_tokens` each; sessions that are open are lost, what is
+    /// kept of them is not.
+    ///
+    /// # Errors
+    /// A context above the model's; if memory is short.
+    pub fn reserve(&mut self, sequences: usize, max_tokens: usize) -> Result<()> {
+        let limit = self.config.max_position_embeddings;
+        if max_tokens > limit {
+            return Err(EngineError::Context {
+                asked: max_tokens,
+                limit,
+            });
+        }
+        self.own = None;
+        Ok(self.executor.reserve(sequences, max_tokens)?)
+    }
+
+    /// Sessions that can run now, and how many can at once.
+    pub fn resident_sessions(&self) -> (usize, usize) {
+        self.executor.resident()
+    }
+
+    /// An empty session, of which nothing is kept.
+    pub(super) fn new_session(&mut self) -> Result<Session> {
+        Ok(Session {
+            place: Place::Resident(self.executor.new_sequence()?),
+            tokens: Vec::new(),
+            salt: None,
+            marks: Vec::new(),
+        })
+    }
+
+    /// A session that has seen as much of `prompt` as is kept for `salt`, and never all of it: see
+    /// [`Session::tokens`]. What it sees is kept in turn: where the prompt parts from earlier ones, at
+    /// `marks`, at its end, and where the session is closed.
+    ///
+    /// # Errors
+    /// [`BackendError::NoRoom`](crate::backend::BackendError::NoRoom) if as many are resident as were
+    /// reserved: park or close one.
+    pub fn open(&mut self, prompt: &[u32], marks: &[usize], salt: u64) -> Result<Session> {
+        let (resident, capacity) = self.executor.resident();
+        if resident >= capacity {
+            return Err(crate::backend::BackendError::NoRoom { capacity }.into());
+        }
+        // What an expert cache was told before the first sequence is about this one.
+        if let (Some(experts), true) = (&mut self.experts, self.opened) {
+            experts.begin_sequence();
+        }
+        self.opened = true;
+        let mut session = match self.prefix.find(salt, prompt) {
+            Some(snapshot) => Session {
+                place: Place::Resident(self.executor.restore(&snapshot)?),
+                tokens: prompt[..snapshot.tokens()].to_vec(),
+                salt: None,
+                marks: Vec::new(),
+            },
+            None => self.new_session()?,
+        };
+        session.salt = Some(salt);
+        session.marks = marks.to_vec();
+        session.marks.extend(self.prefix.branch_point(salt, prompt));
+        session.marks.sort_unstable();
+        Ok(session)
+    }
+
+    /// Feeds the next piece of `prompt`, which begins with what the session has seen; the logits of its
+    /// last token, once that is in.
+    ///
+    /// # Errors
+    /// An id outside the vocabulary, a full context, a failing backend, a session that is parked; a
+    /// prompt that has nothing after what was seen.
+    pub fn prefill_piece(
+        &mut self,
+        session: &mut Session,
+        prompt: &[u32],
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<Option<Vec<f32>>> {
+        let start = session.tokens.len();
+        if prompt.len() <= start {
+            return Err(EngineError::EmptyPrompt);
+        }
+        let chunk = self.executor.prefill_chunk(prompt.len());
+        let end = session.piece_end(prompt, chunk);
+        let last = end == prompt.len();
+        let rows = match last {
+            true => LogitRows::Last,
+            false => LogitRows::None,
+        };
+        let renews = self.experts.as_ref().is_some_and(ExpertManager::renews);
+        let piece = Piece {
+            admits: last && renews,
+            ..Piece::new(self.resident(session)?, &prompt[start..end], rows)
+        };
+        // No decode step even where a piece is one token.
+        let logits = self.run_piece(session, piece, false, on_routing)?;
+        if last || session.marks.contains(&end) {
+            self.keep(session)?;
+        }
+        if !last {
+            return Ok(None);
+        }
+        self.prompt_ended()?;
+        Ok(Some(all_logits(logits)))
+    }
+
+    /// Feeds a token that was chosen: the logits of the next one, all of them or, if only so many are
+    /// `wanted`, the best where the backend finds them itself.
+    ///
+    /// # Errors
+    /// As [`prefill_piece`](Engine::prefill_piece).
+    pub fn decode(
+        &mut self,
+        session: &mut Session,
+        id: u32,
+        wanted: Option<usize>,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<NextLogits> {
+        let ids = [id];
+        let piece = Piece::new(self.resident(session)?, &ids, LogitRows::Last);
+        let piece = match wanted {
+            Some(wanted) => Piece {
+                wanted: Wanted::Best(wanted),
+                ..piece
+            },
+            None => piece,
+        };
+        self.run_piece(session, piece, true, on_routing)
+    }
+
+    pub(super) fn resident(&self, session: &Session) -> Result<SequenceId> {
+        match session.place {
+            Place::Resident(id) => Ok(id),
+            Place::Parked(_) => Err(EngineError::Parked),
+        }
+    }
+
+    /// Runs a piece, and has the experts' cache see what the router picks. `decode`: it counts and
+    /// moves, else it only learns.
+    pub(super) fn run_piece(
+        &mut self,
+        session: &mut Session,
+        piece: Piece<'_>,
+        decode: bool,
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<NextLogits> {
+        check_ids(piece.ids, self.config.shape.vocab_size)?;
+        let mut events = Events {
+            experts: self.experts.as_mut(),
+            decode,
+            on_routing,
+        };
+        let mut outputs = (self.executor).run(std::slice::from_ref(&piece), &mut events)?;
+        session.tokens.extend(piece.ids);
+        self.change_slots()?;
+        Ok(outputs.remove(0))
+    }
+
+    /// Keeps what the session has seen, if any of it is kept.
+    fn keep(&mut self, session: &Session) -> Result<()> {
+        let (Some(salt), Place::Resident(id)) = (session.salt, &session.place) else {
+            return Ok(());
+        };
+        if self.prefix.has(salt, &session.tokens) || !self.prefix.keeps() {
+            return Ok(());
+        }
+        let snapshot = self.executor.snapshot(*id)?;
+        self.prefix.keep(salt, &session.tokens, snapshot);
+        Ok(())
+    }
+
+    /// Moves a session to RAM, where it waits; its place is free for another.
+    ///
+    /// # Errors
+    /// If memory is short; the session is then still resident.
+    pub fn park(&mut self, session: &mut Session) -> Result<()> {
+        if let Place::Resident(id) = session.place {
+            session.place = Place::Parked(self.executor.park(id)?);
+        }
+        Ok(())
+    }
+
+    /// Brings a session back that was parked.
+    ///
+    /// # Errors
+    /// [`BackendError::NoRoom`](crate::backend::BackendError::NoRoom).
+    pub fn unpark(&mut self, session: &mut Session) -> Result<()> {
+        if let Place::Parked(snapshot) = &session.place {
+            session.place = Place::Resident(self.executor.restore(snapshot)?);
+        }
+        Ok(())
+    }
+
+    /// Ends a session; what it has seen is kept, also if it was given up half way.
+    pub fn close(&mut self, session: Session) {
+        match &session.place {
+            // A sequence that was lost with an error cannot be kept, nor one without memory for it:
+            // its next prompt is computed anew.
+            Place::Resident(id) => {
+                let id = *id;
+                if !session.tokens.is_empty() {
+                    self.keep(&session).ok();
+                }
+                self.executor.drop_sequence(id);
+            }
+            Place::Parked(snapshot) => {
+                if let (Some(salt), true) = (session.salt, self.prefix.keeps()) {
+                    self.prefix.keep(salt, &session.tokens, snapshot.clone());
+                }
+            }
+        }
+    }
+}
+
+/// Passes on what the router picks, and lets the experts' cache see it first.
+struct Events<'a, 'b> {
+    experts: Option<&'a mut ExpertManager>,
+    decode: bool,
+    on_routing: &'a mut OnRouting<'b>,
+}
+
+impl RunEvents for Events<'_, '_> {
+    fn routed(&mut self, _piece: usize, layer: usize, position: usize, routing: &Routing) {
+        if let Some(experts) = &mut self.experts {
+            experts.observe(layer, routing, self.decode);
+        }
+        (self.on_routing)(layer, position, routing);
+    }
+
+    fn admit(&mut self, _piece: usize, layer: usize, at_most: usize) -> Vec<SlotChange> {
+        match &mut self.experts {
+            Some(experts) => experts.renew(layer, at_most),
+            None => Vec::new(),
+        }
+    }
+}
