@@ -58,7 +58,7 @@ impl Executor for Cuda {
         self.model.stream.synchronize().ok();
         let capacity = self.states.layout.capacity;
         let fits = max_tokens <= capacity && 2 * max_tokens > capacity;
-        if fits && sequences == self.states.len() {
+        if fits && sequences == self.states.capacity() {
             self.states.set_max_tokens(max_tokens);
             return self.forget_sequences();
         }
@@ -80,7 +80,7 @@ impl Executor for Cuda {
     }
 
     fn resident(&self) -> (usize, usize) {
-        (self.states.in_use(), self.states.len())
+        (self.states.in_use(), self.states.capacity())
     }
 
     fn new_sequence(&mut self) -> Result<SequenceId> {

@@ -265,7 +265,8 @@ impl StatePool {
         self.host.bytes()
     }
 
-    pub fn len(&self) -> usize {
+    /// Sequences that there is room for.
+    pub fn capacity(&self) -> usize {
         self.states.len()
     }
 

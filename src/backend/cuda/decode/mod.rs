@@ -242,6 +242,7 @@ impl Decode {
     ///
     /// # Errors
     /// If the driver, a worker or the watchdog reports one; the sequence is lost then.
+    #[allow(clippy::too_many_arguments)]
     pub fn step(
         &mut self,
         model: &Model,
