@@ -283,14 +283,14 @@ fn sessions_side_by_side_parked_and_given_up_are_as_if_each_were_alone() {
     assert_eq!(prefill(&mut engine, &mut third, &prompts[2]), alone[2][0]);
     sessions.push(third);
     for step in 1..7 {
-        for i in 0..3 {
+        for (i, alone) in alone.iter().enumerate() {
             if !sessions[i].is_resident() {
                 let other = (i + 1) % 3;
                 engine.park(&mut sessions[other]).unwrap();
                 engine.unpark(&mut sessions[i]).unwrap();
             }
             let logits = decode(&mut engine, &mut sessions[i], step as u32 + 2);
-            assert_eq!(logits, alone[i][step], "session {i}, step {step}");
+            assert_eq!(logits, alone[step], "session {i}, step {step}");
         }
     }
     assert_eq!(engine.resident_sessions(), (2, 2));

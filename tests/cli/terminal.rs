@@ -148,7 +148,7 @@ impl Drop for Terminal {
 
 fn open(columns: u16) -> (OwnedFd, OwnedFd) {
     let (mut master, mut slave) = (-1, -1);
-    let mut size = libc::winsize {
+    let size = libc::winsize {
         ws_row: 30,
         ws_col: columns,
         ws_xpixel: 0,
@@ -156,7 +156,7 @@ fn open(columns: u16) -> (OwnedFd, OwnedFd) {
     };
     let null = std::ptr::null_mut();
     // SAFETY: the pointers are to variables that live through the call.
-    let opened = unsafe { libc::openpty(&mut master, &slave, null, null.cast(), &mut size) };
+    let opened = unsafe { libc::openpty(&mut master, &mut slave, null, null.cast(), &size) };
     assert_eq!(opened, 0);
     // SAFETY: two descriptors that were just opened and belong to nobody else.
     unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) }
