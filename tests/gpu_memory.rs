@@ -254,7 +254,8 @@ fn experts_anywhere_and_a_borrowed_workspace_give_the_same_logits() {
     let check = |name: &str, options: CudaOptions, count: Option<usize>| -> (u64, usize) {
         let borrows = name.starts_with("borrowed");
         let ((logits, found, own_steps), used, resident) = run(options, borrows || !emulated);
-        let bound = if resident == all {
+        // A prompt's experts that are not in VRAM are computed by the CPU, too.
+        let bound = if resident == all && !borrows {
             SAME
         } else {
             SAME_BESIDE_CPU

@@ -198,7 +198,10 @@ fn the_users_own_plan_says_for_which_model_and_machine_it_is_and_how_to_ask_for_
 fn a_plan_that_is_replaced_is_named() {
     let sandbox = Sandbox::new();
     let line = "plan --vram 2G --ctx 1k --hardware laptop-4090";
-    assert!(!sandbox.run(line).ok().stderr.contains("replaced"));
+    assert!(!sandbox.run(line).ok().stderr.contains("replac"));
     let again = sandbox.run(line).ok().stderr;
-    assert!(again.contains("placement.json is replaced"), "{again}");
+    assert!(
+        again.contains("placement.json, replacing the file"),
+        "{again}"
+    );
 }

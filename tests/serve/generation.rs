@@ -159,7 +159,9 @@ fn a_prompt_that_goes_on_from_the_last_answer_computes_only_the_rest() {
         83
     );
     assert_eq!(cached["timings"]["cache_n"], 83);
-    let cold = server.ask("/v1/completions", &body);
+    let again = server.ask("/v1/completions", &body);
+    assert_eq!(again["choices"], cached["choices"]);
+    let cold = built_in().ask("/v1/completions", &body);
     assert_eq!(cold["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
     assert_eq!(cold["choices"], cached["choices"]);
 }

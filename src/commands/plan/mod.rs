@@ -227,7 +227,7 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
             if let Some(label) = document.label() {
                 console.result(label)?;
             }
-            console.result(subject(&document, &args, hardware.gpu.is_some()))?;
+            console.table(subject(&document, &args, hardware.gpu.is_some()))?;
             console.table(describe(placement, hardware.gpu.is_some()))?;
             if args.explain {
                 console.table(describe_alternatives(placement, &planner.explain()))?;

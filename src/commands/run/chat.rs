@@ -82,6 +82,8 @@ impl Chat<'_> {
                     eprintln!("(Ctrl-C once more, Ctrl-D or /exit ends the chat)");
                     ending = true;
                 }
+                // The signal came before the editor had the terminal.
+                Input::Interrupted if asked => return Ok(()),
                 Input::Interrupted => return Err(Failure::Interrupted.into()),
                 Input::Turn(text) => match parse(&text) {
                     Some(ChatCommand::Exit) => return Ok(()),

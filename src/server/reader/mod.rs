@@ -56,6 +56,8 @@ pub struct Reader {
     calls: usize,
     /// Whether some reasoning was given out
     reasoned: bool,
+    /// White space before a tag, which is text only if the tag is
+    space: String,
     parts: Vec<Part>,
 }
 
@@ -91,6 +93,7 @@ impl Reader {
             held: String::new(),
             calls: 0,
             reasoned: false,
+            space: String::new(),
             parts: Vec::new(),
         }
     }
@@ -165,6 +168,9 @@ impl Reader {
         } else if has_tools && trimmed.starts_with('{') {
             self.state = State::Bare;
         } else {
+            if self.reasoned {
+                self.held = trimmed.to_owned();
+            }
             self.state = State::Text;
         }
         Step::Again
@@ -214,7 +220,11 @@ impl Reader {
         };
         let rest = self.held.split_off(at);
         let before = std::mem::replace(&mut self.held, rest);
-        self.emit_text(before.trim_end().to_owned());
+        if !before.is_empty() {
+            let text = before.trim_end();
+            self.space = before[text.len()..].to_owned();
+            self.emit_text(text.to_owned());
+        }
         if self.held.starts_with(CALL) {
             self.held.drain(..CALL.len());
             self.state = State::Opened;
@@ -250,7 +260,8 @@ impl Reader {
     fn pass_tag(&mut self) -> Step {
         let rest = self.held.split_off(FUNCTION.len());
         let tag = std::mem::replace(&mut self.held, rest);
-        self.emit_text(tag);
+        let space = std::mem::take(&mut self.space);
+        self.emit_text(space + &tag);
         Step::Again
     }
 
@@ -329,7 +340,8 @@ impl Reader {
 
     /// What was read as a call is text after all.
     fn not_a_call(&mut self) {
-        self.emit_text(CALL.to_owned());
+        let space = std::mem::take(&mut self.space);
+        self.emit_text(space + CALL);
         self.state = State::Text;
     }
 
@@ -345,6 +357,9 @@ impl Reader {
     }
 
     fn emit_call(&mut self, parts: Vec<CallPart>) {
+        if !parts.is_empty() {
+            self.space.clear();
+        }
         for part in parts {
             let part = match part {
                 CallPart::Name(name) => {
