@@ -149,6 +149,7 @@ impl PrefillArgs {
         PrefillSettings {
             precision: self.precision,
             chunk_tokens: self.prefill_chunk.map(|tokens| tokens as usize),
+            ..PrefillSettings::default()
         }
     }
 }

@@ -173,6 +173,16 @@ fn every_placement_of_experts_gives_the_same_tokens() {
         let placements = [
             (with(Residency::Nothing), "all in RAM"),
             (with(Residency::Exactly(some(2))), "every other one in VRAM"),
+            (
+                CudaOptions {
+                    prefill: PrefillSettings {
+                        picked_tokens: 1024,
+                        ..exact(None)
+                    },
+                    ..with(Residency::Exactly(some(3)))
+                },
+                "only picked experts on the GPU, some of them in RAM",
+            ),
             (with(Residency::Exactly(some(3))), "every third in VRAM"),
             (with(Residency::Fill), "all in VRAM"),
             (

@@ -78,11 +78,24 @@ pub fn picks_for_cpu(
 }
 
 /// What a user may choose of a prompt's execution.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PrefillSettings {
     pub precision: Precision,
     /// The longest chunk, in place of [`MAX_CHUNK_TOKENS`]
     pub chunk_tokens: Option<usize>,
+    /// The longest chunk of which only picked experts come to the GPU, at most [`MAX_PICKED_TOKENS`]. With
+    /// none the CPU computes no expert of a prompt, whose bits then do not depend on where experts are.
+    pub picked_tokens: usize,
+}
+
+impl Default for PrefillSettings {
+    fn default() -> Self {
+        PrefillSettings {
+            precision: Precision::default(),
+            chunk_tokens: None,
+            picked_tokens: MAX_PICKED_TOKENS,
+        }
+    }
 }
 
 /// Sizes that a prompt's execution follows from.
@@ -351,7 +364,7 @@ pub fn workspace_memory(sizes: &PrefillSizes, room: &Room) -> Result<WorkspaceMe
     if wanted_bytes + largest <= room.bytes {
         return Ok(WorkspaceMemory::Own(largest as usize));
     }
-    if wanted_bytes.min(room.bytes) >= 2 * smallest {
+    if wanted_bytes >= smallest && room.bytes >= 2 * smallest {
         return Ok(WorkspaceMemory::Slots);
     }
     if smallest > room.bytes {

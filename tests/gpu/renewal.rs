@@ -6,7 +6,7 @@ use moectl::engine::Engine;
 use moectl::engine::experts::ExpertManager;
 use moectl::planning::{ExpertCache, PolicyConfig, Throttle};
 
-use super::{LFU, engine_of, layers, some_ids};
+use super::{LFU, engine_of, engine_within, layers, some_ids};
 
 /// Three groups of experts a layer, which use more ring buffers than there are.
 fn many_experts(layers: usize) -> String {
@@ -44,10 +44,18 @@ fn answer(engine: &mut Engine, prompt: &[u32]) -> [Vec<f32>; 2] {
 /// Prompts in chunks of 64 with `slots` a layer, whose workspace is borrowed from them or not.
 fn prompts_renew(model: &str, slots: usize, borrows: bool) {
     let mut engine = engine_of(model, 200, Some(64));
-    let with_workspace = other_bytes(&engine);
     let (num_layers, moe) = (engine.shape().num_layers(), engine.shape().moe.clone());
     let (experts, k) = (moe.num_experts, moe.num_experts_per_tok);
     let first: Vec<u16> = (0..slots as u16).collect();
+    if borrows {
+        // A budget without room for a workspace beside the slots.
+        place(&mut engine, LFU, &vec![first.clone(); num_layers]);
+        let held = engine.vram_held().unwrap();
+        let budget = engine.vram_bytes().unwrap() + held.margin_bytes - (1 << 20);
+        drop(engine);
+        engine = engine_within(Some(budget), model, 200, Some(64));
+    }
+    let with_workspace = other_bytes(&engine);
     place(&mut engine, LFU, &vec![first.clone(); num_layers]);
     assert_eq!(other_bytes(&engine) < with_workspace, borrows);
     let slots = vec![LFU.fill(slots, &first); num_layers];

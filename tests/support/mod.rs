@@ -16,11 +16,13 @@ use moectl::planning::Precision;
 use moectl::planning::execution::PrefillSettings;
 use serde_json::Value;
 
-/// Two f16 terms in all products of prompts, which what is compared with f32 results needs.
+/// Two f16 terms in all products of prompts, which what is compared with f32 results needs, and all experts of
+/// prompts on the GPU.
 pub fn exact(chunk_tokens: Option<usize>) -> PrefillSettings {
     PrefillSettings {
         precision: Precision::Exact,
         chunk_tokens,
+        picked_tokens: 0,
     }
 }
 

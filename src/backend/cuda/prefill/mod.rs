@@ -338,7 +338,8 @@ impl Cuda {
             let id = id as usize;
             self.embed_tokens.dequantize_rows(id..id + 1, out);
         }
-        let picked = chunk_tokens <= MAX_PICKED_TOKENS && !self.model.store.all_resident();
+        let longest = self.prefill.settings.picked_tokens.min(MAX_PICKED_TOKENS);
+        let picked = chunk_tokens <= longest && !self.model.store.all_resident();
         let renewals = match picked {
             true => Some(self.picked_chunk(base, places, ids.len(), renews, on_routing)?),
             false => {
