@@ -58,7 +58,7 @@ run() {
   "$@" || failed+=("$name")
 }
 
-start_server --max-queue 512
+start_server --max-queue 512 --ctx 8k
 if wants openai; then
   python_packages "openai${OPENAI_PYTHON:+==$OPENAI_PYTHON}"
   run openai "$scratch/venv/bin/python" "$checks/openai_python.py" "$url"
