@@ -29,9 +29,27 @@ pub struct Gone;
 /// A comment, which every client skips.
 pub const COMMENT_PING: &str = ": ping\n\n";
 
+/// The response whose body `write` writes, in a task of its own. `ping` is sent when nothing else was
+/// for so long.
+pub fn respond<F>(
+    ping: &'static str,
+    ping_every: Duration,
+    write: impl FnOnce(SseWriter) -> F,
+) -> Response
+where
+    F: Future<Output = Result<(), Gone>> + Send + 'static,
+{
+    let (writer, response) = SseWriter::new(ping, ping_every);
+    let written = write(writer);
+    tokio::spawn(async move {
+        // A reader that left needs no more.
+        let _ = written.await;
+    });
+    response
+}
+
 impl SseWriter {
-    /// The response, and what writes its body. `ping` is sent when nothing else was for so long.
-    pub fn new(ping: &'static str, ping_every: Duration) -> (Self, Response) {
+    fn new(ping: &'static str, ping_every: Duration) -> (Self, Response) {
         let (chunks, receiver) = mpsc::channel(IN_FLIGHT);
         let mut response = Response::new(Body::new(ChannelBody { receiver }));
         let headers = response.headers_mut();

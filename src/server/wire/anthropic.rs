@@ -8,14 +8,14 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
 use super::messages_in::{self, ToolChoice};
-use super::{Call, params, read_call, text};
+use super::{Call, params, prepared, text};
 use crate::engine::service::{FinishReason, Usage};
 use crate::server::error::{ApiError, ApiResult};
 use crate::server::fields::Fields;
 use crate::server::generation::{End, Generation, Run, Update};
 use crate::server::prompt::{Conversation, Tool};
 use crate::server::reader::{Part, ReaderOptions};
-use crate::server::sse::{Gone, SseWriter};
+use crate::server::sse::{self, Gone, SseWriter};
 use crate::server::{App, new_id};
 
 const PATH: &str = "/v1/messages";
@@ -41,24 +41,15 @@ pub async fn count_tokens(State(app): State<Arc<App>>, request: Request) -> Resp
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> ApiResult<Response> {
-    let call = read_call(app, request).await?;
-    let owner = call.owner;
-    let prepared = {
-        let app = app.clone();
-        tokio::task::spawn_blocking(move || prepare(&app, &call)).await
-    };
-    let prepared = prepared.map_err(|error| ApiError::internal(error.to_string()))?;
-    let (message, generation) = prepared?;
+    let ((message, generation), owner) = prepared(app, request, prepare).await?;
     let run = generation.submit(app, owner)?;
     if !message.stream {
         return whole(message, run).await;
     }
-    let (writer, response) = SseWriter::new(PING, app.options.limits.ping_time);
-    tokio::spawn(async move {
-        // A reader that left needs no more.
-        let _ = stream(message, run, &writer).await;
-    });
-    Ok(response)
+    let ping_time = app.options.limits.ping_time;
+    Ok(sse::respond(PING, ping_time, |writer| async move {
+        stream(message, run, &writer).await
+    }))
 }
 
 /// What the answer needs of the request.

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::messages_in::{self, ToolChoice};
 use super::params::{self, MAX_LOGPROBS, Params};
-use super::{Call, read_call, timings_json, usage_json};
+use super::{Call, prepared, timings_json, usage_json};
 use crate::engine::service::{Logprob, RoutingSummary, Timings, Token};
 use crate::model::Tokenizer;
 use crate::server::error::{ApiError, ApiResult};
@@ -18,7 +18,7 @@ use crate::server::fields::Fields;
 use crate::server::generation::{End, Generation, Run, TotalUsage, Update};
 use crate::server::prompt::Conversation;
 use crate::server::reader::{Part, ReaderOptions};
-use crate::server::sse::{COMMENT_PING, Gone, SseWriter};
+use crate::server::sse::{self, COMMENT_PING, Gone, SseWriter};
 use crate::server::{App, new_id, unix_time};
 
 pub async fn handle(State(app): State<Arc<App>>, request: Request) -> Response {
@@ -29,25 +29,16 @@ pub async fn handle(State(app): State<Arc<App>>, request: Request) -> Response {
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> ApiResult<Response> {
-    let call = read_call(app, request).await?;
-    let owner = call.owner;
-    let prepared = {
-        let app = app.clone();
-        // Templates, tokenizers and grammars take their time.
-        tokio::task::spawn_blocking(move || prepare(&app, &call)).await
-    };
-    let (chat, generation) = prepared.map_err(|error| ApiError::internal(error.to_string()))??;
+    let ((chat, generation), owner) = prepared(app, request, prepare).await?;
     let run = generation.submit(app, owner)?;
     if !chat.params.stream {
         return whole(app, chat, run).await;
     }
-    let (writer, response) = SseWriter::new(COMMENT_PING, app.options.limits.ping_time);
+    let ping_time = app.options.limits.ping_time;
     let app = app.clone();
-    tokio::spawn(async move {
-        // A reader that left needs no more.
-        let _ = stream(&app, chat, run, &writer).await;
-    });
-    Ok(response)
+    Ok(sse::respond(COMMENT_PING, ping_time, |writer| async move {
+        stream(&app, chat, run, &writer).await
+    }))
 }
 
 /// What the answer needs of the request.

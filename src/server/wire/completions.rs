@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 
 use super::chat::add_routing;
 use super::params::{self, MAX_LOGPROBS, Params};
-use super::{Call, read_call, timings_json, usage_json};
+use super::{Call, prepared, timings_json, usage_json};
 use crate::engine::service::{Timings, Token};
-use crate::server::error::{ApiError, ApiResult};
+use crate::server::error::ApiResult;
 use crate::server::fields::Fields;
 use crate::server::generation::{Generation, Run, TotalUsage, Update};
 use crate::server::prompt::encode;
 use crate::server::reader::Part;
-use crate::server::sse::{COMMENT_PING, Gone, SseWriter};
+use crate::server::sse::{self, COMMENT_PING, Gone, SseWriter};
 use crate::server::{App, new_id, unix_time};
 
 /// Prompts of one request.
@@ -32,14 +32,7 @@ pub async fn handle(State(app): State<Arc<App>>, request: Request) -> Response {
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> ApiResult<Response> {
-    let call = read_call(app, request).await?;
-    let owner = call.owner;
-    let prepared = {
-        let app = app.clone();
-        tokio::task::spawn_blocking(move || prepare(&app, &call)).await
-    };
-    let prepared = prepared.map_err(|error| ApiError::internal(error.to_string()))?;
-    let (completion, generations) = prepared?;
+    let ((completion, generations), owner) = prepared(app, request, prepare).await?;
     let mut runs = Vec::new();
     for generation in generations {
         runs.push(generation.submit(app, owner)?);
@@ -47,13 +40,11 @@ async fn answer(app: &Arc<App>, request: Request) -> ApiResult<Response> {
     if !completion.params.stream {
         return whole(app, completion, runs).await;
     }
-    let (writer, response) = SseWriter::new(COMMENT_PING, app.options.limits.ping_time);
+    let ping_time = app.options.limits.ping_time;
     let app = app.clone();
-    tokio::spawn(async move {
-        // A reader that left needs no more.
-        let _ = stream(&app, completion, runs, &writer).await;
-    });
-    Ok(response)
+    Ok(sse::respond(COMMENT_PING, ping_time, |writer| async move {
+        stream(&app, completion, runs, &writer).await
+    }))
 }
 
 /// What the answer needs of the request.

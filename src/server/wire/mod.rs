@@ -72,6 +72,21 @@ async fn read_call(app: &App, request: Request) -> ApiResult<Call> {
     Ok(Call { body, owner })
 }
 
+/// Reads a request and has `prepare` make of it what the answer needs, on a thread of its own:
+/// templates, tokenizers and grammars take their time.
+async fn prepared<T: Send + 'static>(
+    app: &Arc<App>,
+    request: Request,
+    prepare: impl FnOnce(&App, &Call) -> ApiResult<T> + Send + 'static,
+) -> ApiResult<(T, Owner)> {
+    let call = read_call(app, request).await?;
+    let owner = call.owner;
+    let app = app.clone();
+    let prepared = tokio::task::spawn_blocking(move || prepare(&app, &call)).await;
+    let prepared = prepared.map_err(|error| ApiError::internal(error.to_string()))?;
+    Ok((prepared?, owner))
+}
+
 fn check_media_type(headers: &HeaderMap) -> ApiResult<()> {
     let unsupported = |message: String| {
         let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;

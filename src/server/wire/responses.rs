@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::messages_in::{self, ToolChoice};
 use super::response_items::{Event, Items, ToolKind};
-use super::{Call, params, read_call};
+use super::{Call, params, prepared};
 use crate::engine::sampler::SamplingParams;
 use crate::engine::service::{FinishReason, Usage};
 use crate::server::error::{ApiError, ApiResult};
@@ -18,7 +18,7 @@ use crate::server::fields::Fields;
 use crate::server::generation::{End, Generation, Run, Update};
 use crate::server::prompt::{Conversation, Tool};
 use crate::server::reader::ReaderOptions;
-use crate::server::sse::{COMMENT_PING, Gone, SseWriter};
+use crate::server::sse::{self, COMMENT_PING, Gone, SseWriter};
 use crate::server::{App, new_id, unix_time};
 
 pub async fn handle(State(app): State<Arc<App>>, request: Request) -> Response {
@@ -29,25 +29,16 @@ pub async fn handle(State(app): State<Arc<App>>, request: Request) -> Response {
 }
 
 async fn answer(app: &Arc<App>, request: Request) -> ApiResult<Response> {
-    let call = read_call(app, request).await?;
-    let owner = call.owner;
-    let prepared = {
-        let app = app.clone();
-        tokio::task::spawn_blocking(move || prepare(&app, &call)).await
-    };
-    let prepared = prepared.map_err(|error| ApiError::internal(error.to_string()))?;
-    let (response, kinds, generation) = prepared?;
+    let ((response, kinds, generation), owner) = prepared(app, request, prepare).await?;
     let run = generation.submit(app, owner)?;
     let items = Items::new(kinds);
     if !response.stream {
         return whole(response, items, run).await;
     }
-    let (writer, http) = SseWriter::new(COMMENT_PING, app.options.limits.ping_time);
-    tokio::spawn(async move {
-        // A reader that left needs no more.
-        let _ = stream(response, items, run, &writer).await;
-    });
-    Ok(http)
+    let ping_time = app.options.limits.ping_time;
+    Ok(sse::respond(COMMENT_PING, ping_time, |writer| async move {
+        stream(response, items, run, &writer).await
+    }))
 }
 
 /// What the answer needs of the request.

@@ -8,9 +8,9 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
-use super::{chat, read_call};
+use super::{chat, prepared};
 use crate::server::App;
-use crate::server::error::{ApiError, ApiResult};
+use crate::server::error::ApiResult;
 use crate::server::fields::Fields;
 use crate::server::prompt::encode;
 
@@ -21,14 +21,9 @@ pub async fn handle(
     answer: fn(&App, &Map<String, Value>) -> ApiResult<Value>,
 ) -> Response {
     let path = request.uri().path().to_owned();
-    let answered = async {
-        let call = read_call(&app, request).await?;
-        let app = app.clone();
-        let answered = tokio::task::spawn_blocking(move || answer(&app, &call.body)).await;
-        answered.map_err(|error| ApiError::internal(error.to_string()))?
-    };
+    let answered = prepared(&app, request, move |app, call| answer(app, &call.body));
     match answered.await {
-        Ok(value) => Json(value).into_response(),
+        Ok((value, _)) => Json(value).into_response(),
         Err(error) => error.respond(&path),
     }
 }
