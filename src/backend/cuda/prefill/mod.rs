@@ -340,15 +340,33 @@ impl Cuda {
         }
         let longest = self.prefill.settings.picked_tokens.min(MAX_PICKED_TOKENS);
         let picked = chunk_tokens <= longest && !self.model.store.all_resident();
-        let renewals = match picked {
-            true => Some(self.picked_chunk(base, places, ids.len(), renews, on_routing)?),
-            false => {
-                let groups = self.plan_groups(base + places.ring as u64)?;
-                let mut renewing = renews.then(|| Renewing::new(on_routing));
-                (self.chunk(base, places, ids.len())).run(&groups, renewing.as_mut())?;
-                renewing.map(|renewing| renewing.renewals)
-            }
+        let (groups, mut host) = match picked {
+            true => (Vec::new(), Some(self.picked_host(ids.len())?)),
+            false => (self.plan_groups(base + places.ring as u64)?, None),
         };
+        let chunk = Chunk {
+            cuda: Parts {
+                prefill: &self.prefill,
+                model: &self.model,
+                states: &self.states,
+                slots: &self.slots,
+                copies: &self.copies,
+            },
+            places,
+            base,
+            tokens: ids.len(),
+            position,
+        };
+        // Of a short chunk routing is told layer by layer, whether slots may change or not.
+        let mut renewing = (renews || picked).then(|| Renewing::new(on_routing));
+        match (&mut host, &mut renewing) {
+            (Some(host), Some(renewing)) => {
+                chunk.run_picked(&mut self.offload, host, renewing, renews)?;
+            }
+            (_, renewing) => chunk.run(&groups, renewing.as_mut())?,
+        }
+        let renewals = renewing.map(|renewing| renewing.renewals);
+        self.prefill.picked = host.or(self.prefill.picked.take());
         for row in rows {
             let hidden = base + (places.hidden + 4 * row * dim) as u64;
             let row = (self.decode).head_of(&self.model, &mut self.offload, hidden)?;
@@ -369,52 +387,11 @@ impl Cuda {
         Ok(Vec::new())
     }
 
-    /// Kernels of a chunk of which only picked experts come to the GPU: what slots hold then.
-    fn picked_chunk(
-        &mut self,
-        base: u64,
-        places: &Workspace,
-        tokens: usize,
-        renews: bool,
-        on_routing: &mut OnRenewing<'_>,
-    ) -> Result<Vec<Renewal>> {
-        let mut host = match self.prefill.picked.take() {
-            Some(host) if host.tokens >= tokens => host,
-            _ => PickedHost::new(&self.device, &self.model.shape, tokens)?,
-        };
-        let mut renewing = Renewing::new(on_routing);
-        let chunk = Chunk {
-            cuda: Parts {
-                prefill: &self.prefill,
-                model: &self.model,
-                states: &self.states,
-                slots: &self.slots,
-                copies: &self.copies,
-            },
-            places,
-            base,
-            tokens,
-            position: self.states.active().position,
-        };
-        chunk.run_picked(&mut self.offload, &mut host, &mut renewing, renews)?;
-        let renewals = renewing.renewals;
-        self.prefill.picked = Some(host);
-        Ok(renewals)
-    }
-
-    fn chunk<'a>(&'a self, base: u64, places: &'a Workspace, tokens: usize) -> Chunk<'a> {
-        Chunk {
-            cuda: Parts {
-                prefill: &self.prefill,
-                model: &self.model,
-                states: &self.states,
-                slots: &self.slots,
-                copies: &self.copies,
-            },
-            places,
-            base,
-            tokens,
-            position: self.states.active().position,
+    /// The host's lists for a short chunk.
+    fn picked_host(&mut self, tokens: usize) -> Result<PickedHost> {
+        match self.prefill.picked.take() {
+            Some(host) if host.tokens >= tokens => Ok(host),
+            _ => PickedHost::new(&self.device, &self.model.shape, tokens),
         }
     }
 
