@@ -375,6 +375,16 @@ pub fn workspace_memory(sizes: &PrefillSizes, room: &Room) -> Result<WorkspaceMe
     Ok(WorkspaceMemory::Own(own as usize))
 }
 
+/// As [`workspace_memory`], for a plan that knows its slots but not what they leave free: few slots
+/// leave room for a workspace.
+pub fn planned_memory(sizes: &PrefillSizes, slots: usize, prompt_tokens: usize) -> WorkspaceMemory {
+    let smallest = prefill_plan(sizes, WorkspaceMemory::Slots, 0, prompt_tokens, None);
+    match slots > 2 * smallest.borrowed_slots {
+        true => WorkspaceMemory::Slots,
+        false => WorkspaceMemory::Own(usize::MAX),
+    }
+}
+
 /// How one prompt is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PrefillPlan {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Term, Terms, at_rate, ms};
 use crate::planning::execution::{
-    PrefillPlan, PrefillSettings, PrefillSizes, WorkspaceMemory, prefill_plan,
+    PrefillPlan, PrefillSettings, PrefillSizes, planned_memory, prefill_plan,
 };
 use crate::planning::footprint::Footprint;
 use crate::planning::hardware::{Cpu, Gpu, Hardware};
@@ -46,12 +46,7 @@ pub fn prefill(f: &Footprint, hardware: &Hardware, at: PrefillSituation) -> Pref
     let plan = match &hardware.gpu {
         Some(_) => {
             let sizes = PrefillSizes::of(f, at.settings.precision);
-            // Of few slots nothing is borrowed: what they leave free has room for the workspace.
-            let smallest = prefill_plan(&sizes, WorkspaceMemory::Slots, 0, tokens, None);
-            let memory = match at.slots > 2 * smallest.borrowed_slots {
-                true => WorkspaceMemory::Slots,
-                false => WorkspaceMemory::Own(usize::MAX),
-            };
+            let memory = planned_memory(&sizes, at.slots, tokens);
             prefill_plan(&sizes, memory, at.slots, tokens, at.settings.chunk_tokens)
         }
         None => PrefillPlan {

@@ -9,8 +9,8 @@ use crate::planning::Precision;
 /// Fewer tokens are faster one after the other.
 const FEWEST_TOKENS: usize = 48;
 
-/// In either precision of the prompt: with one f16 per key and query the effect on greedy tokens is not yet
-/// measured.
+/// In either precision of the prompt: with one f16 per key and query an earlier form of these kernels changed
+/// greedy tokens of a golden on an H200.
 const PRECISION: Precision = Precision::Exact;
 
 /// Tokens whose scratch memory stays in the GPU's L2 between the two kernels.
