@@ -2,10 +2,10 @@
 //! saved is what a later run starts with. On the emulated GPU, through the engine and the program.
 #![cfg(feature = "emulate")]
 
+#[path = "gpu/admission.rs"]
+mod admission;
 #[path = "cli/program.rs"]
 mod program;
-#[path = "gpu/renewal.rs"]
-mod renewal;
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -167,14 +167,14 @@ fn hits_are_those_of_the_simulator_to_the_last_one() {
                 simulated.learn(usize::from(picks.layer), ids);
             }
         }
-        let renewed: usize = (0..layers.len())
+        let admitted: usize = (0..layers.len())
             .map(|layer| {
                 // A prompt this short is stepped through: copies go over PCIe.
-                let at_most = simulated.renewed_over_pcie(layer);
-                simulated.renew(layer, at_most).len()
+                let at_most = simulated.admitted_over_pcie(layer);
+                simulated.admit_prefill(layer, at_most).len()
             })
             .sum();
-        assert_eq!(renewed > 0, config == LFU);
+        assert_eq!(admitted > 0, config == LFU);
         let decode = records.iter().filter(|r| !is_prefill(r));
         let outcome = simulate(&mut simulated, k, decode);
 

@@ -33,7 +33,7 @@ pub use kv::KvDtype;
 pub use residency::Residency;
 pub use rope::{Rope, RopeScaling, Yarn};
 pub use shape::{AttentionShape, DeltaNetShape, MixerKind, ModelShape, MoeShape};
-pub use times::{DecodeTimes, KernelTimes, LayerPicks, OnRenewing, SlotChange, StepTimes, Tuning};
+pub use times::{DecodeTimes, KernelTimes, LayerPicks, OnAdmission, SlotChange, StepTimes, Tuning};
 pub use weights::{ExpertWeights, LayerWeights, MixerWeights, ModelWeights, MoeWeights};
 
 /// Why a block could not be computed. None of these is the user's input: that was checked before.

@@ -109,7 +109,7 @@ pub struct SlotChange {
 /// Receives what the router chose in a prompt's last chunk (layer, position of the first token, the
 /// choice) and answers with changes of that layer's slots, no more than the last argument allows. It
 /// allows none where the experts are not at hand on the device.
-pub type OnRenewing<'a> = dyn FnMut(usize, usize, &Routing, usize) -> Vec<SlotChange> + 'a;
+pub type OnAdmission<'a> = dyn FnMut(usize, usize, &Routing, usize) -> Vec<SlotChange> + 'a;
 
 /// What each GPU kernel takes, in microseconds, all its launches together.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -4,7 +4,7 @@
 //! the bytes, and until a copy is there the expert is computed from RAM. A cache that costs more
 //! than it brings is stopped: what is in the slots then stays.
 //!
-//! What a prompt taught changes slots at its end. A backend past whose GPU all experts stream in the
+//! At its end a prompt changes slots: they admit the experts it used most. A backend past whose GPU all experts stream in the
 //! prompt's last chunk asks for that layer by layer, and keeps what it then has at hand anyway; where
 //! none asked, a share of the slots is copied.
 
@@ -27,8 +27,8 @@ pub struct ExpertManager {
     /// `[layer]` as the placement has them
     layers: Vec<LayerSlots>,
     changes: Vec<SlotChange>,
-    /// `[layer]`: whether the backend already asked what this prompt taught
-    renewed: Vec<bool>,
+    /// `[layer]`: whether the backend already asked what this prompt admits
+    admitted: Vec<bool>,
     /// `[layer][expert]`: whether it was in a slot at first
     at_first: Vec<Vec<bool>>,
     trial: Trial,
@@ -69,7 +69,7 @@ impl ExpertManager {
             config,
             layers: layers.to_vec(),
             changes: Vec::new(),
-            renewed: vec![false; layers.len()],
+            admitted: vec![false; layers.len()],
             trial: Trial::default(),
             stopped: None,
         }
@@ -93,7 +93,7 @@ impl ExpertManager {
     fn start_over(&mut self) {
         (self.cache.restore(self.config, &self.start)).expect("a state of this very cache");
         self.changes.clear();
-        self.renewed.fill(false);
+        self.admitted.fill(false);
         self.trial = Trial::default();
         self.stopped = None;
     }
@@ -150,31 +150,31 @@ impl ExpertManager {
     }
 
     /// Whether a prompt can change slots.
-    pub fn renews(&self) -> bool {
-        self.stopped.is_none() && self.config.renews()
+    pub fn admits_prefill(&self) -> bool {
+        self.stopped.is_none() && self.config.admits_prefill()
     }
 
     /// What a backend that has every expert at hand shall leave in the slots of `layer`, after what the
     /// whole prompt chose there; it allows `at_most` changes. None at all is no question.
-    pub fn renew(&mut self, layer: usize, at_most: usize) -> Vec<SlotChange> {
-        if at_most == 0 || !self.renews() {
+    pub fn admit_prefill(&mut self, layer: usize, at_most: usize) -> Vec<SlotChange> {
+        if at_most == 0 || !self.admits_prefill() {
             return Vec::new();
         }
-        self.renewed[layer] = true;
+        self.admitted[layer] = true;
         // Bounded, and no sign of a cache that copies for ever: not on trial.
-        let admits = self.cache.renew(layer, at_most);
+        let admits = self.cache.admit_prefill(layer, at_most);
         admits.iter().map(|a| change(layer, a)).collect()
     }
 
-    /// At the end of a prompt: brings in what it taught, where the backend has not asked for it.
+    /// At the end of a prompt: brings in the experts it used most, where the backend has not asked for it.
     pub fn prompt_ended(&mut self) {
         for layer in 0..self.at_first.len() {
-            if !self.renewed[layer] {
-                let changes = self.renew(layer, self.cache.renewed_over_pcie(layer));
+            if !self.admitted[layer] {
+                let changes = self.admit_prefill(layer, self.cache.admitted_over_pcie(layer));
                 self.changes.extend(changes);
             }
         }
-        self.renewed.fill(false);
+        self.admitted.fill(false);
     }
 
     /// At the end of a step: stops a cache that has not paid.
@@ -269,7 +269,7 @@ impl Engine {
         Ok(Some(fitting))
     }
 
-    /// Has the experts' cache bring in what a prompt taught it.
+    /// Has the experts' cache bring in what a prompt used most.
     pub(super) fn prompt_ended(&mut self) -> Result<()> {
         if let Some(experts) = &mut self.experts {
             experts.prompt_ended();
@@ -448,18 +448,18 @@ mod tests {
     }
 
     #[test]
-    fn every_prompt_admits_what_it_taught_also_where_the_backend_asked_in_the_one_before() {
+    fn every_prompt_admits_what_it_used_most_also_where_the_backend_asked_in_the_one_before() {
         let mut manager = lfu();
         // Over PCIe one slot of two changes.
         assert_eq!(prompt(&mut manager, [2, 3]), [[2], [2]]);
         assert_eq!(prompt(&mut manager, [4, 4]), [[4], [4]]);
         manager.observe(0, &routing(&[5, 5, 5, 5, 5, 5, 5, 5]), false);
-        assert_eq!(manager.renew(0, 2).len(), 1);
+        assert_eq!(manager.admit_prefill(0, 2).len(), 1);
         // Layer 0 has had its turn in this prompt, and has one again in the next.
         assert_eq!(prompt(&mut manager, [5, 5])[0], [0; 0]);
         assert_eq!(prompt(&mut manager, [6, 6])[0], [6]);
         // A backend that allows nothing has not had its turn.
-        assert!(manager.renew(0, 0).is_empty());
+        assert!(manager.admit_prefill(0, 0).is_empty());
         assert_eq!(prompt(&mut manager, [7, 7])[0], [7]);
     }
 
@@ -485,13 +485,13 @@ mod tests {
                 }
             }
             assert_eq!(manager.stopped().is_some(), steps == long);
-            manager.renew(1, 1);
+            manager.admit_prefill(1, 1);
             manager.start_over();
             assert_eq!(manager.state(), first);
             assert!(manager.stopped().is_none() && manager.take_changes().is_empty());
             assert_eq!((manager.trial.steps, manager.trial.copies), (0, 0));
             assert_eq!((manager.trial.hits, manager.trial.hits_at_first), (0, 0));
-            if manager.renews() {
+            if manager.admits_prefill() {
                 assert_eq!(prompt(&mut manager, [6, 6]), [[6], [6]]);
             }
         }

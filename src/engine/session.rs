@@ -136,9 +136,12 @@ impl Engine {
             true => LogitRows::Last,
             false => LogitRows::None,
         };
-        let renews = self.experts.as_ref().is_some_and(ExpertManager::renews);
+        let admits = self
+            .experts
+            .as_ref()
+            .is_some_and(ExpertManager::admits_prefill);
         let piece = Piece {
-            admits: last && renews,
+            admits: last && admits,
             ..Piece::new(self.resident(session)?, &prompt[start..end], rows)
         };
         // No decode step even where a piece is one token.
@@ -278,7 +281,7 @@ impl RunEvents for Events<'_, '_> {
 
     fn admit(&mut self, _piece: usize, layer: usize, at_most: usize) -> Vec<SlotChange> {
         match &mut self.experts {
-            Some(experts) => experts.renew(layer, at_most),
+            Some(experts) => experts.admit_prefill(layer, at_most),
             None => Vec::new(),
         }
     }

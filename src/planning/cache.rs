@@ -11,7 +11,7 @@
 //! What step 2 admits serves the layer's next token. A copy that is late must be waited for, or the
 //! pick computed from RAM; the counts stay those of the slot map, equal in both worlds to the last
 //! hit. Prefill that does not use the cache calls [`ExpertCache::learn`] instead of step 2, and
-//! [`ExpertCache::renew`] at its end.
+//! [`ExpertCache::admit_prefill`] at its end.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -64,7 +64,7 @@ impl LayerCounts {
 /// At the end of a prompt at most one in so many slots changes where the copies go over PCIe. On a synthetic
 /// 80B model with 146 slots a layer, cold before each prompt of 4,000 tokens: 65.6% of the picks after it hit
 /// without, 67.7% so, 68.0% with no limit and twice the copies; an eighth takes some 30 ms over PCIe.
-const RENEWED: usize = 8;
+const ADMITTED: usize = 8;
 
 /// The caches of all layers with their budgets and counts.
 pub struct ExpertCache {
@@ -170,16 +170,16 @@ impl ExpertCache {
     /// After [`ExpertCache::learn`] of a prompt: what to copy into `layer` so that its slots suit what
     /// was learnt, the most wanted first and no more than `at_most`. Each copy must pay back as any other.
     /// The byte budget is that of steps and does not count here.
-    pub fn renew(&mut self, layer: usize, at_most: usize) -> &[Admit] {
+    pub fn admit_prefill(&mut self, layer: usize, at_most: usize) -> &[Admit] {
         self.admits.clear();
-        self.policy.renew(layer, at_most, &mut self.admits);
+        self.policy.admit_prefill(layer, at_most, &mut self.admits);
         self.counts[layer].admits += self.admits.len() as u64;
         &self.admits
     }
 
-    /// What [`ExpertCache::renew`] may copy into `layer` where the copies go over PCIe: a share of the slots.
-    pub fn renewed_over_pcie(&self, layer: usize) -> usize {
-        (self.policy.contents(layer).len() / RENEWED).max(1)
+    /// What [`ExpertCache::admit_prefill`] may copy into `layer` where the copies go over PCIe: a share of the slots.
+    pub fn admitted_over_pcie(&self, layer: usize) -> usize {
+        (self.policy.contents(layer).len() / ADMITTED).max(1)
     }
 
     /// `[layer]` since the start, or since the last [`ExpertCache::reset_counts`].
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_prompt_taught_is_brought_in_at_its_end_if_it_pays() {
+    fn what_a_prompt_used_most_is_brought_in_at_its_end_if_it_pays() {
         let picky = PolicyConfig::LfuDecay {
             half_life_tokens: 1e6,
             margin_picks: 2.5,
@@ -410,17 +410,17 @@ mod tests {
         }
         // 7 and 8 were picked 4 and 3 times; 0 and 1, which are there, once and never; 9 twice.
         let admits: Vec<(u16, Option<u16>)> = cache
-            .renew(0, 1)
+            .admit_prefill(0, 1)
             .iter()
             .map(|a| (a.expert, a.evicted))
             .collect();
         assert_eq!(admits, [(7, Some(1))]);
         assert_eq!(cache.counts()[0].admits, 1);
-        assert!(cache.renew(0, 2).is_empty());
-        assert_eq!(cache.renewed_over_pcie(0), 1);
+        assert!(cache.admit_prefill(0, 2).is_empty());
+        assert_eq!(cache.admitted_over_pcie(0), 1);
         let mut lru = self::cache(PolicyConfig::Lru, 2, Throttle::NONE);
         lru.learn(0, &[7, 8]);
-        assert!(lru.renew(0, 2).is_empty());
+        assert!(lru.admit_prefill(0, 2).is_empty());
     }
 
     #[test]

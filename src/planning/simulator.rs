@@ -60,14 +60,14 @@ pub fn simulate<'a>(
 /// Of a document, what is taken for its prompt, where nothing says.
 const PROMPT_SHARE: f64 = 0.75;
 
-/// As [`simulate`], each document's first part a prompt: the policy learns from it, and renews the slots at
-/// its end without cost, since a prefill has every expert at hand. Only the rest is decoded, and counted.
+/// As [`simulate`], each document's first part a prompt: the policy learns from it, and slots admit what
+/// it used most at its end, without cost, since a prefill has every expert at hand. Only the rest is decoded, and counted.
 pub fn simulate_prompted(
     cache: &mut ExpertCache,
     num_experts_per_tok: usize,
     documents: &[&[Record]],
 ) -> Outcome {
-    let mut renewed = vec![0; cache.counts().len()];
+    let mut admitted = vec![0; cache.counts().len()];
     for document in documents {
         cache.begin_sequence();
         let tokens = count_tokens(*document, num_experts_per_tok);
@@ -80,7 +80,7 @@ pub fn simulate_prompted(
             let tokens = picks.topk_ids.chunks_exact(num_experts_per_tok);
             for (position, topk_ids) in (picks.first_position as usize..).zip(tokens) {
                 if position == prompt {
-                    renewed[layer] += cache.renew(layer, usize::MAX).len() as u64;
+                    admitted[layer] += cache.admit_prefill(layer, usize::MAX).len() as u64;
                 }
                 if position < prompt {
                     cache.learn(layer, topk_ids);
@@ -90,12 +90,12 @@ pub fn simulate_prompted(
             }
         }
     }
-    let paid = |(counts, renewed): (&LayerCounts, u64)| LayerCounts {
-        admits: counts.admits - renewed,
+    let paid = |(counts, admitted): (&LayerCounts, u64)| LayerCounts {
+        admits: counts.admits - admitted,
         ..*counts
     };
     Outcome {
-        layers: cache.counts().iter().zip(renewed).map(paid).collect(),
+        layers: cache.counts().iter().zip(admitted).map(paid).collect(),
     }
 }
 
@@ -173,7 +173,7 @@ mod tests {
 
         // The same by hand: whole prompts first, as a prefill has them.
         let mut by_hand = ExpertCache::build(LFU, experts, &slots, Throttle::NONE);
-        let (mut picks, mut renewed) = (0, 0);
+        let (mut picks, mut admitted) = (0, 0);
         for document in documents {
             by_hand.begin_sequence();
             for layer in 0..layers {
@@ -192,7 +192,7 @@ mod tests {
                         continue;
                     }
                     if position == prompt {
-                        renewed += by_hand.renew(layer, usize::MAX).len() as u64;
+                        admitted += by_hand.admit_prefill(layer, usize::MAX).len() as u64;
                     }
                     by_hand.on_step(layer, ids);
                     picks += k as u64;
@@ -204,8 +204,8 @@ mod tests {
             assert_eq!((a.hits, a.misses), (b.hits, b.misses));
         }
         let admits: u64 = by_hand.counts().iter().map(|l| l.admits).sum();
-        assert!(renewed > 0);
-        assert_eq!(outcome.admits() + renewed, admits);
+        assert!(admitted > 0);
+        assert_eq!(outcome.admits() + admitted, admits);
     }
 
     #[test]
@@ -217,12 +217,12 @@ mod tests {
         let learnt = |of_another: bool| {
             let mut cache = ExpertCache::build(slow, 4, &empty(1, 1), Throttle::NONE);
             (0..8).for_each(|_| cache.learn(0, &[1]));
-            cache.renew(0, 1);
+            cache.admit_prefill(0, 1);
             if of_another {
                 cache.begin_sequence();
             }
             (0..2).for_each(|_| cache.learn(0, &[2]));
-            cache.renew(0, 1);
+            cache.admit_prefill(0, 1);
             cache.contents(0).to_vec()
         };
         assert_eq!(learnt(false), [Some(1)]);

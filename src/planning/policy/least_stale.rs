@@ -1,5 +1,5 @@
 //! What remains of Least-Stale (arXiv:2602.03921) where every layer has slots of its own: a pick
-//! renews nothing. The picks of the present token are safe; of the others the one that was admitted
+//! refreshes nothing. The picks of the present token are safe; of the others the one that was admitted
 //! first leaves, however recently it was picked.
 
 use super::slot_map::SlotMap;

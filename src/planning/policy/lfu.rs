@@ -96,7 +96,7 @@ impl LayerPolicy for LfuLayer {
         self.picks.fade(EARLIER_SEQUENCES);
     }
 
-    fn renew(&mut self, room: usize, admits: &mut Vec<Admit>) {
+    fn admit_prefill(&mut self, room: usize, admits: &mut Vec<Admit>) {
         let outside = |&e: &u16| self.map.slot(e).is_none();
         let mut wanted: Vec<u16> = (0..self.map.num_experts() as u16).filter(outside).collect();
         // Stable: of equals the lower id first.

@@ -50,9 +50,9 @@ pub trait Policy: Send {
     fn begin_sequence(&mut self) {}
 
     /// After picks that it only learnt from, such as a prompt's: appends what to copy so that the slots
-    /// hold what those taught, at most `room` experts. Nothing for policies that go by the next pick
+    /// hold what was picked most, at most `room` experts. Nothing for policies that go by the next pick
     /// alone.
-    fn renew(&mut self, _layer: usize, _room: usize, _admits: &mut Vec<Admit>) {}
+    fn admit_prefill(&mut self, _layer: usize, _room: usize, _admits: &mut Vec<Admit>) {}
 
     /// What a restart must know of a layer; none for policies that cannot be stopped.
     fn state(&self, _layer: usize) -> Option<LayerState> {
@@ -147,8 +147,8 @@ impl PolicyConfig {
         *self != PolicyConfig::Static
     }
 
-    /// Whether what it only learnt from, such as a prompt, can change slots: see [`Policy::renew`].
-    pub fn renews(&self) -> bool {
+    /// Whether what it only learnt from, such as a prompt, can change slots: see [`Policy::admit_prefill`].
+    pub fn admits_prefill(&self) -> bool {
         matches!(self, PolicyConfig::LfuDecay { .. })
     }
 
@@ -243,8 +243,8 @@ trait LayerPolicy: Send {
     fn access(&mut self, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>);
     /// As [`Policy::begin_sequence`].
     fn begin_sequence(&mut self) {}
-    /// As [`Policy::renew`].
-    fn renew(&mut self, _room: usize, _admits: &mut Vec<Admit>) {}
+    /// As [`Policy::admit_prefill`].
+    fn admit_prefill(&mut self, _room: usize, _admits: &mut Vec<Admit>) {}
     /// `[E]` as [`LayerState::worth`].
     fn worth(&self) -> Vec<f32>;
     fn restore(&mut self, contents: &[Option<u16>], worth: &[f32]);
@@ -272,8 +272,8 @@ impl<L: LayerPolicy> Policy for Layers<L> {
         self.layers.iter_mut().for_each(L::begin_sequence);
     }
 
-    fn renew(&mut self, layer: usize, room: usize, admits: &mut Vec<Admit>) {
-        self.layers[layer].renew(room, admits);
+    fn admit_prefill(&mut self, layer: usize, room: usize, admits: &mut Vec<Admit>) {
+        self.layers[layer].admit_prefill(room, admits);
     }
 
     fn access(&mut self, layer: usize, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>) {

@@ -8,7 +8,7 @@ use super::super::slots::Slots;
 use super::super::state::{LayerState, StatePool};
 use super::super::variants;
 use super::super::weights::Mixer;
-use super::renew::Renewing;
+use super::admission::Admitting;
 use super::{Group, Prefill, RING};
 use crate::backend::Result;
 use crate::planning::Precision;
@@ -99,13 +99,13 @@ impl Chunk<'_> {
     pub fn run(
         &self,
         groups: &[Vec<Group>],
-        mut renewing: Option<&mut Renewing<'_>>,
+        mut admitting: Option<&mut Admitting<'_>>,
     ) -> Result<()> {
         self.begin()?;
         let mut uses = Uses::new(groups);
         for layer in 0..groups.len() {
             self.mixer(layer)?;
-            self.experts(layer, groups, &mut uses, renewing.as_deref_mut())?;
+            self.experts(layer, groups, &mut uses, admitting.as_deref_mut())?;
         }
         Ok(())
     }
@@ -346,7 +346,7 @@ impl Chunk<'_> {
         index: usize,
         groups: &[Vec<Group>],
         uses: &mut Uses,
-        mut renewing: Option<&mut Renewing<'_>>,
+        mut admitting: Option<&mut Admitting<'_>>,
     ) -> Result<()> {
         let cuda = self.cuda;
         let p = self.places;
@@ -364,7 +364,7 @@ impl Chunk<'_> {
             self.at(p.gates),
         );
         self.route(index)?;
-        if renewing.is_some() {
+        if admitting.is_some() {
             stream.record(&cuda.prefill.routed)?;
         }
         let (counts, offsets) = (self.at(p.counts), self.at(p.offsets));
@@ -472,10 +472,10 @@ impl Chunk<'_> {
             };
             // The shared expert, always there, gives the bus a head start.
             compute(experts, 1, self.tokens.div_ceil(128))?;
-            if let Some(renewing) = renewing.as_deref_mut().filter(|_| part == 0) {
+            if let Some(admitting) = admitting.as_deref_mut().filter(|_| part == 0) {
                 // The bus goes on while the host waits.
                 self.stream_ahead(groups, uses)?;
-                self.ask(index, &groups[index], renewing)?;
+                self.ask(index, &groups[index], admitting)?;
             }
             for group in &groups[index] {
                 let buffer = group.ring.map(|buffers| buffers[part]);
@@ -485,16 +485,16 @@ impl Chunk<'_> {
                 }
                 compute(group.first, group.count, tiles_bound(group.count, false))?;
                 if let Some(buffer) = buffer {
-                    if let Some(renewing) = renewing.as_deref() {
-                        self.keep(group, part, buffer, renewing)?;
+                    if let Some(admitting) = admitting.as_deref() {
+                        self.keep(group, part, buffer, admitting)?;
                     }
                     stream.record(&cuda.prefill.free[buffer])?;
                     uses.computed += 1;
                 }
             }
         }
-        if let Some(renewing) = renewing {
-            self.move_in(renewing)?;
+        if let Some(admitting) = admitting {
+            self.move_in(admitting)?;
         }
         self.launch(
             "prefill_combine",

@@ -6,14 +6,14 @@
 //! tokens the bus bounds the speed. How a prompt is cut, and whose memory its workspace takes, is
 //! computed by [`planning::execution`](crate::planning::execution), which plans call, too.
 //!
-//! In a prompt's last chunk slots may change to what the prompt taught, without any more copies over
-//! PCIe: see [`renew`].
+//! In a prompt's last chunk slots may admit experts that the prompt used most, without any more copies over
+//! PCIe: see [`admission`].
 
+mod admission;
 mod chunk;
 mod delta_rule;
 mod picked;
 mod rates;
-mod renew;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -23,14 +23,14 @@ use super::abi::ExpertLayout;
 use super::device::{Buffer, Device, DeviceFacts, Event, Pinned, Stream};
 use super::store::{ExpertStore, Held};
 use super::weights::DenseWeights;
-use crate::backend::{BackendError, Executor, ModelShape, OnRenewing, Result, Routing};
+use crate::backend::{BackendError, Executor, ModelShape, OnAdmission, Result, Routing};
 use crate::planning::execution::{
     GROUP_EXPERTS, MAX_PICKED_TOKENS, PrefillPlan, PrefillSettings, PrefillSizes,
     RING_GROUPS as RING, ShareRates, Workspace, WorkspaceMemory, prefill_plan,
 };
+use admission::{Admission, Admitting};
 use chunk::{Chunk, Parts};
 use picked::PickedHost;
-use renew::{Renewal, Renewing};
 
 pub struct Prefill {
     settings: PrefillSettings,
@@ -240,17 +240,17 @@ impl Cuda {
         ))
     }
 
-    /// A piece of a prompt, in chunks. With `renews` slots may change in the last of them. Where the
+    /// A piece of a prompt, in chunks. With `admits` slots may change in the last of them. Where the
     /// prompt ends, and logits are wanted, slots in use as workspace get their experts back.
     pub(super) fn prefill_all(
         &mut self,
         ids: &[u32],
         rows: Range<usize>,
-        renews: bool,
-        on_routing: &mut OnRenewing<'_>,
+        admits: bool,
+        on_routing: &mut OnAdmission<'_>,
     ) -> Result<Vec<f32>> {
         self.finish_slots()?;
-        let ends = renews || !rows.is_empty();
+        let ends = admits || !rows.is_empty();
         let plan = self.prefill.plan(self.model.store.num_slots(), ids.len());
         let base = self.workspace(plan.workspace_bytes)?;
         if self.prefill.host.tokens < plan.chunk_tokens {
@@ -259,22 +259,22 @@ impl Cuda {
         }
         let places = Workspace::new(&self.prefill.sizes, plan.chunk_tokens);
         let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
-        let mut renewed = false;
+        let mut admitted = false;
         for (i, piece) in ids.chunks(plan.chunk_tokens).enumerate() {
             let first = i * plan.chunk_tokens;
             let last = first + piece.len() == ids.len();
             let inside = |row: usize| row.clamp(first, first + piece.len()) - first;
             let rows = inside(rows.start)..inside(rows.end);
             let chunk = (base, &places, plan.chunk_tokens, piece);
-            let renewals =
-                self.prefill_chunk_at(chunk, rows, &mut logits, renews && last, on_routing)?;
-            renewed |= !renewals.is_empty();
-            self.note_renewals(&renewals);
+            let admissions =
+                self.prefill_chunk_at(chunk, rows, &mut logits, admits && last, on_routing)?;
+            admitted |= !admissions.is_empty();
+            self.note_admissions(&admissions);
         }
         if ends {
             self.give_slots_back()?;
         }
-        if renewed {
+        if admitted {
             self.model.store.publish(&self.model.stream)?;
             self.model.stream.synchronize()?;
         }
@@ -327,9 +327,9 @@ impl Cuda {
         (base, places, chunk_tokens, ids): (u64, &Workspace, usize, &[u32]),
         rows: Range<usize>,
         logits: &mut Vec<f32>,
-        renews: bool,
-        on_routing: &mut OnRenewing<'_>,
-    ) -> Result<Vec<Renewal>> {
+        admits: bool,
+        on_routing: &mut OnAdmission<'_>,
+    ) -> Result<Vec<Admission>> {
         let dim = self.model.shape.hidden_size;
         let position = self.states.active().position;
         // The last chunk's copies from here are done: every chunk ends with a wait.
@@ -358,14 +358,14 @@ impl Cuda {
             position,
         };
         // Of a short chunk routing is told layer by layer, whether slots may change or not.
-        let mut renewing = (renews || picked).then(|| Renewing::new(on_routing));
-        match (&mut host, &mut renewing) {
-            (Some(host), Some(renewing)) => {
-                chunk.run_picked(&mut self.offload, host, renewing, renews)?;
+        let mut admitting = (admits || picked).then(|| Admitting::new(on_routing));
+        match (&mut host, &mut admitting) {
+            (Some(host), Some(admitting)) => {
+                chunk.run_picked(&mut self.offload, host, admitting, admits)?;
             }
-            (_, renewing) => chunk.run(&groups, renewing.as_mut())?,
+            (_, admitting) => chunk.run(&groups, admitting.as_mut())?,
         }
-        let renewals = renewing.map(|renewing| renewing.renewals);
+        let admissions = admitting.map(|admitting| admitting.admissions);
         self.prefill.picked = host.or(self.prefill.picked.take());
         for row in rows {
             let hidden = base + (places.hidden + 4 * row * dim) as u64;
@@ -376,8 +376,8 @@ impl Cuda {
         self.copies.synchronize()?;
         self.states.active_mut().position += ids.len();
 
-        if let Some(renewals) = renewals {
-            return Ok(renewals);
+        if let Some(admissions) = admissions {
+            return Ok(admissions);
         }
         let k = self.model.shape.moe.num_experts_per_tok;
         for layer in 0..self.model.shape.num_layers() {

@@ -9,8 +9,8 @@
 use super::super::device::{Device, Pinned, Stream, args};
 use super::super::{geometry, variants};
 use super::RING;
+use super::admission::Admitting;
 use super::chunk::Chunk;
-use super::renew::Renewing;
 use crate::backend::cpu::offload::{Offload, Pick};
 use crate::backend::{ModelShape, Result, Routing};
 use crate::planning::execution::picks_for_cpu;
@@ -76,7 +76,7 @@ struct Lists {
 }
 
 impl Chunk<'_> {
-    /// The chunk, layer by layer. With `renews` slots may change.
+    /// The chunk, layer by layer. With `admits` slots may change.
     ///
     /// # Errors
     /// From the driver or a worker.
@@ -84,8 +84,8 @@ impl Chunk<'_> {
         &self,
         offload: &mut Offload,
         host: &mut PickedHost,
-        renewing: &mut Renewing<'_>,
-        renews: bool,
+        admitting: &mut Admitting<'_>,
+        admits: bool,
     ) -> Result<()> {
         let cuda = self.cuda;
         let stream = &cuda.model.stream;
@@ -101,8 +101,8 @@ impl Chunk<'_> {
             stream.record(&cuda.prefill.routed)?;
             cuda.prefill.routed.synchronize()?;
             let routing = cuda.prefill.routing(layer, self.tokens, k);
-            self.ask_for(layer, &routing, renews, renewing);
-            self.picked_experts(layer, &routing, offload, host, renewing)?;
+            self.ask_for(layer, &routing, admits, admitting);
+            self.picked_experts(layer, &routing, offload, host, admitting)?;
         }
         Ok(())
     }
@@ -113,13 +113,13 @@ impl Chunk<'_> {
         routing: &Routing,
         offload: &mut Offload,
         host: &mut PickedHost,
-        renewing: &Renewing<'_>,
+        admitting: &Admitting<'_>,
     ) -> Result<()> {
         let cuda = self.cuda;
         let p = self.places;
         let shape = &cuda.model.shape;
         let dim = shape.hidden_size;
-        let division = self.divide(layer, routing, renewing);
+        let division = self.divide(layer, routing, admitting);
         let lists = make_lists(host, &division, routing, self.tokens);
         self.upload_lists(host, &lists)?;
         let places = self.place_experts(layer, &division)?;
@@ -141,12 +141,12 @@ impl Chunk<'_> {
             cuda.model.stream.wait(&cuda.prefill.ready[buffer])?;
             self.compute_groups(layer, &lists, first, last - first)?;
             for (&expert, &from) in division.gpu[first..last].iter().zip(&places[first..last]) {
-                self.keep_whole(usize::from(expert), from, renewing)?;
+                self.keep_whole(usize::from(expert), from, admitting)?;
             }
             cuda.model.stream.record(&cuda.prefill.free[buffer])?;
         }
         self.compute_in_ram(layer, &lists, offload, host)?;
-        self.move_in(renewing)?;
+        self.move_in(admitting)?;
 
         let (t, top) = (self.tokens as i32, shape.moe.num_experts_per_tok as i32);
         self.launch(
@@ -174,7 +174,7 @@ impl Chunk<'_> {
         (sizes.group_bytes() / bytes).max(1)
     }
 
-    fn divide(&self, layer: usize, routing: &Routing, renewing: &Renewing<'_>) -> Division {
+    fn divide(&self, layer: usize, routing: &Routing, admitting: &Admitting<'_>) -> Division {
         let cuda = self.cuda;
         let experts = cuda.model.shape.moe.num_experts;
         let mut tokens = vec![0u32; experts];
@@ -183,7 +183,7 @@ impl Chunk<'_> {
         }
         let is_resident = |e: usize| cuda.model.store.resident(layer, e) != 0;
         // What slots will hold comes over PCIe in any case.
-        let is_kept = |e: usize| renewing.kept.iter().any(|&(kept, _)| kept == e);
+        let is_kept = |e: usize| admitting.kept.iter().any(|&(kept, _)| kept == e);
         let mut gpu: Vec<u16> = Vec::new();
         let (mut copied, mut missing) = (Vec::new(), Vec::new());
         for (e, &count) in tokens.iter().enumerate() {

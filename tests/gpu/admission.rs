@@ -1,4 +1,4 @@
-//! What a prompt taught, in the slots when it ends.
+//! The experts that a prompt used most, in the slots when it ends.
 
 use moectl::backend::LogitRows;
 use moectl::backend::Routing;
@@ -42,7 +42,7 @@ fn answer(engine: &mut Engine, prompt: &[u32]) -> [Vec<f32>; 2] {
 }
 
 /// Prompts in chunks of 64 with `slots` a layer, whose workspace is borrowed from them or not.
-fn prompts_renew(model: &str, slots: usize, borrows: bool) {
+fn prompts_admit(model: &str, slots: usize, borrows: bool) {
     let mut engine = engine_of(model, 200, Some(64));
     let (num_layers, moe) = (engine.shape().num_layers(), engine.shape().moe.clone());
     let (experts, k) = (moe.num_experts, moe.num_experts_per_tok);
@@ -82,12 +82,12 @@ fn prompts_renew(model: &str, slots: usize, borrows: bool) {
 
         // As many changes as pay, and no bytes for them.
         let at_most = (experts / 8).max(4);
-        let renewed: usize = (0..num_layers)
-            .map(|layer| simulated.renew(layer, at_most).len())
+        let admitted: usize = (0..num_layers)
+            .map(|layer| simulated.admit_prefill(layer, at_most).len())
             .sum();
         let times = engine.take_times().unwrap();
-        assert_eq!(times.promotions, renewed as u64);
-        assert!(renewed > num_layers, "{renewed}");
+        assert_eq!(times.promotions, admitted as u64);
+        assert!(admitted > num_layers, "{admitted}");
         assert_eq!((times.promoted_bytes, times.h2d_bytes), (0, 0));
         let contents = engine.experts().unwrap().contents();
         for (layer, contents) in contents.iter().enumerate() {
@@ -125,18 +125,18 @@ fn prompts_renew(model: &str, slots: usize, borrows: bool) {
 }
 
 #[test]
-fn a_long_prompt_leaves_in_the_slots_what_it_taught() {
-    prompts_renew(super::model().to_str().unwrap(), 6, false);
+fn a_long_prompt_leaves_in_the_slots_what_it_used_most() {
+    prompts_admit(super::model().to_str().unwrap(), 6, false);
 }
 
 #[test]
 fn so_it_does_where_experts_come_in_several_groups() {
-    prompts_renew(&many_experts(4), 40, false);
+    prompts_admit(&many_experts(4), 40, false);
 }
 
 #[test]
-fn so_it_does_where_slots_are_lent_to_it() {
-    prompts_renew(&many_experts(8), 60, true);
+fn so_it_does_where_slots_are_its_workspace() {
+    prompts_admit(&many_experts(8), 60, true);
 }
 
 #[test]

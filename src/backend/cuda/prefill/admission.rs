@@ -1,39 +1,39 @@
-//! What a prompt taught, kept in slots as it streams by: no further copy over PCIe, and there for the
-//! first decoded token.
+//! Prefill admission: experts that a prompt used most, copied from the stream into cache slots. It takes
+//! no further copy over PCIe, and they are there for the first decoded token.
 //!
 //! In a prompt's last chunk the host waits for each layer's routing, while copies go on as far ahead
 //! as the ring allows, and asks what the layer's slots shall hold. Kernels of that layer still read what
 //! is to leave. So the new experts are kept aside, part by part as they lie in the ring, and moved
-//! into their slots behind those kernels. Slots that are lent as workspace get their new experts
+//! into their slots behind those kernels. Slots used as workspace get their new experts
 //! instead of the old ones when they are given back: as many copies, one more if a slot was empty.
 
 use super::super::Cuda;
 use super::Group;
 use super::chunk::{Chunk, Parts};
-use crate::backend::{OnRenewing, Result, Routing, SlotChange};
+use crate::backend::{OnAdmission, Result, Routing, SlotChange};
 
 /// A slot's new expert.
-pub struct Renewal {
+pub struct Admission {
     change: SlotChange,
     /// Among the slots of all layers
     slot: usize,
-    /// Whether the slot is lent as workspace, so that nothing was copied
-    lent: bool,
+    /// Whether the slot is used as workspace, so that nothing was copied
+    is_workspace: bool,
 }
 
 /// The changes of slots in one chunk.
-pub struct Renewing<'a> {
-    on_renewing: &'a mut OnRenewing<'a>,
-    pub renewals: Vec<Renewal>,
+pub struct Admitting<'a> {
+    on_admission: &'a mut OnAdmission<'a>,
+    pub admissions: Vec<Admission>,
     /// Experts of the present layer and their slots, in the order of their places aside
     pub kept: Vec<(usize, usize)>,
 }
 
-impl<'a> Renewing<'a> {
-    pub fn new(on_renewing: &'a mut OnRenewing<'a>) -> Self {
-        Renewing {
-            on_renewing,
-            renewals: Vec::new(),
+impl<'a> Admitting<'a> {
+    pub fn new(on_admission: &'a mut OnAdmission<'a>) -> Self {
+        Admitting {
+            on_admission,
+            admissions: Vec::new(),
             kept: Vec::new(),
         }
     }
@@ -41,12 +41,12 @@ impl<'a> Renewing<'a> {
 
 impl Chunk<'_> {
     /// Waits until the layer's routing is on the host, tells of it, and asks for changes.
-    pub fn ask(&self, layer: usize, groups: &[Group], renewing: &mut Renewing<'_>) -> Result<()> {
+    pub fn ask(&self, layer: usize, groups: &[Group], admitting: &mut Admitting<'_>) -> Result<()> {
         let Parts { prefill, model, .. } = self.cuda;
         prefill.routed.synchronize()?;
         let routing = prefill.routing(layer, self.tokens, model.shape.moe.num_experts_per_tok);
         let streams = groups.iter().any(|group| group.ring.is_some());
-        self.ask_for(layer, &routing, streams, renewing);
+        self.ask_for(layer, &routing, streams, admitting);
         Ok(())
     }
 
@@ -56,7 +56,7 @@ impl Chunk<'_> {
         layer: usize,
         routing: &Routing,
         streams: bool,
-        renewing: &mut Renewing<'_>,
+        admitting: &mut Admitting<'_>,
     ) {
         let Parts {
             prefill,
@@ -68,8 +68,8 @@ impl Chunk<'_> {
             true => prefill.sizes.kept_experts(),
             false => 0,
         };
-        let changes = (renewing.on_renewing)(layer, self.position, routing, at_most);
-        renewing.kept.clear();
+        let changes = (admitting.on_admission)(layer, self.position, routing, at_most);
+        admitting.kept.clear();
         for change in changes.into_iter().take(at_most) {
             assert_eq!(change.layer, layer, "slots of the layer that was asked for");
             let Some(slot) = slots.find(&change) else {
@@ -78,12 +78,16 @@ impl Chunk<'_> {
             if model.store.resident(layer, change.expert) != 0 {
                 continue;
             }
-            // What is lent are the last slots.
-            let lent = prefill.own.is_none() && model.store.slot_address(slot) >= self.base;
-            if !lent {
-                renewing.kept.push((change.expert, slot));
+            // The last slots are the workspace.
+            let is_workspace = prefill.own.is_none() && model.store.slot_address(slot) >= self.base;
+            if !is_workspace {
+                admitting.kept.push((change.expert, slot));
             }
-            renewing.renewals.push(Renewal { change, slot, lent });
+            admitting.admissions.push(Admission {
+                change,
+                slot,
+                is_workspace,
+            });
         }
     }
 
@@ -93,11 +97,11 @@ impl Chunk<'_> {
         group: &Group,
         part: usize,
         buffer: usize,
-        renewing: &Renewing<'_>,
+        admitting: &Admitting<'_>,
     ) -> Result<()> {
         let (offset, width) = self.part(part);
         let experts = group.first..group.first + group.count;
-        for (place, (expert, _)) in renewing.kept.iter().enumerate() {
+        for (place, (expert, _)) in admitting.kept.iter().enumerate() {
             if experts.contains(expert) {
                 let from = self.in_ring(buffer, group, *expert, width);
                 let to = self.aside(place) + offset as u64;
@@ -110,9 +114,9 @@ impl Chunk<'_> {
     }
 
     /// Keeps aside an expert that lies whole at `from`, if a slot is to have it.
-    pub fn keep_whole(&self, expert: usize, from: u64, renewing: &Renewing<'_>) -> Result<()> {
+    pub fn keep_whole(&self, expert: usize, from: u64, admitting: &Admitting<'_>) -> Result<()> {
         let bytes = self.cuda.model.store.layout.blob_bytes as usize;
-        for (place, _) in renewing
+        for (place, _) in admitting
             .kept
             .iter()
             .enumerate()
@@ -125,10 +129,10 @@ impl Chunk<'_> {
     }
 
     /// Moves what was kept into its slots, behind the kernels that read what was there.
-    pub fn move_in(&self, renewing: &Renewing<'_>) -> Result<()> {
+    pub fn move_in(&self, admitting: &Admitting<'_>) -> Result<()> {
         let model = &self.cuda.model;
         let bytes = model.store.layout.blob_bytes as usize;
-        for (place, &(_, slot)) in renewing.kept.iter().enumerate() {
+        for (place, &(_, slot)) in admitting.kept.iter().enumerate() {
             let to = model.store.slot_address(slot);
             // SAFETY: both are `bytes` long, and neither is used by what is on its way elsewhere.
             unsafe { model.stream.copy_on_device(to, self.aside(place), bytes)? };
@@ -144,10 +148,15 @@ impl Chunk<'_> {
 
 impl Cuda {
     /// Makes known on the host what slots hold now, or will hold once they are given back.
-    pub(super) fn note_renewals(&mut self, renewals: &[Renewal]) {
-        for Renewal { change, slot, lent } in renewals {
+    pub(super) fn note_admissions(&mut self, admissions: &[Admission]) {
+        for Admission {
+            change,
+            slot,
+            is_workspace,
+        } in admissions
+        {
             let expert = (change.layer, change.expert);
-            if *lent {
+            if *is_workspace {
                 let borrowed = self
                     .prefill
                     .borrowed
