@@ -21,9 +21,9 @@ pub struct DecodeTimes {
     pub experts_vram: u64,
     /// That the GPU read from RAM
     pub experts_pcie: u64,
-    /// Experts for the CPU that were foreseen while the GPU computed the layer before them, of those
+    /// Experts for the CPU that were predicted while the GPU computed the layer before them, of those
     /// that it then had to compute
-    pub foreseen: u64,
+    pub predicted: u64,
     /// Experts that were brought into slots
     pub promotions: u64,
     /// Bytes copied over PCIe for those; none for what a prefill left there as it streamed by

@@ -89,7 +89,7 @@ impl ExpertManager {
         Ok(())
     }
 
-    /// Forgets what it learnt since the start, but not its counts.
+    /// Forgets what it recorded since the start, but not its counts.
     fn start_over(&mut self) {
         (self.cache.restore(self.config, &self.start)).expect("a state of this very cache");
         self.changes.clear();
@@ -291,7 +291,7 @@ impl Engine {
     }
 
     /// Puts experts back where the placement, or the state that was restored, had them, and forgets what
-    /// was learnt since: for measurements that must not know each other.
+    /// was recorded since: for measurements that must not know each other.
     ///
     /// # Errors
     /// If the backend fails.
@@ -464,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn another_sequence_leaves_an_eighth_of_what_was_learnt() {
+    fn another_sequence_leaves_an_eighth_of_what_was_recorded() {
         let mut manager = lfu();
         manager.observe(0, &routing(&[3, 3, 3, 3]), false);
         let picks = |manager: &ExpertManager| manager.state().layers[0].worth[3];

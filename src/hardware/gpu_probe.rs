@@ -67,9 +67,9 @@ pub struct ExpertWait {
     /// Of those, percent that the GPU read over PCIe
     #[serde(default)]
     pub pcie_percent: usize,
-    /// Of those that the CPU computed, percent that it had foreseen and fetched ahead
-    #[serde(default)]
-    pub foreseen_percent: u64,
+    /// Of those that the CPU computed, percent that it had predicted and fetched ahead
+    #[serde(default, rename = "foreseen_percent")]
+    pub predicted_percent: u64,
     /// All experts of the layer
     pub time: Micros,
 }
@@ -132,10 +132,10 @@ impl GpuProbe {
         ];
         for wait in &self.expert_wait {
             let name = format!(
-                "experts of a layer, {:.1} MB missing, {}% over PCIe, {}% of the others foreseen",
+                "experts of a layer, {:.1} MB missing, {}% over PCIe, {}% of the others predicted",
                 wait.missing_bytes / 1e6,
                 wait.pcie_percent,
-                wait.foreseen_percent
+                wait.predicted_percent
             );
             durations.push((name, &wait.time));
         }

@@ -168,7 +168,7 @@ impl ExpertCache {
     }
 
     /// After [`ExpertCache::learn`] of a prompt: what to copy into `layer` so that its slots suit what
-    /// was learnt, the most wanted first and no more than `at_most`. Each copy must pay back as any other.
+    /// was recorded, the most wanted first and no more than `at_most`. Each copy must pay back as any other.
     /// The byte budget is that of steps and does not count here.
     pub fn admit_prefill(&mut self, layer: usize, at_most: usize) -> &[Admit] {
         self.admits.clear();
@@ -388,7 +388,7 @@ mod tests {
         }
         assert_eq!(cache.contents(0), [Some(0), Some(1)]);
         assert_eq!(cache.counts()[0], LayerCounts::default());
-        // What it learnt decides at the first chance.
+        // What it recorded decides at the first chance.
         assert_eq!(cache.on_step(0, &[7]).len(), 1);
         assert_eq!(cache.counts()[0].misses, 1);
     }
@@ -448,7 +448,7 @@ mod tests {
         }
     }
 
-    /// What it did before the restore must not show: neither what it learnt, nor what it had saved up.
+    /// What it did before the restore must not show: neither what it recorded, nor what it had saved up.
     #[test]
     fn a_restored_cache_behaves_alike_whatever_it_did_before() {
         let trace = synthetic(3, 16, 4, 4, 90);

@@ -214,7 +214,7 @@ mod tests {
             half_life_tokens: 1e6,
             margin_picks: 0.5,
         };
-        let learnt = |of_another: bool| {
+        let recorded = |of_another: bool| {
             let mut cache = ExpertCache::build(slow, 4, &empty(1, 1), Throttle::NONE);
             (0..8).for_each(|_| cache.learn(0, &[1]));
             cache.admit_prefill(0, 1);
@@ -225,8 +225,8 @@ mod tests {
             cache.admit_prefill(0, 1);
             cache.contents(0).to_vec()
         };
-        assert_eq!(learnt(false), [Some(1)]);
-        assert_eq!(learnt(true), [Some(2)]);
+        assert_eq!(recorded(false), [Some(1)]);
+        assert_eq!(recorded(true), [Some(2)]);
     }
 
     #[test]

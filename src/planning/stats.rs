@@ -11,13 +11,13 @@ const NONE: u16 = u16::MAX;
 /// Counts what the router picks; memory is bounded by the model, not by the text.
 ///
 /// Every document stands alone: LRU stacks start empty, there is no previous token, and the
-/// predictor of the next layer has learnt nothing. That is what makes the profiles of the parts of
+/// predictor of the next layer starts empty. That is what makes the profiles of the parts of
 /// a corpus add up to that of the whole.
 ///
 /// Next-layer predictability: for every layer and expert we remember which k experts the next
 /// layer picked when this expert was picked last in the document. A token's picks in one layer
 /// vote with these lists; the k experts with the most votes are the prediction for the next layer,
-/// made before its picks are learnt. A pick counts as predictable if anyone could vote.
+/// made before its picks are recorded. A pick counts as predictable if anyone could vote.
 pub struct RoutingStats {
     profile: ProfileBody,
     domain: String,

@@ -92,7 +92,7 @@ impl Requests for Turn<'_> {
         self.experts
     }
 
-    fn foreseen(&self, _: usize) -> Option<&[i32]> {
+    fn predicted(&self, _: usize) -> Option<&[i32]> {
         Some(self.asked.ids)
     }
 

@@ -83,7 +83,7 @@ pub trait Requests: Sync {
     fn experts(&self, layer: usize) -> &[Expert];
 
     /// Experts that will probably be asked for, once that is known.
-    fn foreseen(&self, layer: usize) -> Option<&[i32]>;
+    fn predicted(&self, layer: usize) -> Option<&[i32]>;
 
     /// What is asked, once it is known. No layer asks before the one before it is answered.
     fn asked(&self, layer: usize) -> Option<Asked<'_>>;
@@ -116,7 +116,7 @@ impl Requests for AtOnce<'_> {
         self.experts
     }
 
-    fn foreseen(&self, _: usize) -> Option<&[i32]> {
+    fn predicted(&self, _: usize) -> Option<&[i32]> {
         None
     }
 
@@ -193,7 +193,7 @@ impl Offload {
     }
 
     /// Waits for the requests of a token and writes the answers to `out`, `[layers, D]`. Meanwhile
-    /// workers bring what is foreseen into the caches where they will need it.
+    /// workers bring what is predicted into the caches where they will need it.
     ///
     /// - `at_most`: experts in a request
     /// - `wait(layer, fetch)`: returns when the layer's request is there, its error ends the call; may use
@@ -499,7 +499,7 @@ mod tests {
             self.experts
         }
 
-        fn foreseen(&self, layer: usize) -> Option<&[i32]> {
+        fn predicted(&self, layer: usize) -> Option<&[i32]> {
             // An expert that does not exist must be no worse than one that is not asked for.
             self.is_time(layer, 10).then_some(&[1, 0, 99])
         }

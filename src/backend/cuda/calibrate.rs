@@ -120,7 +120,7 @@ impl Cuda {
         mut set: impl FnMut(&mut Self, usize) -> Result<()>,
     ) -> Result<usize> {
         let mut times = vec![Vec::new(); names.len()];
-        let mut foreseen = vec![0; names.len()];
+        let mut predicted = vec![0; names.len()];
         for round in 0..ROUNDS {
             for i in 0..names.len() {
                 set(self, i)?;
@@ -131,13 +131,13 @@ impl Cuda {
                     times[i].push(1e3 * self.timed_step(round * (1 + STEPS) + step)?);
                 }
                 let split = self.take_times();
-                foreseen[i] = 100 * split.foreseen / split.experts_cpu.max(1);
+                predicted[i] = 100 * split.predicted / split.experts_cpu.max(1);
             }
         }
         let mut best = (0, f64::INFINITY);
         for (i, name) in names.iter().enumerate() {
             let ms = median(&mut times[i]);
-            tried.push(format!("{name} {ms:.2} ms, {}% foreseen", foreseen[i]));
+            tried.push(format!("{name} {ms:.2} ms, {}% predicted", predicted[i]));
             if ms < best.1 * GAIN || i == 0 {
                 best = (i, ms);
             }

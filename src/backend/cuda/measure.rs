@@ -68,9 +68,9 @@ struct Waits {
     /// What the experts of a layer took, samples in microseconds
     us: Vec<f64>,
     steps: u64,
-    /// Experts that the CPU computed, those of them that it had foreseen, and that the GPU read
+    /// Experts that the CPU computed, those of them that it had predicted, and that the GPU read
     cpu: u64,
-    foreseen: u64,
+    predicted: u64,
     pcie: u64,
 }
 
@@ -336,7 +336,7 @@ impl Cuda {
             .map(|w| ExpertWait {
                 missing_bytes: missing_bytes(&w),
                 pcie_percent: w.pcie_percent,
-                foreseen_percent: 100 * w.foreseen / w.cpu.max(1),
+                predicted_percent: 100 * w.predicted / w.cpu.max(1),
                 time: Micros::of(w.us),
             })
             .collect();
@@ -397,7 +397,7 @@ impl Cuda {
         waits.steps += times.steps;
         waits.cpu += times.experts_cpu;
         waits.pcie += times.experts_pcie;
-        waits.foreseen += times.foreseen;
+        waits.predicted += times.predicted;
         Ok(())
     }
 

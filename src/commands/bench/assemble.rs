@@ -5,9 +5,9 @@ use std::path::Path;
 use anyhow::Context;
 use sha2::{Digest, Sha256};
 
-use super::contenders::Contenders;
 use super::measure::MeasurePlan;
 use super::predict::{self, Lengths, Situation};
+use super::variants::Variants;
 use super::{BenchArgs, gpu};
 use crate::commands::{machine as machines, report};
 use crate::engine::Engine;
@@ -37,7 +37,7 @@ pub struct Results<'a> {
     /// That predictions are for
     pub machine: Hardware,
     pub hardware: HardwareBody,
-    pub contenders: &'a Contenders<'a>,
+    pub variants: &'a Variants<'a>,
     pub notes: Vec<String>,
     pub quality: Option<Quality>,
     pub monitor: MonitorRecord,
@@ -67,10 +67,10 @@ pub fn machine(engine: &Engine, given: Option<Hardware>, hardware: &HardwareBody
 }
 
 impl Results<'_> {
-    /// Writes run.json and report of each contender that has results; returned are the documents and
+    /// Writes run.json and report of each variant that has results; returned are the documents and
     /// where their files are.
     ///
-    /// - `contexts`: `[contender][context]`
+    /// - `contexts`: `[variant][context]`
     pub fn write(
         &self,
         contexts: Vec<Vec<ContextRun>>,
@@ -78,7 +78,7 @@ impl Results<'_> {
         let mut written = Vec::new();
         for (i, contexts) in contexts.into_iter().enumerate() {
             let document = self.document(i, contexts)?;
-            let folder = match self.contenders.name(i) {
+            let folder = match self.variants.name(i) {
                 None => self.args.output.clone(),
                 Some(rival) => self.args.output.join(rival),
             };
@@ -101,7 +101,7 @@ impl Results<'_> {
         mut contexts: Vec<ContextRun>,
     ) -> anyhow::Result<Document<RunBody>> {
         let (engine, placement) = (self.engine, &self.placement.body);
-        let flags = self.contenders.flags(i);
+        let flags = self.variants.flags(i);
         let situation = match engine.backend().gpu() {
             Some(_) => predict::situation(flags, placement),
             None => Situation::on_cpu(self.footprint.num_layers),
@@ -113,7 +113,7 @@ impl Results<'_> {
         if gpu::by_the_plan(engine, flags, placement) {
             memory.compare_vram();
         }
-        let mut notes = self.contenders.notes(i, engine);
+        let mut notes = self.variants.notes(i, engine);
         notes.extend(self.notes.iter().cloned());
         let body = RunBody {
             labels: Labels {

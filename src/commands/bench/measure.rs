@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 
-use super::contenders::Contenders;
 use super::pace::{Pace, show_left};
+use super::variants::Variants;
 use crate::backend::{DecodeTimes, Routing};
 use crate::commands::console::{Console, Unit};
 use crate::commands::{Failure, expert_counts, interrupt};
@@ -50,39 +50,39 @@ impl MeasurePlan {
 
 /// What was measured, and what should be said of it.
 pub struct Measured {
-    /// `[contender][context]`; without contexts that were not reached
+    /// `[variant][context]`; without contexts that were not reached
     pub contexts: Vec<Vec<ContextRun>>,
     pub notes: Vec<String>,
     /// By Ctrl-C: what there was until then is kept.
     pub interrupted: bool,
 }
 
-/// Measures every context with every contender; prompts are cut from the text's start, and what is fed after
+/// Measures every context with every variant; prompts are cut from the text's start, and what is fed after
 /// them, if it is text, from behind.
 pub fn contexts(
     engine: &mut Engine,
     text: &[u32],
     plan: &MeasurePlan,
-    contenders: &mut Contenders,
+    variants: &mut Variants,
     console: &Console,
 ) -> anyhow::Result<Measured> {
     let rounds = plan.warmups + plan.repetitions;
     let mut bench = Bench {
         plan,
-        pace: Pace::new(&plan.contexts, rounds * contenders.len(), plan.time_limit),
+        pace: Pace::new(&plan.contexts, rounds * variants.len(), plan.time_limit),
         gpu: engine.backend().gpu().and_then(NvmlGpu::open),
         bar: console.progress(
             "bench",
-            (plan.contexts.len() * rounds * contenders.len()) as u64,
+            (plan.contexts.len() * rounds * variants.len()) as u64,
             Unit::Runs,
         ),
         notes: Vec::new(),
         began: Instant::now(),
     };
-    let mut results = vec![Vec::new(); contenders.len()];
+    let mut results = vec![Vec::new(); variants.len()];
     let mut interrupted = false;
     for at in 0..plan.contexts.len() {
-        match bench.context(at, engine, text, contenders, &mut results) {
+        match bench.context(at, engine, text, variants, &mut results) {
             Ok(()) => {}
             Err(error) if is_interrupt(&error) => {
                 interrupted = true;
@@ -123,7 +123,7 @@ impl Bench<'_> {
         at: usize,
         engine: &mut Engine,
         text: &[u32],
-        contenders: &mut Contenders,
+        variants: &mut Variants,
         results: &mut [Vec<ContextRun>],
     ) -> anyhow::Result<()> {
         let (plan, tokens) = (self.plan, self.plan.contexts[at]);
@@ -136,26 +136,26 @@ impl Bench<'_> {
         };
         results.iter_mut().for_each(|runs| runs.push(run.clone()));
         let (share, began) = (self.pace.share(at), Instant::now());
-        let warmups = self.warmups(at, share, contenders.len());
+        let warmups = self.warmups(at, share, variants.len());
         let rounds = warmups + plan.repetitions;
         for number in 0..rounds {
             let round = Instant::now();
             for (i, runs) in results.iter_mut().enumerate() {
-                contenders.begin(i, engine)?;
+                variants.begin(i, engine)?;
                 let started = Instant::now();
                 let before = counters(&mut self.gpu);
                 let mut repetition = repeat(engine, prompt, plan.generated_tokens, forced)?;
                 repetition.gpu_energy_j = counters(&mut self.gpu).since(&before).energy_j();
-                contenders.end(i, engine);
+                variants.end(i, engine);
                 if let Some(run) = runs.last_mut().filter(|_| number >= warmups) {
                     run.repetitions.push(repetition);
                 }
                 self.pace.took(at, started.elapsed());
-                self.tell(at, number * contenders.len() + i + 1);
+                self.tell(at, number * variants.len() + i + 1);
             }
             let next_ends = began.elapsed() + round.elapsed();
             if number >= warmups && share.is_some_and(|share| next_ends > share) {
-                let skipped = (rounds - number - 1) * contenders.len();
+                let skipped = (rounds - number - 1) * variants.len();
                 self.bar.dec_length(skipped as u64);
                 break;
             }
@@ -165,8 +165,8 @@ impl Bench<'_> {
 
     /// Warm-ups at a context: none where there is hardly time for the repetitions themselves, and a
     /// shorter context has warmed the process.
-    fn warmups(&mut self, at: usize, share: Option<Duration>, contenders: usize) -> usize {
-        let round = self.pace.estimate(at).map(|s| s * contenders as f64);
+    fn warmups(&mut self, at: usize, share: Option<Duration>, variants: usize) -> usize {
+        let round = self.pace.estimate(at).map(|s| s * variants as f64);
         let fit = match (round, share) {
             (Some(round), Some(share)) => share.as_secs_f64() / round,
             _ => return self.plan.warmups,
@@ -179,7 +179,7 @@ impl Bench<'_> {
             "context {context}: no warm-up, since a repetition takes about {:.0} s",
             round.unwrap_or(0.0)
         ));
-        self.bar.dec_length((self.plan.warmups * contenders) as u64);
+        self.bar.dec_length((self.plan.warmups * variants) as u64);
         0
     }
 

@@ -2,7 +2,6 @@
 
 mod against;
 mod assemble;
-mod contenders;
 mod gpu;
 mod measure;
 mod pace;
@@ -11,6 +10,7 @@ mod quality;
 mod round;
 mod table;
 mod text;
+mod variants;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -18,8 +18,8 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 
-use contenders::{Contenders, Rival};
 use pace::parse_duration;
+use variants::{Rival, Variants};
 
 use super::console::Console;
 use super::flags::{self, GpuFlags};
@@ -166,12 +166,12 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     let (placement, profile) = ready.placement(&args, console)?;
     let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&ready.engine));
     let compute = &args.compute;
-    let mut contenders = Contenders::new(&ready.engine, &placement.body, compute, &args.against)?;
+    let mut variants = Variants::new(&ready.engine, &placement.body, compute, &args.against)?;
     let measured = measure::contexts(
         &mut ready.engine,
         &ready.text.ids,
         &ready.plan,
-        &mut contenders,
+        &mut variants,
         console,
     );
     cache_state::save(args.cache.cache_state.as_deref(), &ready.engine, console)?;
@@ -180,7 +180,7 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     if measured.contexts.iter().all(Vec::is_empty) {
         return Err(Failure::Interrupted.into());
     }
-    for reason in (0..contenders.len()).filter_map(|i| contenders.stopped(i)) {
+    for reason in (0..variants.len()).filter_map(|i| variants.stopped(i)) {
         console.note(format!("note: {reason}"));
     }
     kernel_times(&mut ready.engine, console)?;
@@ -205,7 +205,7 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         profile: profile.as_ref(),
         machine: assemble::machine(&ready.engine, ready.given, &ready.hardware),
         hardware: ready.hardware,
-        contenders: &contenders,
+        variants: &variants,
         notes: ready.notes,
         quality,
         monitor,
@@ -220,7 +220,7 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
         }
         None => print(
             &written,
-            &contenders,
+            &variants,
             console.json || form == Form::Json,
             console,
         )?,
@@ -397,7 +397,7 @@ impl Form {
 
 fn print(
     written: &[(Document<RunBody>, String)],
-    contenders: &Contenders,
+    variants: &Variants,
     json: bool,
     console: &Console,
 ) -> anyhow::Result<()> {
@@ -412,7 +412,7 @@ fn print(
         console.result(label)?;
     }
     for (i, (document, files)) in written.iter().enumerate() {
-        if let Some(rival) = contenders.name(i) {
+        if let Some(rival) = variants.name(i) {
             console.result(format!("\nagainst {rival}"))?;
         }
         console.table(table::render(&document.body))?;

@@ -1,4 +1,4 @@
-//! Which tokens are alike, as the built-in model learnt it.
+//! Which tokens are alike, as the built-in model was trained to have it.
 
 use std::ops::Range;
 

@@ -6,7 +6,7 @@
 //! all tried.
 
 mod alternatives;
-mod learnt;
+mod fitted;
 
 use thiserror::Error;
 
@@ -24,7 +24,7 @@ use super::units::{show_budget, show_bytes, show_tokens};
 
 pub use alternatives::Alternative;
 
-use learnt::{Learnt, learn};
+use fitted::{Fitted, fit};
 
 /// What is known about the model's routing.
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +110,7 @@ pub fn plan(request: &PlanRequest) -> Result<Placement, PlanError> {
 /// All that does not depend on the VRAM budget, worked out once.
 pub struct Planner<'a> {
     request: PlanRequest<'a>,
-    learnt: Learnt<'a>,
+    fitted: Fitted<'a>,
     solved: Solved,
     /// `[capacity + 1]` how many of so many slots to use. Copies cost time of their own, and a few
     /// slots may bring less than their content costs.
@@ -146,20 +146,20 @@ impl<'a> Planner<'a> {
         assert!(!request.kv_dtypes.is_empty() && !request.heads.is_empty());
         let f = request.footprint;
         request.hardware.check()?;
-        let learnt = learn(request)?;
+        let fitted = fit(request)?;
         let in_ram = experts_in_ram(request)?;
         let disk_share = 1.0 - in_ram as f64 / f.total_experts().max(1) as f64;
-        let costs: Vec<Vec<f64>> = learnt
+        let costs: Vec<Vec<f64>> = fitted
             .curves
             .iter()
             .map(|c| layer_costs(request, c, disk_share))
             .collect();
         let solved = solve(&costs, f.total_experts());
         Ok(Planner {
-            useful: useful(request, &learnt, &costs, &solved),
+            useful: useful(request, &fitted, &costs, &solved),
             solved,
             request: request.clone(),
-            learnt,
+            fitted,
             in_ram,
             disk_share,
         })
@@ -169,22 +169,22 @@ impl<'a> Planner<'a> {
     /// If the budget cannot hold what must be in VRAM.
     pub fn plan(&self) -> Result<Placement, PlanError> {
         let request = &self.request;
-        let (f, learnt) = (request.footprint, &self.learnt);
+        let (f, fitted) = (request.footprint, &self.fitted);
         let choice = self.choose(&self.budget())?;
         let kv_bytes = request
             .ctx_tokens
             .saturating_mul(f.kv_bytes_per_token(choice.kv_dtype));
-        let fill = |(&n, hottest): (&usize, &Vec<u16>)| learnt.policy.fill(n, hottest);
-        let validation = learnt.split.as_ref().map(|split| {
+        let fill = |(&n, hottest): (&usize, &Vec<u16>)| fitted.policy.fill(n, hottest);
+        let validation = fitted.split.as_ref().map(|split| {
             split.validate(
                 f,
                 &choice.slots,
-                &learnt.hottest,
-                learnt.policy,
-                learnt.throttle,
+                &fitted.hottest,
+                fitted.policy,
+                fitted.throttle,
                 &|outcome| {
                     let gpu = request.hardware.gpu.is_some();
-                    gpu.then(|| learnt::time_of(request, outcome))
+                    gpu.then(|| fitted::time_of(request, outcome))
                 },
             )
         });
@@ -198,10 +198,10 @@ impl<'a> Planner<'a> {
             expert_bytes: f.expert_bytes,
             num_experts: f.num_experts,
             memory: memory_table(f, kv_bytes, choice.head, slots, self.in_ram),
-            policy: learnt.policy,
-            throttle: learnt.throttle,
-            layers: choice.slots.iter().zip(&learnt.hottest).map(fill).collect(),
-            curves_from: learnt.from,
+            policy: fitted.policy,
+            throttle: fitted.throttle,
+            layers: choice.slots.iter().zip(&fitted.hottest).map(fill).collect(),
+            curves_from: fitted.from,
             solution: self.solved.solution,
             hardware: request.hardware.label.clone(),
             hardware_basis: request.hardware.basis(),
@@ -272,13 +272,13 @@ impl<'a> Planner<'a> {
         let each = || slots.iter().enumerate();
         let hit_rate = |(layer, &n): (usize, &usize)| match n == f.num_experts {
             true => 1.0,
-            false => self.learnt.curves[layer].hit_rate(n),
+            false => self.fitted.curves[layer].hit_rate(n),
         };
         let hit_rates: Vec<f64> = each().map(hit_rate).collect();
         // Where an expert is there is nothing to copy.
         let admits = |(layer, &n): (usize, &usize)| match n == f.num_experts {
             true => 0.0,
-            false => self.learnt.admits[layer][n],
+            false => self.fitted.admits[layer][n],
         };
         let promotions_per_token = each().map(admits).sum();
         let decode = cost::decode(
@@ -361,7 +361,7 @@ fn layer_costs(request: &PlanRequest, curve: &HitCurve, disk_share: f64) -> Vec<
 /// copied into the slots counted in: so more memory never predicts slower.
 fn useful(
     request: &PlanRequest,
-    learnt: &Learnt,
+    fitted: &Fitted,
     costs: &[Vec<f64>],
     solved: &Solved,
 ) -> Vec<usize> {
@@ -373,7 +373,7 @@ fn useful(
     let mut best = (0, f64::INFINITY);
     let mut useful = Vec::with_capacity(f.total_experts() + 1);
     solved.for_each(f.total_experts(), |slots| {
-        let layer = |(l, &n): (usize, &usize)| costs[l][n] + learnt.admits[l][n] * copy_ms;
+        let layer = |(l, &n): (usize, &usize)| costs[l][n] + fitted.admits[l][n] * copy_ms;
         let time: f64 = slots.iter().enumerate().map(layer).sum();
         if time < best.1 {
             best = (useful.len(), time);

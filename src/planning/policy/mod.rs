@@ -49,7 +49,7 @@ pub trait Policy: Send {
     /// What is told from here on belongs to another sequence.
     fn begin_sequence(&mut self) {}
 
-    /// After picks that it only learnt from, such as a prompt's: appends what to copy so that the slots
+    /// After picks that it only recorded, such as a prompt's: appends what to copy so that the slots
     /// hold what was picked most, at most `room` experts. Nothing for policies that go by the next pick
     /// alone.
     fn admit_prefill(&mut self, _layer: usize, _room: usize, _admits: &mut Vec<Admit>) {}
@@ -147,7 +147,7 @@ impl PolicyConfig {
         *self != PolicyConfig::Static
     }
 
-    /// Whether what it only learnt from, such as a prompt, can change slots: see [`Policy::admit_prefill`].
+    /// Whether what it only recorded, such as a prompt, can change slots: see [`Policy::admit_prefill`].
     pub fn admits_prefill(&self) -> bool {
         matches!(self, PolicyConfig::LfuDecay { .. })
     }

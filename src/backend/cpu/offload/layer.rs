@@ -107,8 +107,8 @@ impl Token<'_> {
         let _failed = OnPanic(&self.progress.failed);
         for layer in 0..self.requests.layers() {
             let asked = || self.requests.asked(layer).is_some();
-            let foreseen = || self.requests.foreseen(layer).is_some();
-            if !self.progress.wait(|| foreseen() || asked()) {
+            let predicted = || self.requests.predicted(layer).is_some();
+            if !self.progress.wait(|| predicted() || asked()) {
                 return;
             }
             self.fetch(layer, worker);
@@ -156,11 +156,11 @@ impl Token<'_> {
         self.progress.wait(|| self.is_over(layer))
     }
 
-    /// Brings this worker's share of what is foreseen into its caches until the request is there.
+    /// Brings this worker's share of what is predicted into its caches until the request is there.
     pub fn fetch(&self, layer: usize, worker: usize) {
         let enough = || self.requests.asked(layer).is_some();
         let experts = self.requests.experts(layer);
-        for &id in self.requests.foreseen(layer).unwrap_or(&[]) {
+        for &id in self.requests.predicted(layer).unwrap_or(&[]) {
             let Some(expert) = experts.get(id as usize) else {
                 return;
             };

@@ -90,7 +90,7 @@ pub struct Decode {
     handoffs: Pinned<Handoff>,
     /// What each layer but the first will probably ask of the CPU: its router on what the experts
     /// of the layer before got
-    foreseen: Pinned<Handoff>,
+    predicted: Pinned<Handoff>,
     handoff_x: Pinned<f32>,
     cpu_out: Pinned<f32>,
     done: Pinned<u32>,
@@ -169,7 +169,7 @@ impl Decode {
             embedding: device.alloc_host(dim)?,
             host_step: device.alloc_host(1)?,
             handoffs: device.alloc_host(layers)?,
-            foreseen: device.alloc_host(layers)?,
+            predicted: device.alloc_host(layers)?,
             handoff_x: device.alloc_host(layers * dim)?,
             cpu_out: device.alloc_host(layers * dim)?,
             done: device.alloc_host(layers)?,
@@ -329,10 +329,10 @@ impl Decode {
             routing.topk_weights.extend(&handoff.topk_weights[..k]);
             let cpu = handoff.num_cpu as u64;
             if kind.hybrid && self.side.is_some() && layer > 0 {
-                let foreseen = &self.foreseen.as_slice()[layer];
-                let known = &foreseen.cpu_ids[..(foreseen.num_cpu.max(0) as usize).min(k)];
+                let predicted = &self.predicted.as_slice()[layer];
+                let known = &predicted.cpu_ids[..(predicted.num_cpu.max(0) as usize).min(k)];
                 let asked = &handoff.cpu_ids[..(handoff.num_cpu.max(0) as usize).min(k)];
-                self.times.foreseen += asked.iter().filter(|id| known.contains(id)).count() as u64;
+                self.times.predicted += asked.iter().filter(|id| known.contains(id)).count() as u64;
             }
             let missing = (routing.topk_ids.iter())
                 .filter(|&&id| model.store.resident(layer, usize::from(id)) == 0)

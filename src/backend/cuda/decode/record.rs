@@ -277,7 +277,7 @@ impl Decode {
                 // The GPU has time: it will wait for the CPU.
                 stream.record(&side.fork)?;
                 side.stream.wait(&side.fork)?;
-                let args = router_args(index + 1, self.ahead, self.foreseen.at(index + 1), 0);
+                let args = router_args(index + 1, self.ahead, self.predicted.at(index + 1), 0);
                 let geometry = geometry::router(&next.router, &next.shared_gate, false);
                 // SAFETY: as for `launch`.
                 unsafe { side.stream.launch("decode_router", geometry, args, false)? };

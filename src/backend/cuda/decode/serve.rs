@@ -19,7 +19,7 @@ struct HandedOver<'a> {
     /// `[layers]`
     handoffs: *mut Handoff,
     /// What they will probably ask; absent where no router looks ahead
-    foreseen: Option<*mut Handoff>,
+    predicted: Option<*mut Handoff>,
     /// `[layers, D]`
     x: *const f32,
     dim: usize,
@@ -52,10 +52,10 @@ impl Requests for HandedOver<'_> {
         self.experts[layer]
     }
 
-    fn foreseen(&self, layer: usize) -> Option<&[i32]> {
-        match self.foreseen {
+    fn predicted(&self, layer: usize) -> Option<&[i32]> {
+        match self.predicted {
             // The first layer has none before it whose router could look ahead.
-            Some(foreseen) if layer > 0 => self.read(foreseen, layer).map(Handoff::experts),
+            Some(predicted) if layer > 0 => self.read(predicted, layer).map(Handoff::experts),
             _ => Some(&[]),
         }
     }
@@ -98,7 +98,7 @@ impl Decode {
                 .map(|layer| &layer.experts[..])
                 .collect(),
             handoffs: self.handoffs.pointer(0),
-            foreseen: self.side.is_some().then(|| self.foreseen.pointer(0)),
+            predicted: self.side.is_some().then(|| self.predicted.pointer(0)),
             x: self.handoff_x.pointer(0),
             dim,
             done: self.done.pointer(0),

@@ -19,7 +19,7 @@ use crate::planning::validation::{Reading, SHARES, Split};
 const DEFAULT_ADMITS_PER_MISS: f64 = 0.1;
 /// Slots, in 16ths of the experts, at which the chosen policy is simulated; lines in between.
 const GRID: [usize; 8] = [1, 2, 3, 4, 6, 8, 12, 16];
-pub(super) struct Learnt<'a> {
+pub(super) struct Fitted<'a> {
     pub policy: PolicyConfig,
     pub throttle: Option<Throttle>,
     /// `[layer]` of this policy.
@@ -32,14 +32,14 @@ pub(super) struct Learnt<'a> {
     pub split: Option<Split<'a>>,
 }
 
-pub(super) fn learn<'a>(request: &PlanRequest<'a>) -> Result<Learnt<'a>, PlanError> {
+pub(super) fn fit<'a>(request: &PlanRequest<'a>) -> Result<Fitted<'a>, PlanError> {
     let f = request.footprint;
     let throttle = request.hardware.gpu.is_some().then(|| {
         let bytes = cost::promotion_bytes_per_token(f, request.hardware);
         Throttle::of_bytes(bytes, f.expert_bytes, f.num_layers)
     });
     let (curves, hottest, from, split) = known(request)?;
-    let mut learnt = Learnt {
+    let mut fitted = Fitted {
         policy: request.policy.unwrap_or(PolicyConfig::LfuDecay {
             half_life_tokens: default_half_life(f.num_experts),
             margin_picks: finite(cost::pay_back_picks(request.hardware)),
@@ -51,18 +51,18 @@ pub(super) fn learn<'a>(request: &PlanRequest<'a>) -> Result<Learnt<'a>, PlanErr
         from,
         split,
     };
-    match &learnt.split {
-        None => learnt.admits = assumed_admits(&learnt, f.num_experts_per_tok),
+    match &fitted.split {
+        None => fitted.admits = assumed_admits(&fitted, f.num_experts_per_tok),
         Some(split) => {
-            learnt.policy = match request.policy {
+            fitted.policy = match request.policy {
                 Some(forced) => forced,
-                None => choose(request, &learnt, split),
+                None => choose(request, &fitted, split),
             };
-            let (curves, admits) = attained(request, &learnt, split);
-            (learnt.curves, learnt.admits) = (curves, admits);
+            let (curves, admits) = attained(request, &fitted, split);
+            (fitted.curves, fitted.admits) = (curves, admits);
         }
     }
-    Ok(learnt)
+    Ok(fitted)
 }
 
 /// Without a trace the policy cannot be chosen by trial. Of many experts each is picked seldom, and
@@ -104,7 +104,7 @@ fn candidates(request: &PlanRequest) -> Vec<PolicyConfig> {
 /// The candidate with the least predicted time, over an eighth, a quarter and half of the experts.
 /// Each decodes what follows prompts, is held to the byte budget, and pays for its copies: where RAM is the
 /// limit, a policy that hits a little less with a tenth of LRU's copies is the faster one.
-fn choose(request: &PlanRequest, learnt: &Learnt, split: &Split) -> PolicyConfig {
+fn choose(request: &PlanRequest, fitted: &Fitted, split: &Split) -> PolicyConfig {
     let f = request.footprint;
     let candidates = candidates(request);
     let time = |config: &PolicyConfig| -> f64 {
@@ -113,10 +113,10 @@ fn choose(request: &PlanRequest, learnt: &Learnt, split: &Split) -> PolicyConfig
             let outcome = split.run(
                 Reading::Prompted,
                 *config,
-                learnt.throttle,
+                fitted.throttle,
                 f,
                 &slots,
-                &learnt.hottest,
+                &fitted.hottest,
             );
             time_of(request, &outcome)
         };
@@ -146,7 +146,7 @@ pub(super) fn time_of(request: &PlanRequest, outcome: &Outcome) -> f64 {
 /// Hit curves and copies of the chosen policy, simulated on the documents of the choice.
 fn attained(
     request: &PlanRequest,
-    learnt: &Learnt,
+    fitted: &Fitted,
     split: &Split,
 ) -> (Vec<HitCurve>, Vec<Vec<f64>>) {
     let f = request.footprint;
@@ -155,16 +155,16 @@ fn attained(
         .map(|n| (n * f.num_experts).div_ceil(16))
         .collect();
     grid.dedup();
-    let throttle = learnt.throttle;
+    let throttle = fitted.throttle;
     let run = |&slots: &usize| {
         let slots = vec![slots; f.num_layers];
         split.run(
             Reading::Decoded,
-            learnt.policy,
+            fitted.policy,
             throttle,
             f,
             &slots,
-            &learnt.hottest,
+            &fitted.hottest,
         )
     };
     let outcomes: Vec<Outcome> = grid.iter().map(run).collect();
@@ -203,15 +203,15 @@ fn between(points: &[(usize, f64)], at: usize) -> f64 {
 }
 
 /// Copies per token where no trace tells them.
-fn assumed_admits(learnt: &Learnt, num_experts_per_tok: usize) -> Vec<Vec<f64>> {
-    let per_miss = match learnt.policy {
+fn assumed_admits(fitted: &Fitted, num_experts_per_tok: usize) -> Vec<Vec<f64>> {
+    let per_miss = match fitted.policy {
         PolicyConfig::Static => 0.0,
         PolicyConfig::LfuDecay { .. } | PolicyConfig::LruThreshold { .. } => {
             DEFAULT_ADMITS_PER_MISS
         }
         PolicyConfig::Lru | PolicyConfig::LruPinned { .. } | PolicyConfig::LeastStale => 1.0,
     };
-    let limit = learnt.throttle.map_or(f64::INFINITY, |t| t.admits_per_step);
+    let limit = fitted.throttle.map_or(f64::INFINITY, |t| t.admits_per_step);
     let admits =
         |hit_rate: &f64| (per_miss * num_experts_per_tok as f64 * (1.0 - hit_rate)).min(limit);
     let of_layer = |curve: &HitCurve| {
@@ -220,7 +220,7 @@ fn assumed_admits(learnt: &Learnt, num_experts_per_tok: usize) -> Vec<Vec<f64>> 
         by_slots[0] = 0.0;
         by_slots
     };
-    learnt.curves.iter().map(of_layer).collect()
+    fitted.curves.iter().map(of_layer).collect()
 }
 
 pub(super) fn slots_of(share: f64, num_experts: usize) -> usize {

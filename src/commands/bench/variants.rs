@@ -54,12 +54,12 @@ impl Rival {
 }
 
 /// What is measured: the run that the flags ask for, and its rivals.
-pub struct Contenders<'a> {
+pub struct Variants<'a> {
     placement: &'a Placement,
-    all: Vec<Contender>,
+    all: Vec<Variant>,
 }
 
-struct Contender {
+struct Variant {
     /// Of a rival
     name: Option<&'static str>,
     /// With which it would run alone
@@ -70,7 +70,7 @@ struct Contender {
     stopped: Option<String>,
 }
 
-impl<'a> Contenders<'a> {
+impl<'a> Variants<'a> {
     /// # Errors
     /// If there are rivals, but no GPU or no cache for them to be another of.
     pub fn new(
@@ -87,16 +87,16 @@ impl<'a> Contenders<'a> {
             )
             .into());
         }
-        let contender = |name, flags| Contender {
+        let variant = |name, flags| Variant {
             name,
             flags,
             tuning: None,
             calibration: None,
             stopped: None,
         };
-        let mut all = vec![contender(None, compute.clone())];
-        all.extend((rivals.iter()).map(|r| contender(Some(r.name()), r.flags(compute))));
-        Ok(Contenders { placement, all })
+        let mut all = vec![variant(None, compute.clone())];
+        all.extend((rivals.iter()).map(|r| variant(Some(r.name()), r.flags(compute))));
+        Ok(Variants { placement, all })
     }
 
     pub fn len(&self) -> usize {
@@ -112,29 +112,29 @@ impl<'a> Contenders<'a> {
         &self.all[i].flags
     }
 
-    /// Why the cache of contender `i` was stopped, if it was.
+    /// Why the cache of variant `i` was stopped, if it was.
     pub fn stopped(&self, i: usize) -> Option<&str> {
         self.all[i].stopped.as_deref()
     }
 
-    /// Puts the engine where contender `i` begins, whatever ran before: the last repetition decoded the
+    /// Puts the engine where variant `i` begins, whatever ran before: the last repetition decoded the
     /// very same text, which a cache would know by now.
     pub fn begin(&mut self, i: usize, engine: &mut Engine) -> anyhow::Result<()> {
         let alone = self.all.len() == 1;
-        let contender = &mut self.all[i];
+        let variant = &mut self.all[i];
         if alone {
             // As loaded: perhaps from a saved state.
             engine.restart_experts()?;
         } else {
-            match load::manager(&contender.flags, self.placement) {
+            match load::manager(&variant.flags, self.placement) {
                 Some(experts) => engine.place(experts).map(drop)?,
                 None => {
                     let slots = self.placement.layers.iter().map(|layer| layer.slots);
                     engine.place_nothing(&slots.collect::<Vec<_>>())?;
                 }
             }
-            contender.tuning = engine.tune(contender.tuning)?;
-            contender
+            variant.tuning = engine.tune(variant.tuning)?;
+            variant
                 .calibration
                 .get_or_insert_with(|| engine.notes().to_vec());
         }
@@ -142,14 +142,14 @@ impl<'a> Contenders<'a> {
         Ok(engine.warm_up()?)
     }
 
-    /// What a reader of contender `i`'s results should know.
+    /// What a reader of variant `i`'s results should know.
     pub fn notes(&self, i: usize, engine: &Engine) -> Vec<String> {
-        let contender = &self.all[i];
-        let mut notes = match &contender.calibration {
+        let variant = &self.all[i];
+        let mut notes = match &variant.calibration {
             Some(notes) => notes.clone(),
             None => engine.notes().to_vec(),
         };
-        notes.extend(contender.stopped.clone());
+        notes.extend(variant.stopped.clone());
         if self.all.len() > 1 {
             let others = self.all.len() - 1;
             notes.push(format!(
