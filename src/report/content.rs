@@ -11,8 +11,6 @@ use super::stats::Spread;
 use super::{ReportInputs, Run, Verdict, terms, units};
 use crate::hardware::HardwareBody;
 
-const RESULTS: &str = "Results";
-
 /// One heading with what follows it.
 #[derive(Debug)]
 pub struct Section {
@@ -55,11 +53,23 @@ impl Table {
     }
 }
 
-/// Sections in reading order; those without data are left out.
-pub fn sections(inputs: &ReportInputs) -> Vec<Section> {
+/// What stands before the charts: verdicts, and what was measured; nothing without runs.
+pub fn before_charts(inputs: &ReportInputs) -> Vec<Section> {
     let runs = inputs.runs.as_slice();
-    let mut sections: Vec<Section> = inputs.verdicts.iter().map(verdict).collect();
-    sections.push(results(runs));
+    if runs.is_empty() {
+        return Vec::new();
+    }
+    let verdicts = inputs.verdicts.iter().map(verdict);
+    verdicts.chain([results(runs)]).collect()
+}
+
+/// What stands after them, in reading order; sections without data are left out.
+pub fn after_charts(inputs: &ReportInputs) -> Vec<Section> {
+    let runs = inputs.runs.as_slice();
+    if runs.is_empty() {
+        return Vec::new();
+    }
+    let mut sections = Vec::new();
     sections.extend(comparison(runs));
     sections.extend(prediction(runs));
     sections.extend(memory(runs));
@@ -70,12 +80,6 @@ pub fn sections(inputs: &ReportInputs) -> Vec<Section> {
     sections.push(software(runs));
     sections.push(formulas());
     sections
-}
-
-/// How many sections stand before the charts: verdicts, and what was measured.
-pub fn before_charts(sections: &[Section]) -> usize {
-    let results = sections.iter().position(|s| s.heading == RESULTS);
-    results.map_or(0, |at| at + 1)
 }
 
 fn verdict(verdict: &Verdict) -> Section {
@@ -168,7 +172,7 @@ fn results(runs: &[Run]) -> Section {
     if !notes.is_empty() {
         blocks.push(Block::List(notes));
     }
-    Section::new(RESULTS, blocks)
+    Section::new("Results", blocks)
 }
 
 fn cell(metric: &Metric, context: &ContextRun) -> String {

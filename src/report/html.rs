@@ -48,19 +48,15 @@ pub fn render(inputs: &ReportInputs, charts: &[Chart]) -> String {
         let _ = writeln!(out, "<p class=\"verdict {class}\">{line}</p>");
     }
     push_list(&mut out, &content::labels(&inputs.runs));
-    let sections = match inputs.runs.is_empty() {
-        true => Vec::new(),
-        false => content::sections(inputs),
-    };
-    let (first, rest) = sections.split_at(content::before_charts(&sections));
-    first
-        .iter()
-        .for_each(|section| push_section(&mut out, section));
+    for section in content::before_charts(inputs) {
+        push_section(&mut out, &section);
+    }
     for chart in charts {
         let _ = writeln!(out, "<figure>\n{}</figure>", chart.svg);
     }
-    rest.iter()
-        .for_each(|section| push_section(&mut out, section));
+    for section in content::after_charts(inputs) {
+        push_section(&mut out, &section);
+    }
     out.push_str("</body>\n</html>\n");
     out
 }

@@ -15,19 +15,15 @@ pub fn render(inputs: &ReportInputs, charts: &[Chart]) -> String {
         let _ = write!(out, "\n- {}", escape(&label));
     }
     out.push('\n');
-    let sections = match inputs.runs.is_empty() {
-        true => Vec::new(),
-        false => content::sections(inputs),
-    };
-    let (first, rest) = sections.split_at(content::before_charts(&sections));
-    first
-        .iter()
-        .for_each(|section| push_section(&mut out, section));
+    for section in content::before_charts(inputs) {
+        push_section(&mut out, &section);
+    }
     for chart in charts {
         let _ = write!(out, "\n![{}]({}.png)\n", chart.title, chart.name);
     }
-    rest.iter()
-        .for_each(|section| push_section(&mut out, section));
+    for section in content::after_charts(inputs) {
+        push_section(&mut out, &section);
+    }
     out
 }
 

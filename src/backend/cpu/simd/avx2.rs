@@ -243,18 +243,7 @@ impl Simd for Avx2 {
         first_half: usize,
         pairs: [&[i32; 32]; N],
     ) -> [[Self::I32; N]; H] {
-        // No closures: they would not have the features of the kernel that this is inlined into.
-        let mut out = [[self.splat_i32(0); N]; H];
-        for (half, out) in out.iter_mut().enumerate() {
-            for part in 0..2 {
-                let row = (first_half + half) * LANES + 8 * part;
-                let sums = eight_rows(self, table, codes, row, pairs);
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    out[part] = sum;
-                }
-            }
-        }
-        out
+        dot_words_by_eight(self, table, codes, first_half, pairs)
     }
 
     #[inline(always)]
@@ -388,11 +377,34 @@ impl Pairs for Avx2 {
     }
 }
 
+/// [`Simd::dot_words`], eight rows at a time.
+#[inline(always)]
+pub(super) fn dot_words_by_eight<S: Pairs, const N: usize, const H: usize>(
+    s: S,
+    table: [__m256i; 2],
+    codes: &[[u32; 2 * LANES]; 8],
+    first_half: usize,
+    pairs: [&[i32; 32]; N],
+) -> [[[__m256i; 2]; N]; H] {
+    // No closures: they would not have the features of the kernel that this is inlined into.
+    let mut out = [[[avx2!(_mm256_setzero_si256()); 2]; N]; H];
+    for (half, out) in out.iter_mut().enumerate() {
+        for part in 0..2 {
+            let row = (first_half + half) * LANES + 8 * part;
+            let sums = eight_rows(s, table, codes, row, pairs);
+            for (out, sum) in out.iter_mut().zip(sums) {
+                out[part] = sum;
+            }
+        }
+    }
+    out
+}
+
 /// [`Simd::dot_words`] of eight rows, from `row` on.
 ///
 /// Eight rows at a time, because sums of sixteen and what a lookup needs are more than 16 registers hold.
 #[inline(always)]
-pub(super) fn eight_rows<S: Pairs, const N: usize>(
+fn eight_rows<S: Pairs, const N: usize>(
     s: S,
     table: [__m256i; 2],
     codes: &[[u32; 2 * LANES]; 8],

@@ -33,7 +33,7 @@ use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
-use super::avx2::{Pairs, eight_rows, nf4_bytes_256};
+use super::avx2::{Pairs, dot_words_by_eight, nf4_bytes_256};
 use super::{BYTE_TABLE_UNSIGNED, LANES, Simd};
 use crate::backend::cpu::isa::{Avx2, AvxVnni};
 
@@ -125,18 +125,7 @@ impl Simd for AvxVnni {
         first_half: usize,
         pairs: [&[i32; 32]; N],
     ) -> [[I32; N]; H] {
-        // No closures: they would not have the features of the kernel that this is inlined into.
-        let mut out = [[self.splat_i32(0); N]; H];
-        for (half, out) in out.iter_mut().enumerate() {
-            for part in 0..2 {
-                let row = (first_half + half) * LANES + 8 * part;
-                let sums = eight_rows(self, table, codes, row, pairs);
-                for (out, sum) in out.iter_mut().zip(sums) {
-                    out[part] = sum;
-                }
-            }
-        }
-        out
+        dot_words_by_eight(self, table, codes, first_half, pairs)
     }
 
     /// Unsigned bytes, as `vpdpbusd` takes them.
