@@ -29,6 +29,10 @@ ceil(T / 128) more if the shared expert is among the groups; blocks beyond the t
 [E + 1], units [E + 1]: addresses, read for those groups only. h_stride >= I of either layout.
 The fast kernels may have null for the low terms.
 
+prefill_fetch          to[i] = from[i] of up to eight arrays of words, from host memory
+    Copies would wait in the copy engine behind experts on their way: up to 5 ms.
+    launch: grid (1 .., 8), block (256), smem 0
+
 prefill_combine        hidden[t, first_row + r] += sum over ranks of w y + gate y_shared, r < row_count
     launch: grid (ceil(T / 4)), block (64, 4), smem 0
 */
@@ -197,6 +201,31 @@ prefill_experts_down_fast(const uint16_t *h_high, const uint16_t *h_low, const f
                            row_count, y);
 }
 
+/* ---- prefill_fetch ---- */
+
+struct HostArray {
+  const uint32_t *from;
+  uint32_t *to;
+  int64_t count; /* words; 0 for an array that is absent */
+};
+
+struct HostArrays {
+  HostArray each[8];
+};
+
+KERNEL prefill_fetch(HostArrays arrays) {
+  launch_next_kernel();
+  wait_for_previous_kernels();
+  const HostArray array = arrays.each[blockIdx.y];
+  const int64_t first = blockIdx.x * (int64_t)blockDim.x + threadIdx.x;
+  const int64_t step = (int64_t)gridDim.x * blockDim.x;
+  const bool wide = ((uint64_t)array.from | (uint64_t)array.to) % 16 == 0;
+  const int64_t quads = wide ? array.count / 4 : 0;
+#pragma unroll 4
+  for (int64_t i = first; i < quads; i += step) ((uint4 *)array.to)[i] = ((const uint4 *)array.from)[i];
+  for (int64_t i = 4 * quads + first; i < array.count; i += step) array.to[i] = array.from[i];
+}
+
 /* ---- prefill_combine ---- */
 
 KERNEL prefill_combine(const float *y, const int32_t *positions, const float *topk_weights,
@@ -240,4 +269,5 @@ EXPORT(prefill_experts_up)
 EXPORT(prefill_experts_up_fast)
 EXPORT(prefill_experts_down)
 EXPORT(prefill_experts_down_fast)
+EXPORT(prefill_fetch)
 EXPORT(prefill_combine)

@@ -22,7 +22,7 @@ use moectl::model::Source;
 use moectl::planning::execution::PrefillSettings;
 use moectl::planning::simulator::simulate;
 use moectl::planning::trace::{Phase, Picks, Record};
-use moectl::planning::{ExpertCache, LayerSlots, PolicyConfig, Precision, Throttle};
+use moectl::planning::{ExpertCache, LayerSlots, Offer, PolicyConfig, Precision, Throttle};
 use program::{Outcome, Sandbox, data, finish};
 use serde_json::{Value, json};
 
@@ -171,7 +171,7 @@ fn hits_are_those_of_the_simulator_to_the_last_one() {
             .map(|layer| {
                 // A prompt this short is stepped through: copies go over PCIe.
                 let at_most = simulated.admitted_over_pcie(layer);
-                simulated.admit_prefill(layer, at_most).len()
+                simulated.admit_prefill(layer, Offer::of_any(at_most)).len()
             })
             .sum();
         assert_eq!(admitted > 0, config == LFU);

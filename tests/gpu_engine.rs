@@ -17,6 +17,7 @@ use moectl::backend::{
 };
 use moectl::engine::{BackendChoice, Engine, GpuOptions, LoadOptions};
 use moectl::model::Source;
+use moectl::planning::Offer;
 use sequence::*;
 use support::*;
 
@@ -258,17 +259,17 @@ impl RunEvents for Admitting {
         self.routed.push((layer, position, routing.tokens()));
     }
 
-    fn admit(&mut self, _: usize, layer: usize, at_most: usize) -> Vec<SlotChange> {
+    fn admit(&mut self, _: usize, layer: usize, offer: Offer<'_>) -> Vec<SlotChange> {
         let &(routed, position, _) = self.routed.last().unwrap();
         assert_eq!(routed, layer);
-        self.asked.push((layer, position, at_most));
+        self.asked.push((layer, position, offer.at_most));
         let changes = [(2, 60), (47, 61), (99, 62)];
         let changes = changes.map(|(slot, expert)| SlotChange {
             layer,
             slot,
             expert,
         });
-        changes.into_iter().take(at_most).collect()
+        changes.into_iter().take(offer.at_most).collect()
     }
 }
 

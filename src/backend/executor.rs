@@ -14,6 +14,7 @@ use super::{
     Result, Routing, SlotChange, Tuning, VramHeld, VramMeter,
 };
 use crate::hardware::GpuProbe;
+use crate::planning::Offer;
 
 /// Names a sequence of one executor; never given twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -117,10 +118,10 @@ pub trait RunEvents {
     /// The router of `layer` chose for tokens of piece `piece`, the first of which is at `position`.
     fn routed(&mut self, piece: usize, layer: usize, position: usize, routing: &Routing);
 
-    /// What the slots of `layer` shall hold from now on: at most `at_most` changes, of experts that
-    /// are on the device at this moment, so that they cost no copy over PCIe. Called after
+    /// What the slots of `layer` shall hold from now on: changes to offered experts, which are on the
+    /// device at this moment, so that they cost no copy over PCIe. Called after
     /// [`routed`](RunEvents::routed), for pieces that [`admit`](Piece::admits), where a device has slots.
-    fn admit(&mut self, piece: usize, layer: usize, at_most: usize) -> Vec<SlotChange>;
+    fn admit(&mut self, piece: usize, layer: usize, offer: Offer<'_>) -> Vec<SlotChange>;
 }
 
 /// Receives what the router chose: layer, position of the first token, the choice.

@@ -1,6 +1,7 @@
 //! Where decode steps spend their time, and where they find their experts.
 
 use super::Routing;
+use crate::planning::Offer;
 
 /// Sums over decode steps, seen from the CPU that drives a GPU.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -107,9 +108,9 @@ pub struct SlotChange {
 }
 
 /// Receives what the router chose in a prompt's last chunk (layer, position of the first token, the
-/// choice) and answers with changes of that layer's slots, no more than the last argument allows. It
-/// allows none where the experts are not at hand on the device.
-pub type OnAdmission<'a> = dyn FnMut(usize, usize, &Routing, usize) -> Vec<SlotChange> + 'a;
+/// choice) and answers with changes of that layer's slots, to experts that the last argument offers: none
+/// where they are not at hand on the device.
+pub type OnAdmission<'a> = dyn FnMut(usize, usize, &Routing, Offer<'_>) -> Vec<SlotChange> + 'a;
 
 /// What each GPU kernel takes, in microseconds, all its launches together.
 #[derive(Clone, Debug, Default, PartialEq)]

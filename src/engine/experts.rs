@@ -11,7 +11,7 @@
 use super::{Engine, Result};
 use crate::backend::{Routing, SlotChange, Tuning};
 use crate::planning::policy::{Admit, LayerSlots, PolicyConfig};
-use crate::planning::{CacheState, ExpertCache, LayerCounts, StateError, Throttle};
+use crate::planning::{CacheState, ExpertCache, LayerCounts, Offer, StateError, Throttle};
 
 /// Decode steps after which a cache must have paid for its copies, again and again. On a text of another
 /// subject it copies half of its slots in the first hundred, which pays in those after them.
@@ -155,14 +155,14 @@ impl ExpertManager {
     }
 
     /// What a backend that has every expert at hand shall leave in the slots of `layer`, after what the
-    /// whole prompt chose there; it allows `at_most` changes. None at all is no question.
-    pub fn admit_prefill(&mut self, layer: usize, at_most: usize) -> Vec<SlotChange> {
-        if at_most == 0 || !self.admits_prefill() {
+    /// whole prompt chose there, of what it offers. None at all is no question.
+    pub fn admit_prefill(&mut self, layer: usize, offer: Offer<'_>) -> Vec<SlotChange> {
+        if offer.at_most == 0 || !self.admits_prefill() {
             return Vec::new();
         }
         self.admitted[layer] = true;
         // Bounded, and no sign of a cache that copies for ever: not on trial.
-        let admits = self.cache.admit_prefill(layer, at_most);
+        let admits = self.cache.admit_prefill(layer, offer);
         admits.iter().map(|a| change(layer, a)).collect()
     }
 
@@ -170,7 +170,8 @@ impl ExpertManager {
     pub fn prompt_ended(&mut self) {
         for layer in 0..self.at_first.len() {
             if !self.admitted[layer] {
-                let changes = self.admit_prefill(layer, self.cache.admitted_over_pcie(layer));
+                let at_most = self.cache.admitted_over_pcie(layer);
+                let changes = self.admit_prefill(layer, Offer::of_any(at_most));
                 self.changes.extend(changes);
             }
         }
@@ -454,12 +455,12 @@ mod tests {
         assert_eq!(prompt(&mut manager, [2, 3]), [[2], [2]]);
         assert_eq!(prompt(&mut manager, [4, 4]), [[4], [4]]);
         manager.observe(0, &routing(&[5, 5, 5, 5, 5, 5, 5, 5]), false);
-        assert_eq!(manager.admit_prefill(0, 2).len(), 1);
+        assert_eq!(manager.admit_prefill(0, Offer::of_any(2)).len(), 1);
         // Layer 0 has had its turn in this prompt, and has one again in the next.
         assert_eq!(prompt(&mut manager, [5, 5])[0], [0; 0]);
         assert_eq!(prompt(&mut manager, [6, 6])[0], [6]);
         // A backend that allows nothing has not had its turn.
-        assert!(manager.admit_prefill(0, 0).is_empty());
+        assert!(manager.admit_prefill(0, Offer::of_any(0)).is_empty());
         assert_eq!(prompt(&mut manager, [7, 7])[0], [7]);
     }
 
@@ -485,7 +486,7 @@ mod tests {
                 }
             }
             assert_eq!(manager.stopped().is_some(), steps == long);
-            manager.admit_prefill(1, 1);
+            manager.admit_prefill(1, Offer::of_any(1));
             manager.start_over();
             assert_eq!(manager.state(), first);
             assert!(manager.stopped().is_none() && manager.take_changes().is_empty());

@@ -7,6 +7,7 @@ use crate::backend::{
     LogitRows, NextLogits, OnRouting, Piece, Routing, RunEvents, SequenceId, SlotChange, Snapshot,
     Wanted,
 };
+use crate::planning::Offer;
 
 /// One sequence: where it is, and what it has seen.
 #[derive(Debug)]
@@ -279,9 +280,9 @@ impl RunEvents for Events<'_, '_> {
         (self.on_routing)(layer, position, routing);
     }
 
-    fn admit(&mut self, _piece: usize, layer: usize, at_most: usize) -> Vec<SlotChange> {
+    fn admit(&mut self, _piece: usize, layer: usize, offer: Offer<'_>) -> Vec<SlotChange> {
         match &mut self.experts {
-            Some(experts) => experts.admit_prefill(layer, at_most),
+            Some(experts) => experts.admit_prefill(layer, offer),
             None => Vec::new(),
         }
     }

@@ -16,7 +16,7 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::policy::{Admit, LayerSlots, LayerState, Policy, PolicyConfig};
+use super::policy::{Admit, LayerSlots, LayerState, Offer, Policy, PolicyConfig};
 
 /// How many experts may be copied, in the long run and at once.
 ///
@@ -168,11 +168,11 @@ impl ExpertCache {
     }
 
     /// After [`ExpertCache::learn`] of a prompt: what to copy into `layer` so that its slots suit what
-    /// was recorded, the most wanted first and no more than `at_most`. Each copy must pay back as any other.
+    /// was recorded, the most wanted of the offered first. Each copy must pay back as any other.
     /// The byte budget is that of steps and does not count here.
-    pub fn admit_prefill(&mut self, layer: usize, at_most: usize) -> &[Admit] {
+    pub fn admit_prefill(&mut self, layer: usize, offer: Offer<'_>) -> &[Admit] {
         self.admits.clear();
-        self.policy.admit_prefill(layer, at_most, &mut self.admits);
+        self.policy.admit_prefill(layer, offer, &mut self.admits);
         self.counts[layer].admits += self.admits.len() as u64;
         &self.admits
     }
@@ -410,17 +410,17 @@ mod tests {
         }
         // 7 and 8 were picked 4 and 3 times; 0 and 1, which are there, once and never; 9 twice.
         let admits: Vec<(u16, Option<u16>)> = cache
-            .admit_prefill(0, 1)
+            .admit_prefill(0, Offer::of_any(1))
             .iter()
             .map(|a| (a.expert, a.evicted))
             .collect();
         assert_eq!(admits, [(7, Some(1))]);
         assert_eq!(cache.counts()[0].admits, 1);
-        assert!(cache.admit_prefill(0, 2).is_empty());
+        assert!(cache.admit_prefill(0, Offer::of_any(2)).is_empty());
         assert_eq!(cache.admitted_over_pcie(0), 1);
         let mut lru = self::cache(PolicyConfig::Lru, 2, Throttle::NONE);
         lru.learn(0, &[7, 8]);
-        assert!(lru.admit_prefill(0, 2).is_empty());
+        assert!(lru.admit_prefill(0, Offer::of_any(2)).is_empty());
     }
 
     #[test]

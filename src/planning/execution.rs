@@ -27,54 +27,37 @@ pub const RING_GROUPS: usize = 5;
 /// Buffers start on this many bytes.
 const ALIGN: usize = 256;
 
+/// Experts that come through the ring together where only picked ones do, and the batches under way.
+pub const PICKED_BATCH: usize = 16;
+pub const PICKED_RING: usize = 10;
+/// Chunks below this have so few copies that half as many batches will do.
+const LONG_PICKED_TOKENS: usize = 1024;
+
 /// The longest chunk of which only the experts that were picked come to the GPU, the CPU computing
-/// some of them. Longer ones pick nearly all experts, and their copies run ahead of the routers instead. On an
-/// H200 held to 14 GiB 512 tokens take 0.42 s this way and 0.56 the other, 2,048 take 0.73 and 0.60.
-pub const MAX_PICKED_TOKENS: usize = 1024;
+/// some of them ([`sharing`](super::sharing)). Longer ones pick nearly all experts, of so many tokens that
+/// the CPU's share is small. On an H200 held to 14 GiB 512 tokens take 0.33 s this way and 0.58 the other,
+/// 2,048 take 0.50 and 0.59, 8,192 take 0.84 and 0.69.
+pub const MAX_PICKED_TOKENS: usize = 4096;
 
-/// At which experts that are not in VRAM come to the GPU, or are computed in RAM, both at once.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct ShareRates {
-    pub pcie_gb_s: f64,
-    /// Experts with few tokens, bound by reading their weights
-    pub cpu_gb_s: f64,
-    /// Experts with many tokens, bound by arithmetic
-    pub cpu_gflops: f64,
+/// Which missing experts of a chunk come over PCIe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streaming {
+    /// All, ahead of the router
+    All,
+    /// Of those that the router picked, what the CPU does not compute
+    Picked,
 }
 
-impl Default for ShareRates {
-    /// A laptop's, where nothing was measured.
-    fn default() -> Self {
-        ShareRates {
-            pcie_gb_s: 25.0,
-            cpu_gb_s: 50.0,
-            cpu_gflops: 400.0,
-        }
+/// Batches of a layer that are copied before its router has chosen, while the mixer runs: nearly all
+/// experts are picked by a chunk long enough. By its tokens alone, as who computes an expert must not
+/// depend on how far copies have got; as many as an H200 copies in that time.
+pub fn batches_ahead(chunk_tokens: usize) -> usize {
+    match chunk_tokens {
+        0..256 => 0,
+        tokens => (tokens / 64 + 6)
+            .div_ceil(PICKED_BATCH)
+            .min(PICKED_RING / 2),
     }
-}
-
-/// Which of a layer's picked experts that are not in VRAM the CPU computes: those with the fewest
-/// tokens, as many as it ends with no later than the others' copies.
-///
-/// - `missing`: experts and their numbers of tokens
-/// - `bytes`, `flops`: of one expert, and of one token in it
-pub fn picks_for_cpu(
-    mut missing: Vec<(u16, u32)>,
-    rates: &ShareRates,
-    bytes: usize,
-    flops: u64,
-) -> Vec<u16> {
-    missing.sort_unstable_by_key(|&(expert, tokens)| (tokens, expert));
-    let copy_ns = bytes as f64 / rates.pcie_gb_s;
-    let read_ns = bytes as f64 / rates.cpu_gb_s;
-    let (mut cpu_ns, mut left) = (0.0, missing.len());
-    let fits = |&&(_, tokens): &&(u16, u32)| {
-        cpu_ns += read_ns.max(f64::from(tokens) * flops as f64 / rates.cpu_gflops);
-        left -= 1;
-        cpu_ns <= left as f64 * copy_ns
-    };
-    let for_cpu = missing.iter().take_while(fits);
-    for_cpu.map(|&(expert, _)| expert).collect()
 }
 
 /// What a user may choose of a prompt's execution.
@@ -108,6 +91,29 @@ pub struct PrefillSizes {
     pub precision: Precision,
 }
 
+impl PrefillSettings {
+    /// Prompts up to this many tokens are decoded one by one. On an H200 held to 14 GiB a step takes 7 ms;
+    /// picked experts of 8 tokens together take 50 ms, all experts 560.
+    pub fn stepped_tokens(&self) -> usize {
+        match self.picked_tokens {
+            0 => 48,
+            _ => 6,
+        }
+    }
+
+    /// How the missing experts of a chunk come, where `slots` hold some of `experts`.
+    fn streaming(&self, chunk_tokens: usize, slots: usize, experts: usize) -> Streaming {
+        match chunk_tokens <= self.picked_tokens.min(MAX_PICKED_TOKENS) && slots < experts {
+            true => Streaming::Picked,
+            false => Streaming::All,
+        }
+    }
+
+    fn longest_chunk(&self) -> usize {
+        self.chunk_tokens.unwrap_or(MAX_CHUNK_TOKENS).max(1)
+    }
+}
+
 impl PrefillSizes {
     /// Of a model that is not loaded. An expert's three matrices are of one size.
     pub fn of(footprint: &Footprint, precision: Precision) -> Self {
@@ -128,12 +134,25 @@ impl PrefillSizes {
         (longest as usize).next_multiple_of(64)
     }
 
-    /// Bytes of one buffer of the ring: gate and up of a group of experts, or their down.
-    pub fn group_bytes(&self) -> usize {
+    /// Buffers of the ring.
+    pub fn ring_buffers(&self, streaming: Streaming, chunk_tokens: usize) -> usize {
+        match streaming {
+            Streaming::All => RING_GROUPS,
+            Streaming::Picked if chunk_tokens < LONG_PICKED_TOKENS => PICKED_RING / 2,
+            Streaming::Picked => PICKED_RING,
+        }
+    }
+
+    /// Bytes of one of them: gate and up of a group of experts, or their down; or a batch of whole experts.
+    pub fn ring_buffer_bytes(&self, streaming: Streaming) -> usize {
         let part = self
             .expert_up_bytes
             .max(self.expert_bytes - self.expert_up_bytes);
-        GROUP_EXPERTS.min(self.shape.num_experts as usize) * part
+        let experts = self.shape.num_experts as usize;
+        match streaming {
+            Streaming::All => GROUP_EXPERTS.min(experts) * part,
+            Streaming::Picked => PICKED_BATCH.min(experts) * self.expert_bytes,
+        }
     }
 
     /// Experts of a layer that a prompt's last chunk can keep for slots: 64 of 512, which are 107 MB.
@@ -212,7 +231,7 @@ impl Bump {
 
 impl Workspace {
     /// Of a chunk of `tokens`.
-    pub fn new(sizes: &PrefillSizes, tokens: usize) -> Self {
+    pub fn new(sizes: &PrefillSizes, tokens: usize, streaming: Streaming) -> Self {
         let padded = (sizes.shape.hidden_size as usize).next_multiple_of(64);
         let low = |at: &mut Bump, bytes: usize| {
             (sizes.precision == Precision::Exact).then(|| at.take(bytes))
@@ -228,10 +247,15 @@ impl Workspace {
         let start = at.0;
         places.place_mixer(&mut at, sizes, tokens, low);
         let mixer_end = std::mem::replace(&mut at.0, start);
-        places.place_experts(&mut at, sizes, tokens, low);
+        places.place_experts(&mut at, sizes, tokens, streaming, low);
         at.0 = at.0.max(mixer_end);
-        places.ring = at.take(RING_GROUPS * sizes.group_bytes());
-        places.kept = at.take(sizes.kept_experts() * sizes.expert_bytes);
+        places.ring =
+            at.take(sizes.ring_buffers(streaming, tokens) * sizes.ring_buffer_bytes(streaming));
+        // Picked experts go from the ring to their slots.
+        places.kept = match streaming {
+            Streaming::All => at.take(sizes.kept_experts() * sizes.expert_bytes),
+            Streaming::Picked => at.0,
+        };
         places.bytes = at.0;
         places
     }
@@ -271,6 +295,7 @@ impl Workspace {
         at: &mut Bump,
         sizes: &PrefillSizes,
         t: usize,
+        streaming: Streaming,
         low: impl Fn(&mut Bump, usize) -> Option<usize>,
     ) {
         let s = &sizes.shape;
@@ -292,11 +317,11 @@ impl Workspace {
         self.expert_high = at.take(2 * rows * stride);
         self.expert_low = low(at, 2 * rows * stride);
         self.expert_scale = at.floats(rows);
-        // Of a long chunk the products of down take the place of what gate and up gave, which was split by
-        // then; of a short one, whose experts come batch by batch, there is both at once.
-        self.expert_hidden = match t <= MAX_PICKED_TOKENS {
-            true => at.floats(rows * stride),
-            false => at.0,
+        // Where all experts' gate and up come first, the products of down take the place of what those gave,
+        // which was split by then; where whole experts come batch by batch, there is both at once.
+        self.expert_hidden = match streaming {
+            Streaming::Picked => at.floats(rows * stride),
+            Streaming::All => at.0,
         };
         self.expert_out = at.0;
         at.floats(rows * dim.max(stride));
@@ -344,8 +369,7 @@ pub struct Room {
     pub slot_bytes: u64,
     /// The longest prompt
     pub context_tokens: usize,
-    /// `--prefill-chunk`
-    pub chunk_tokens: Option<usize>,
+    pub settings: PrefillSettings,
 }
 
 /// Whose memory the workspace takes: its own where there is room for all slots beside it, or too few
@@ -354,12 +378,13 @@ pub struct Room {
 /// # Errors
 /// The bytes that are missing for the smallest workspace.
 pub fn workspace_memory(sizes: &PrefillSizes, room: &Room) -> Result<WorkspaceMemory, u64> {
-    let longest = room
-        .context_tokens
-        .min(room.chunk_tokens.unwrap_or(MAX_CHUNK_TOKENS))
-        .max(1);
-    let largest = Workspace::new(sizes, longest).bytes as u64;
-    let smallest = Workspace::new(sizes, longest.min(MIN_CHUNK_TOKENS)).bytes as u64;
+    let longest = room.context_tokens.clamp(1, room.settings.longest_chunk());
+    let slots = (room.wanted_slots as u64).min(room.bytes / room.slot_bytes.max(1)) as usize;
+    let bytes = |tokens| {
+        let streaming = (room.settings).streaming(tokens, slots, sizes.total_experts());
+        Workspace::new(sizes, tokens, streaming).bytes as u64
+    };
+    let (largest, smallest) = (bytes(longest), bytes(longest.min(MIN_CHUNK_TOKENS)));
     let wanted_bytes = room.wanted_slots as u64 * room.slot_bytes;
     if wanted_bytes + largest <= room.bytes {
         return Ok(WorkspaceMemory::Own(largest as usize));
@@ -377,8 +402,13 @@ pub fn workspace_memory(sizes: &PrefillSizes, room: &Room) -> Result<WorkspaceMe
 
 /// As [`workspace_memory`], for a plan that knows its slots but not what they leave free: few slots
 /// leave room for a workspace.
-pub fn planned_memory(sizes: &PrefillSizes, slots: usize, prompt_tokens: usize) -> WorkspaceMemory {
-    let smallest = prefill_plan(sizes, WorkspaceMemory::Slots, 0, prompt_tokens, None);
+pub fn planned_memory(
+    sizes: &PrefillSizes,
+    slots: usize,
+    prompt_tokens: usize,
+    settings: &PrefillSettings,
+) -> WorkspaceMemory {
+    let smallest = prefill_plan(sizes, WorkspaceMemory::Slots, 0, prompt_tokens, settings);
     match slots > 2 * smallest.borrowed_slots {
         true => WorkspaceMemory::Slots,
         false => WorkspaceMemory::Own(usize::MAX),
@@ -389,6 +419,7 @@ pub fn planned_memory(sizes: &PrefillSizes, slots: usize, prompt_tokens: usize) 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PrefillPlan {
     pub chunk_tokens: usize,
+    pub streaming: Streaming,
     pub workspace_bytes: usize,
     /// Slots whose memory the workspace takes meanwhile
     pub borrowed_slots: usize,
@@ -397,27 +428,27 @@ pub struct PrefillPlan {
 /// Cuts a prompt of `prompt_tokens` into equal chunks, of which there are as few as move the fewest
 /// bytes over PCIe: each chunk streams what is not in VRAM, and what was borrowed comes back once.
 ///
-/// `slots` hold experts; `chunk_tokens` (`--prefill-chunk`) is an upper bound in place of
-/// [`MAX_CHUNK_TOKENS`]. Where no workspace fits, the shortest chunk's is given: callers of
+/// `slots` hold experts. Where no workspace fits, the shortest chunk's is given: callers of
 /// [`workspace_memory`] have made sure that it does.
 pub fn prefill_plan(
     sizes: &PrefillSizes,
     memory: WorkspaceMemory,
     slots: usize,
     prompt_tokens: usize,
-    chunk_tokens: Option<usize>,
+    settings: &PrefillSettings,
 ) -> PrefillPlan {
-    let longest = chunk_tokens.unwrap_or(MAX_CHUNK_TOKENS).max(1);
     let total = sizes.total_experts();
     let mut best: Option<(usize, PrefillPlan)> = None;
-    for (chunks, chunk) in cuts(prompt_tokens.max(1), longest) {
-        let workspace_bytes = Workspace::new(sizes, chunk).bytes;
+    for (chunks, chunk) in cuts(prompt_tokens.max(1), settings.longest_chunk()) {
+        let streaming = settings.streaming(chunk, slots, total);
+        let workspace_bytes = Workspace::new(sizes, chunk, streaming).bytes;
         let borrowed_slots = match memory {
             WorkspaceMemory::Own(_) => 0,
             WorkspaceMemory::Slots => workspace_bytes.div_ceil(sizes.expert_bytes.max(1)),
         };
         let plan = PrefillPlan {
             chunk_tokens: chunk,
+            streaming,
             workspace_bytes,
             borrowed_slots,
         };
@@ -463,25 +494,44 @@ mod tests {
 
     #[test]
     fn one_term_needs_less_memory_per_token() {
-        let bytes = |precision, tokens| Workspace::new(&sizes(precision), tokens).bytes;
+        let bytes =
+            |precision, tokens| Workspace::new(&sizes(precision), tokens, Streaming::All).bytes;
         let per_token = |p| (bytes(p, 16_384) - bytes(p, 8192)) / 8192;
         assert_eq!(per_token(Precision::Exact), 151_816);
         assert_eq!(per_token(Precision::F16), 139_528);
         let fixed = bytes(Precision::F16, 1);
         assert!((460e6..470e6).contains(&(fixed as f64)), "{fixed}");
+        // Picked experts need a shorter ring, and none aside.
+        let picked = Workspace::new(&sizes(Precision::F16), 1, Streaming::Picked).bytes;
+        assert!((133e6..135e6).contains(&(picked as f64)), "{picked}");
     }
 
     #[test]
     fn a_long_prompt_has_equal_chunks_and_a_short_one_borrows_for_its_own_length() {
         let plan = |slots, tokens| {
             let memory = WorkspaceMemory::Slots;
-            prefill_plan(&sizes(Precision::F16), memory, slots, tokens, None)
+            prefill_plan(
+                &sizes(Precision::F16),
+                memory,
+                slots,
+                tokens,
+                &PrefillSettings::default(),
+            )
         };
         let long = plan(7000, 32_768);
         assert_eq!(long.chunk_tokens, 16_384);
         assert_eq!(plan(7000, 20_000).chunk_tokens, 10_112);
         let short = plan(7000, 512);
-        assert_eq!(short.chunk_tokens, 512);
+        assert_eq!(
+            (short.chunk_tokens, short.streaming),
+            (512, Streaming::Picked)
+        );
+        assert_eq!(long.streaming, Streaming::All);
+        assert_eq!(
+            plan(24_576, 512).streaming,
+            Streaming::All,
+            "none is missing"
+        );
         assert!(short.borrowed_slots < 350 && long.borrowed_slots > 1500);
         // Few slots: what fits.
         let small = plan(600, 32_768);
@@ -493,7 +543,11 @@ mod tests {
     fn a_given_chunk_is_an_upper_bound() {
         let memory = WorkspaceMemory::Slots;
         let plan = |tokens, chunk| {
-            prefill_plan(&sizes(Precision::F16), memory, 7000, tokens, Some(chunk)).chunk_tokens
+            let settings = PrefillSettings {
+                chunk_tokens: Some(chunk),
+                ..PrefillSettings::default()
+            };
+            prefill_plan(&sizes(Precision::F16), memory, 7000, tokens, &settings).chunk_tokens
         };
         assert_eq!(plan(32_768, 4096), 4096);
         assert_eq!(plan(100, 64), 64);
@@ -509,34 +563,18 @@ mod tests {
             wanted_slots,
             slot_bytes: 1_671_168,
             context_tokens: 32_768,
-            chunk_tokens: None,
+            settings: PrefillSettings::default(),
         };
-        let largest = Workspace::new(&sizes, MAX_CHUNK_TOKENS).bytes;
+        let largest = Workspace::new(&sizes, MAX_CHUNK_TOKENS, Streaming::All).bytes;
         let memory = |bytes, slots| workspace_memory(&sizes, &room(bytes, slots));
         assert_eq!(memory(60 << 30, 24_576), Ok(WorkspaceMemory::Own(largest)));
         assert_eq!(memory(11 << 30, 24_576), Ok(WorkspaceMemory::Slots));
         assert_eq!(memory(11 << 30, 0), Ok(WorkspaceMemory::Own(largest)));
         assert!(
-            matches!(memory(900 << 20, 24_576), Ok(WorkspaceMemory::Own(bytes)) if bytes <= 900 << 20)
+            matches!(memory(300 << 20, 24_576), Ok(WorkspaceMemory::Own(bytes)) if bytes <= 300 << 20)
         );
-        let smallest = Workspace::new(&sizes, MIN_CHUNK_TOKENS).bytes as u64;
-        assert_eq!(memory(smallest - 1, 24_576), Err(1));
-    }
-
-    #[test]
-    fn the_cpu_computes_the_least_picked_experts_until_the_copies_are_over() {
-        let rates = ShareRates {
-            pcie_gb_s: 10.0,
-            cpu_gb_s: 20.0,
-            cpu_gflops: 1.0,
-        };
-        // A copy takes 100 ns; the CPU 50 ns, or 10 a token.
-        let for_cpu = |missing: &[(u16, u32)]| picks_for_cpu(missing.to_vec(), &rates, 1000, 10);
-        assert!(for_cpu(&[]).is_empty());
-        assert!(for_cpu(&[(7, 1)]).is_empty(), "a single one is copied");
-        assert_eq!(for_cpu(&[(7, 3), (2, 1), (5, 2)]), [2, 5]);
-        assert_eq!(for_cpu(&[(0, 9), (1, 9), (2, 9), (3, 9)]), [0, 1]);
-        assert!(for_cpu(&[(0, 100), (1, 99)]).is_empty());
+        let smallest = Workspace::new(&sizes, MIN_CHUNK_TOKENS, Streaming::Picked).bytes as u64;
+        assert_eq!(memory(smallest - 1, 7000), Err(1));
     }
 
     #[test]

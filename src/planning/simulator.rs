@@ -1,6 +1,7 @@
 //! What a policy would have done on a recorded trace: hits, misses, copies.
 
 use super::cache::{ExpertCache, LayerCounts};
+use super::policy::Offer;
 use super::trace::{Record, count_tokens};
 
 /// Counts per layer of one or several stretches of a trace.
@@ -80,7 +81,8 @@ pub fn simulate_prompted(
             let tokens = picks.topk_ids.chunks_exact(num_experts_per_tok);
             for (position, topk_ids) in (picks.first_position as usize..).zip(tokens) {
                 if position == prompt {
-                    admitted[layer] += cache.admit_prefill(layer, usize::MAX).len() as u64;
+                    admitted[layer] +=
+                        cache.admit_prefill(layer, Offer::of_any(usize::MAX)).len() as u64;
                 }
                 if position < prompt {
                     cache.learn(layer, topk_ids);
@@ -192,7 +194,9 @@ mod tests {
                         continue;
                     }
                     if position == prompt {
-                        admitted += by_hand.admit_prefill(layer, usize::MAX).len() as u64;
+                        admitted += by_hand
+                            .admit_prefill(layer, Offer::of_any(usize::MAX))
+                            .len() as u64;
                     }
                     by_hand.on_step(layer, ids);
                     picks += k as u64;
@@ -217,12 +221,12 @@ mod tests {
         let recorded = |of_another: bool| {
             let mut cache = ExpertCache::build(slow, 4, &empty(1, 1), Throttle::NONE);
             (0..8).for_each(|_| cache.learn(0, &[1]));
-            cache.admit_prefill(0, 1);
+            cache.admit_prefill(0, Offer::of_any(1));
             if of_another {
                 cache.begin_sequence();
             }
             (0..2).for_each(|_| cache.learn(0, &[2]));
-            cache.admit_prefill(0, 1);
+            cache.admit_prefill(0, Offer::of_any(1));
             cache.contents(0).to_vec()
         };
         assert_eq!(recorded(false), [Some(1)]);

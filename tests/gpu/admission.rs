@@ -4,7 +4,7 @@ use moectl::backend::LogitRows;
 use moectl::backend::Routing;
 use moectl::engine::Engine;
 use moectl::engine::experts::ExpertManager;
-use moectl::planning::{ExpertCache, PolicyConfig, Throttle};
+use moectl::planning::{ExpertCache, Offer, PolicyConfig, Throttle};
 
 use super::{LFU, engine_of, engine_within, layers, some_ids};
 
@@ -83,7 +83,7 @@ fn prompts_admit(model: &str, slots: usize, borrows: bool) {
         // As many changes as pay, and no bytes for them.
         let at_most = (experts / 8).max(4);
         let admitted: usize = (0..num_layers)
-            .map(|layer| simulated.admit_prefill(layer, at_most).len())
+            .map(|layer| simulated.admit_prefill(layer, Offer::of_any(at_most)).len())
             .sum();
         let times = engine.take_times().unwrap();
         assert_eq!(times.promotions, admitted as u64);

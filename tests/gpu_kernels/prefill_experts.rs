@@ -1,6 +1,6 @@
 //! moe_prefill.cu: the experts of chunks of tokens.
 
-use moectl::backend::cuda::abi::Format;
+use moectl::backend::cuda::abi::{Format, HostArray, HostArrays};
 use moectl::backend::cuda::geometry;
 use moectl::backend::cuda::variants;
 use moectl::planning::Precision;
@@ -424,4 +424,35 @@ fn many_tokens_for_few_experts_take_several_tiles() {
         };
         run_experts(&gpu, &case, 501);
     }
+}
+
+#[test]
+fn arrays_in_host_memory_are_fetched_at_any_length_and_offset() {
+    let Some(gpu) = Gpu::open() else { return };
+    let mut from = gpu.device.alloc_host::<u32>(70_000).unwrap();
+    let mut rng = Rng::new(5);
+    from.as_mut_slice().fill_with(|| rng.below(1 << 30) as u32);
+    let before = vec![7u32; 70_000];
+    let to = gpu.up(&before);
+    // First word in host memory, first on the device, words; of those that do not overlap there.
+    let arrays = [
+        (0, 0, 1),
+        (4, 8, 4),
+        (1, 17, 9),
+        (8, 32, 64_001),
+        (3, 64_040, 2),
+        (0, 0, 0),
+    ];
+    let mut all = HostArrays::default();
+    let mut expected = before;
+    for (array, (first, at, count)) in all.each.iter_mut().zip(arrays) {
+        *array = HostArray {
+            from: from.at(first),
+            to: to.address() + 4 * at as u64,
+            count: count as i64,
+        };
+        expected[at..at + count].copy_from_slice(&from.as_slice()[first..first + count]);
+    }
+    gpu.launch("prefill_fetch", geometry::prefill_fetch(64_001), args![all]);
+    assert_eq!(gpu.down::<u32>(&to), expected);
 }

@@ -12,8 +12,8 @@ use moectl::backend::{
 };
 use moectl::formats::Checkpoint;
 use moectl::model::{ModelConfig, weights};
-use moectl::planning::Precision;
 use moectl::planning::execution::PrefillSettings;
+use moectl::planning::{Offer, Precision};
 use serde_json::Value;
 
 /// Two f16 terms in all products of prompts, which what is compared with f32 results needs, and all experts of
@@ -281,7 +281,7 @@ impl RunEvents for Quiet<'_, '_> {
         (self.0)(layer, position, routing);
     }
 
-    fn admit(&mut self, _: usize, _: usize, _: usize) -> Vec<SlotChange> {
+    fn admit(&mut self, _: usize, _: usize, _: Offer<'_>) -> Vec<SlotChange> {
         Vec::new()
     }
 }

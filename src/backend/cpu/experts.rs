@@ -155,7 +155,18 @@ pub fn add_experts(
         weight,
     });
     buffers.group(experts.len() + 1, expert, routed.chain(of_all));
-    add_groups(pool, isa, expert, gates.len(), x, all_tokens, buffers, out)
+    let nothing = || Ok(());
+    add_groups(
+        pool,
+        isa,
+        expert,
+        gates.len(),
+        x,
+        all_tokens,
+        buffers,
+        nothing,
+        out,
+    )
 }
 
 /// `out += sum over picks of weight * expert(x)`, of routed experts alone; picks in ascending order
@@ -163,6 +174,7 @@ pub fn add_experts(
 ///
 /// - `x`: `[T]` normed tokens, integer form included if any matrix reads it
 /// - `all_tokens`: 0, 1, 2, .. at least T of them
+/// - `beside`: runs on this thread while the others begin
 /// - `out`: `[T, hidden_size]`
 #[allow(clippy::too_many_arguments)]
 pub fn add_picks(
@@ -173,14 +185,17 @@ pub fn add_picks(
     x: &Activations,
     all_tokens: &[u32],
     buffers: &mut Buffers,
+    beside: impl FnOnce() -> Result<()>,
     out: &mut [f32],
 ) -> Result<()> {
     let expert = |id: usize| &experts[id];
     buffers.group(experts.len(), expert, picks.iter().copied());
-    add_groups(pool, isa, expert, x.tokens, x, all_tokens, buffers, out)
+    add_groups(
+        pool, isa, expert, x.tokens, x, all_tokens, buffers, beside, out,
+    )
 }
 
-/// The groups' experts, each with all of its tokens.
+/// The groups' experts, each with all of its tokens. Runs `beside` on this thread meanwhile.
 #[allow(clippy::too_many_arguments)]
 fn add_groups<'a>(
     pool: &mut Pool,
@@ -190,6 +205,7 @@ fn add_groups<'a>(
     x: &Activations,
     all_tokens: &[u32],
     buffers: &mut Buffers,
+    beside: impl FnOnce() -> Result<()>,
     out: &mut [f32],
 ) -> Result<()> {
     let Buffers {
@@ -203,7 +219,7 @@ fn add_groups<'a>(
     } = buffers;
     let expert_of = |group: &Group| expert(group.expert);
     let Some(first) = groups.first() else {
-        return Ok(());
+        return beside();
     };
     let down = &expert_of(first).down;
     let (rows, tile_rows) = (down.rows, down.tile_rows());
@@ -213,7 +229,7 @@ fn add_groups<'a>(
     {
         let hidden = Parts::new(hidden);
         let quantized = hidden_integers.parts();
-        pool.run(jobs.len(), &|job| {
+        let run_job = |job: usize| {
             let (group, block) = (&groups[jobs[job].0 as usize], jobs[job].1 as usize);
             let expert = expert_of(group);
             let first = group.first_block + block * group.tokens;
@@ -228,7 +244,8 @@ fn add_groups<'a>(
                     unsafe { quantized.quantize(isa, kind, i, h) };
                 }
             }
-        })?;
+        };
+        pool.run_beside(jobs.len(), &run_job, beside)??;
     }
 
     assert_eq!(out.len(), token_count * rows);

@@ -259,25 +259,29 @@ impl Offload {
         result?
     }
 
-    /// Adds to `out`, `[T, D]`, what `picks` ask of `experts`, each of which meets all of its tokens at
+    /// Writes to `out`, `[T, D]`, what `picks` ask of `experts`, each of which meets all of its tokens at
     /// once; picks in ascending order of tokens.
     ///
-    /// - `x`: `[T, D]`, normed
+    /// - `rows`: `[T]`, where each token is in `x`
+    /// - `x`: `[.., D]`, normed
+    /// - `beside`: runs on this thread while the others begin
     ///
     /// # Errors
-    /// A panic in a worker.
-    pub fn add_picks(
+    /// A panic in a worker, or that of `beside`.
+    pub fn compute_picks(
         &mut self,
         experts: &[Expert],
         picks: &[Pick],
+        rows: &[u32],
         x: &[f32],
+        beside: impl FnOnce() -> Result<()>,
         out: &mut [f32],
     ) -> Result<()> {
-        let Some(first) = experts.first() else {
-            return Ok(());
+        let Some(first) = experts.first().filter(|_| !picks.is_empty()) else {
+            out.fill(0.0);
+            return beside();
         };
-        let (cols, isa) = (first.gate.cols, self.isa);
-        let tokens = x.len() / cols;
+        let (cols, isa, tokens) = (first.gate.cols, self.isa, rows.len());
         let have = self.many.all_tokens.len();
         (self.many.all_tokens).extend(have as u32..tokens.max(have) as u32);
         let Many {
@@ -286,9 +290,14 @@ impl Offload {
             buffers,
         } = &mut self.many;
         let integers = first.gate.reads_integers();
+        let out = Parts::new(out);
         activations.fill(&mut self.pool, isa, tokens, cols, integers, &|t, row| {
-            row.copy_from_slice(&x[t * cols..(t + 1) * cols]);
+            let first = rows[t] as usize * cols;
+            row.copy_from_slice(&x[first..first + cols]);
+            // SAFETY: of each token once.
+            unsafe { out.slice(t * cols..(t + 1) * cols).fill(0.0) };
         })?;
+        let out = out.into_inner();
         add_picks(
             &mut self.pool,
             isa,
@@ -297,6 +306,7 @@ impl Offload {
             activations,
             all_tokens,
             buffers,
+            beside,
             out,
         )
     }

@@ -138,6 +138,24 @@ impl Pool {
         self.close()
     }
 
+    /// As [`run`](Pool::run), with other workers beginning while `own` runs here; this thread joins them
+    /// after it.
+    ///
+    /// # Errors
+    /// If either panicked; some items may then not have run.
+    pub fn run_beside<T>(&mut self, items: usize, job: &Job, own: impl FnOnce() -> T) -> Result<T> {
+        if self.threads() == 1 || items <= 1 {
+            let result = catch(own)?;
+            self.run(items, job)?;
+            return Ok(result);
+        }
+        let number = self.open(items, job);
+        let result = catch(own);
+        self.shared.work(number, 0, job, items);
+        self.close()?;
+        result
+    }
+
     /// Runs `own` here while the other workers run `job(worker)`, once for each that has a core
     /// meanwhile, and waits for both.
     ///
@@ -370,6 +388,12 @@ impl<'a, T> Parts<'a, T> {
 
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// The slice again, when no item has a part of it any more.
+    pub fn into_inner(self) -> &'a mut [T] {
+        // SAFETY: it came from this slice, and `self`, by which others reached it, is gone.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
     }
 
     /// The elements in `range`.

@@ -49,6 +49,23 @@ pub struct ExpertLayout {
     pub padding: i32,
 }
 
+/// An array that a kernel fetches from host memory: both addresses are the device's.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct HostArray {
+    pub from: u64,
+    pub to: u64,
+    /// Words of four bytes
+    pub count: i64,
+}
+
+/// `prefill_fetch`'s argument.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct HostArrays {
+    pub each: [HostArray; 8],
+}
+
 /// Candidates that [`Best`] has room for.
 pub const MAX_CANDIDATES: usize = 512;
 
@@ -131,6 +148,7 @@ mod tests {
     fn structures_have_the_sizes_of_the_kernels_ones() {
         assert_eq!(size_of::<Linear>(), 32);
         assert_eq!(size_of::<ExpertLayout>(), 48);
+        assert_eq!(size_of::<HostArrays>(), 192);
         assert_eq!(size_of::<Step>(), 16);
         assert_eq!(size_of::<Handoff>(), 528);
         assert_eq!(size_of::<KvCache>(), 40);

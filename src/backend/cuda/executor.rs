@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
+use super::Cuda;
 use super::budget;
 use super::decode::Wanted as Brings;
 use super::state::StateLayout;
-use super::{Cuda, MAX_STEPPED_TOKENS};
 use crate::backend::executor::{
     DeviceMemory, Diagnostics, Executor, ExpertSlots, Piece, RunEvents, SequenceBytes, SequenceId,
     Snapshot, Wanted,
@@ -15,6 +15,7 @@ use crate::backend::{
     NextLogits, Result, Routing, SlotChange, Tuning, VramHeld, VramMeter,
 };
 use crate::hardware::GpuProbe;
+use crate::planning::Offer;
 use crate::planning::execution::MARGIN_BYTES;
 
 use super::saved::HostState;
@@ -200,19 +201,20 @@ impl Cuda {
         index: usize,
         events: &mut dyn RunEvents,
     ) -> Result<Vec<f32>> {
-        if ids.len() <= MAX_STEPPED_TOKENS {
+        if ids.len() <= self.prefill.settings().stepped_tokens() {
             return self.step_all(ids, rows, &mut |layer, position, routing| {
                 events.routed(index, layer, position, routing);
             });
         }
         let admits = admits && !self.model.store.all_resident();
-        let on_routing = &mut |layer: usize, position: usize, routing: &Routing, at_most: usize| {
-            events.routed(index, layer, position, routing);
-            match at_most {
-                0 => Vec::new(),
-                _ => events.admit(index, layer, at_most),
-            }
-        };
+        let on_routing =
+            &mut |layer: usize, position: usize, routing: &Routing, offer: Offer<'_>| {
+                events.routed(index, layer, position, routing);
+                match offer.at_most {
+                    0 => Vec::new(),
+                    _ => events.admit(index, layer, offer),
+                }
+            };
         self.prefill_all(ids, rows, admits, on_routing)
     }
 }

@@ -288,6 +288,14 @@ pub fn prefill_group(experts: usize, tokens: usize) -> Geometry {
     geometry(tokens.div_ceil(64), 256, 8 * experts)
 }
 
+/// Fetching of host arrays, the longest of which has `longest` words.
+pub fn prefill_fetch(longest: usize) -> Geometry {
+    Geometry {
+        grid: [longest.div_ceil(16 * 256).clamp(1, 64) as u32, 8, 1],
+        ..geometry(1, 256, 0)
+    }
+}
+
 pub fn prefill_combine(tokens: usize) -> Geometry {
     Geometry {
         block: [64, 4],

@@ -78,10 +78,6 @@ pub struct CudaOptions {
     pub head_in_ram: bool,
 }
 
-/// Chunks up to this many tokens are decoded one by one: streaming all experts of a model over PCIe
-/// takes as long as about eighty steps.
-const MAX_STEPPED_TOKENS: usize = 48;
-
 /// A model on a device, with room for some sequences.
 pub struct Cuda {
     // Fields are dropped in order: buffers before the arena and streams they came from.

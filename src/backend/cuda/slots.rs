@@ -119,7 +119,7 @@ impl Cuda {
             wanted_slots,
             slot_bytes: self.model.store.slot_bytes(),
             context_tokens: self.states.max_tokens(),
-            chunk_tokens: self.options.prefill.chunk_tokens,
+            settings: self.options.prefill,
         };
         // Refused before it is taken: the budget is a ceiling at any moment.
         let memory = workspace_memory(self.prefill.sizes(), &room).map_err(|missing| {

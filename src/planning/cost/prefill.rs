@@ -4,11 +4,13 @@ use serde::{Deserialize, Serialize};
 
 use super::{Term, Terms, at_rate, ms};
 use crate::planning::execution::{
-    PrefillPlan, PrefillSettings, PrefillSizes, planned_memory, prefill_plan,
+    PICKED_BATCH, PrefillPlan, PrefillSettings, PrefillSizes, Streaming, batches_ahead,
+    planned_memory, prefill_plan,
 };
 use crate::planning::footprint::Footprint;
 use crate::planning::hardware::{Cpu, Gpu, Hardware};
 use crate::planning::precision::Precision;
+use crate::planning::sharing::{ShareRates, picks_for_cpu};
 
 /// What a prompt is cut into where the CPU computes it.
 const CPU_CHUNK_TOKENS: usize = 512;
@@ -36,21 +38,22 @@ pub struct PrefillSituation {
 
 /// Predicts the prefill of a prompt that is cut as [`prefill_plan`] cuts it.
 ///
-/// A chunk streams every expert that is not resident past the GPU, one layer ahead of the
-/// computation: the slower of the two counts, and the first layer's copy hides behind nothing. The
-/// memory for it is borrowed from the slots, which are filled again afterwards. A chunk of few
-/// tokens is cheaper with its experts on the CPU. Without a GPU a chunk costs the slower of reading
+/// A long chunk streams every expert that is not resident past the GPU, one layer ahead of the
+/// computation: the slower of the two counts, and the first layer's copy hides behind nothing. Of a
+/// short one only picked experts come, and the CPU computes some meanwhile. The memory for it is
+/// borrowed from the slots, which are filled again afterwards. Without a GPU a chunk costs the slower of reading
 /// the experts it meets and its arithmetic.
 pub fn prefill(f: &Footprint, hardware: &Hardware, at: PrefillSituation) -> PrefillPrediction {
     let tokens = at.prompt_tokens.max(1) as usize;
     let plan = match &hardware.gpu {
         Some(_) => {
             let sizes = PrefillSizes::of(f, at.settings.precision);
-            let memory = planned_memory(&sizes, at.slots, tokens);
-            prefill_plan(&sizes, memory, at.slots, tokens, at.settings.chunk_tokens)
+            let memory = planned_memory(&sizes, at.slots, tokens, &at.settings);
+            prefill_plan(&sizes, memory, at.slots, tokens, &at.settings)
         }
         None => PrefillPlan {
             chunk_tokens: tokens.min(CPU_CHUNK_TOKENS),
+            streaming: Streaming::All,
             workspace_bytes: 0,
             borrowed_slots: 0,
         },
@@ -64,7 +67,6 @@ struct Sums {
     products_ms: f64,
     attention_ms: f64,
     waiting_ms: f64,
-    streams: bool,
 }
 
 fn by_plan(
@@ -77,7 +79,8 @@ fn by_plan(
     let borrowed_slots = plan.borrowed_slots.min(at.slots);
     let resident = (at.slots - borrowed_slots) as f64 / f.total_experts().max(1) as f64;
     let layer_bytes = f.num_experts as u64 * f.expert_bytes;
-    let streamed_bytes = f.experts_bytes() as f64 * (1.0 - resident);
+    let missing = 1.0 - resident;
+    let streamed_bytes = f.experts_bytes() as f64 * missing;
     let mut sums = Sums::default();
     let mut start = 0;
     while start < at.prompt_tokens {
@@ -88,7 +91,7 @@ fn by_plan(
             hardware,
             at.settings.precision,
             [start, tokens],
-            streamed_bytes,
+            (plan.streaming, missing),
         );
         start += tokens;
     }
@@ -111,17 +114,27 @@ fn by_plan(
             f.attention_flops_per_context_token as f64 / 1e3
         ),
     );
-    let waits_for = match (&hardware.gpu, sums.streams) {
-        (Some(gpu), true) => format!(
+    let waits_for = match (&hardware.gpu, plan.streaming) {
+        (Some(gpu), Streaming::All) => format!(
             "{} a chunk over PCIe",
             at_rate(streamed_bytes, gpu.h2d_gb_s(layer_bytes))
         ),
-        _ => "on the CPU".into(),
+        (Some(gpu), Streaming::Picked) => format!(
+            "what was picked of {:.1} GB, over PCIe at {:.0} GB/s and on the CPU",
+            streamed_bytes / 1e9,
+            gpu.h2d_gb_s(layer_bytes)
+        ),
+        (None, _) => "on the CPU".into(),
     };
     terms.add("waiting for experts", sums.waiting_ms, waits_for);
-    if let (Some(gpu), true) = (&hardware.gpu, sums.streams) {
-        let first = layer_bytes as f64 * (1.0 - resident);
-        terms.read("first layer", first, gpu.h2d_gb_s(layer_bytes));
+    if let Some(gpu) = &hardware.gpu {
+        if plan.streaming == Streaming::All {
+            terms.read(
+                "first layer",
+                layer_bytes as f64 * missing,
+                gpu.h2d_gb_s(layer_bytes),
+            );
+        }
         let refilled = borrowed_slots as f64 * f.expert_bytes as f64;
         terms.read("slots refilled", refilled, gpu.h2d_gb_s(f.expert_bytes));
     }
@@ -129,7 +142,7 @@ fn by_plan(
     PrefillPrediction {
         prompt_tokens: at.prompt_tokens,
         chunk_tokens,
-        borrowed_slots: if sums.streams { borrowed_slots } else { 0 },
+        borrowed_slots,
         terms: terms.0,
         total_ms,
         tok_s: match total_ms > 0.0 {
@@ -146,28 +159,73 @@ fn add_chunk(
     hardware: &Hardware,
     precision: Precision,
     [start, tokens]: [u64; 2],
-    streamed_bytes: f64,
+    (streaming, missing): (Streaming, f64),
 ) {
     let context = start as f64 + tokens as f64 / 2.0;
     let attention = tokens as f64 * context * f.attention_flops_per_context_token as f64;
     let flops = tokens as f64 * f.flops_per_token as f64;
-    let on_cpu_ms = cpu_experts_ms(f, &hardware.cpu, tokens);
-    let (products_ms, attention_ms, experts_ms) = match &hardware.gpu {
+    let (products_ms, attention_ms, waiting_ms) = match &hardware.gpu {
         Some(gpu) => {
             let (products_ms, attention_ms) = gpu_ms(gpu, precision, flops, attention);
+            let gpu_ms = products_ms + attention_ms;
             let layer_bytes = f.num_experts as u64 * f.expert_bytes;
-            let stream_ms = ms(streamed_bytes, gpu.h2d_gb_s(layer_bytes));
-            sums.streams |= stream_ms < on_cpu_ms;
-            (products_ms, attention_ms, stream_ms.min(on_cpu_ms))
+            let waiting_ms = match streaming {
+                Streaming::All => {
+                    let bytes = f.experts_bytes() as f64 * missing;
+                    (ms(bytes, gpu.h2d_gb_s(layer_bytes)) - gpu_ms).max(0.0)
+                }
+                // Copies run while the mixer does, or begin after it.
+                Streaming::Picked => {
+                    let copies_ms = picked_ms(f, gpu, &hardware.cpu, tokens, missing);
+                    match batches_ahead(tokens as usize) {
+                        0 => copies_ms,
+                        _ => (copies_ms - gpu_ms).max(0.0),
+                    }
+                }
+            };
+            (products_ms, attention_ms, waiting_ms)
         }
         None => {
             let flops_per_ms = hardware.cpu.expert_kernel_gflops.value * 1e6;
-            (flops / flops_per_ms, attention / flops_per_ms, on_cpu_ms)
+            let (products_ms, attention_ms) = (flops / flops_per_ms, attention / flops_per_ms);
+            let experts_ms = cpu_experts_ms(f, &hardware.cpu, tokens);
+            let waiting_ms = (experts_ms - products_ms - attention_ms).max(0.0);
+            (products_ms, attention_ms, waiting_ms)
         }
     };
     sums.products_ms += products_ms;
     sums.attention_ms += attention_ms;
-    sums.waiting_ms += (experts_ms - products_ms - attention_ms).max(0.0);
+    sums.waiting_ms += waiting_ms;
+}
+
+/// Copies of a chunk's picked experts, of which the CPU computes some meanwhile. As if all missing
+/// experts were picked alike, which overrates how many are and underrates what the CPU can do.
+fn picked_ms(f: &Footprint, gpu: &Gpu, cpu: &Cpu, tokens: u64, missing: f64) -> f64 {
+    let rates = ShareRates {
+        pcie_gb_s: gpu.h2d_gb_s(PICKED_BATCH as u64 * f.expert_bytes),
+        cpu_gb_s: cpu.expert_kernel_gb_s.value,
+        cpu_gflops: cpu.expert_kernel_gflops.value,
+    };
+    let picked = distinct_experts(f, tokens);
+    let tokens_each = (tokens * f.num_experts_per_tok as u64) as f64 / picked.max(1.0);
+    let count = (picked * missing).round() as usize;
+    let ahead = (batches_ahead(tokens as usize) * PICKED_BATCH).min(count);
+    let shared = (0..count - ahead).map(|e| (e as u16, tokens_each.round() as u32));
+    let for_cpu = picks_for_cpu(
+        shared.collect(),
+        &rates,
+        f.expert_bytes as usize,
+        f.expert_flops,
+    );
+    let copied = (count - for_cpu.len()) as f64 * f.expert_bytes as f64;
+    f.num_layers as f64 * ms(copied, rates.pcie_gb_s)
+}
+
+/// Experts of a layer that a chunk's tokens pick, if they pick all alike.
+fn distinct_experts(f: &Footprint, tokens: u64) -> f64 {
+    let experts = f.num_experts as f64;
+    let picked = f.num_experts_per_tok as f64 / experts;
+    experts * (1.0 - (1.0 - picked).powf(tokens as f64))
 }
 
 /// Milliseconds of products and of attention. Rates are those of one f16 term; two terms take three
@@ -185,11 +243,8 @@ fn gpu_ms(gpu: &Gpu, precision: Precision, flops: f64, attention: f64) -> (f64, 
 
 /// The routed experts of a chunk on the CPU: weights met at least once, or arithmetic.
 fn cpu_experts_ms(f: &Footprint, cpu: &Cpu, tokens: u64) -> f64 {
-    let experts = f.num_experts as f64;
-    let picked = f.num_experts_per_tok as f64 / experts;
-    let distinct = experts * (1.0 - (1.0 - picked).powf(tokens as f64));
     let read_ms = ms(
-        distinct * f.expert_bytes as f64,
+        distinct_experts(f, tokens) * f.expert_bytes as f64,
         cpu.expert_kernel_gb_s.value,
     );
     let flops = (tokens * f.num_experts_per_tok as u64 * f.expert_flops) as f64;
@@ -218,6 +273,7 @@ mod tests {
         chunk_tokens: usize,
     ) -> PrefillPrediction {
         let plan = PrefillPlan {
+            streaming: Streaming::All,
             chunk_tokens,
             workspace_bytes: 0,
             borrowed_slots: 0,
@@ -279,13 +335,21 @@ mod tests {
     }
 
     #[test]
-    fn a_short_prompt_leaves_the_experts_on_the_cpu() {
+    fn a_short_prompt_pays_for_picked_experts_alone() {
         let f = qwen3_next_80b();
-        let streams = |tokens| {
+        let waiting = |tokens| {
             let p = prefill(&f, &laptop(), without_slots(tokens));
-            p.terms.iter().any(|t| t.name == "first layer")
+            assert!(p.terms.iter().all(|t| t.name != "first layer"), "{tokens}");
+            (p.terms.iter().find(|t| t.name == "waiting for experts")).map_or(0.0, |t| t.ms)
         };
-        assert!(!streams(64) && !streams(256) && streams(1024));
+        // All of a layer's experts over PCIe at 25 GB/s.
+        let all = 48.0 * 512.0 * 1_671_168.0 / 25e6;
+        assert!(waiting(8) < 0.06 * all, "{}", waiting(8) / all);
+        assert!(waiting(64) < 0.3 * all && waiting(8) < waiting(64));
+        assert!(waiting(512) > waiting(64) && waiting(2048) < all);
+        // Beyond, all experts stream.
+        let p = prefill(&f, &laptop(), without_slots(5000));
+        assert!(p.terms.iter().any(|t| t.name == "first layer"));
     }
 
     #[test]
@@ -318,6 +382,7 @@ mod tests {
             ..without_slots(6144)
         };
         let plan = PrefillPlan {
+            streaming: Streaming::All,
             chunk_tokens: 4096,
             workspace_bytes: 0,
             borrowed_slots: 1296,

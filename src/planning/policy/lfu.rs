@@ -5,7 +5,7 @@
 
 use super::counter::DecayedPicks;
 use super::slot_map::SlotMap;
-use super::{Admit, LayerPolicy, LayerSlots};
+use super::{Admit, LayerPolicy, LayerSlots, Offer};
 
 /// What picks of the sequences before count for in a new one. On routing of the 80B shape an eighth with a
 /// half-life of 2048 tokens needs fewer experts from RAM, copies counted in, than the best half-life for
@@ -96,13 +96,13 @@ impl LayerPolicy for LfuLayer {
         self.picks.fade(EARLIER_SEQUENCES);
     }
 
-    fn admit_prefill(&mut self, room: usize, admits: &mut Vec<Admit>) {
-        let outside = |&e: &u16| self.map.slot(e).is_none();
+    fn admit_prefill(&mut self, offer: Offer<'_>, admits: &mut Vec<Admit>) {
+        let outside = |&e: &u16| self.map.slot(e).is_none() && offer.has(e);
         let mut wanted: Vec<u16> = (0..self.map.num_experts() as u16).filter(outside).collect();
         // Stable: of equals the lower id first.
         wanted.sort_by(|&a, &b| self.picks.picks(b).total_cmp(&self.picks.picks(a)));
         self.least = None;
-        for expert in wanted.into_iter().take(room) {
+        for expert in wanted.into_iter().take(offer.at_most) {
             match self.victim() {
                 Some((slot, least)) if self.is_worth(expert, least) => {
                     admits.push(self.map.place(expert, slot));

@@ -31,6 +31,29 @@ pub struct Admit {
     pub evicted: Option<u16>,
 }
 
+/// Experts of a layer that its slots may admit.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer<'a> {
+    pub at_most: usize,
+    /// By expert, whether it is offered; `None` if all are
+    pub experts: Option<&'a [bool]>,
+}
+
+impl Offer<'_> {
+    /// Any experts.
+    pub fn of_any(at_most: usize) -> Self {
+        Offer {
+            at_most,
+            experts: None,
+        }
+    }
+
+    pub fn has(&self, expert: u16) -> bool {
+        self.experts
+            .is_none_or(|offered| offered[usize::from(expert)])
+    }
+}
+
 /// The expert caches of all layers.
 pub trait Policy: Send {
     fn name(&self) -> String;
@@ -50,9 +73,9 @@ pub trait Policy: Send {
     fn begin_sequence(&mut self) {}
 
     /// After picks that it only recorded, such as a prompt's: appends what to copy so that the slots
-    /// hold what was picked most, at most `room` experts. Nothing for policies that go by the next pick
+    /// hold what was picked most of the offered experts. Nothing for policies that go by the next pick
     /// alone.
-    fn admit_prefill(&mut self, _layer: usize, _room: usize, _admits: &mut Vec<Admit>) {}
+    fn admit_prefill(&mut self, _layer: usize, _offer: Offer<'_>, _admits: &mut Vec<Admit>) {}
 
     /// What a restart must know of a layer; none for policies that cannot be stopped.
     fn state(&self, _layer: usize) -> Option<LayerState> {
@@ -244,7 +267,7 @@ trait LayerPolicy: Send {
     /// As [`Policy::begin_sequence`].
     fn begin_sequence(&mut self) {}
     /// As [`Policy::admit_prefill`].
-    fn admit_prefill(&mut self, _room: usize, _admits: &mut Vec<Admit>) {}
+    fn admit_prefill(&mut self, _offer: Offer<'_>, _admits: &mut Vec<Admit>) {}
     /// `[E]` as [`LayerState::worth`].
     fn worth(&self) -> Vec<f32>;
     fn restore(&mut self, contents: &[Option<u16>], worth: &[f32]);
@@ -272,8 +295,8 @@ impl<L: LayerPolicy> Policy for Layers<L> {
         self.layers.iter_mut().for_each(L::begin_sequence);
     }
 
-    fn admit_prefill(&mut self, layer: usize, room: usize, admits: &mut Vec<Admit>) {
-        self.layers[layer].admit_prefill(room, admits);
+    fn admit_prefill(&mut self, layer: usize, offer: Offer<'_>, admits: &mut Vec<Admit>) {
+        self.layers[layer].admit_prefill(offer, admits);
     }
 
     fn access(&mut self, layer: usize, topk_ids: &[u16], room: usize, admits: &mut Vec<Admit>) {

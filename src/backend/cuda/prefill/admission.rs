@@ -11,6 +11,7 @@ use super::super::Cuda;
 use super::Group;
 use super::chunk::{Chunk, Parts};
 use crate::backend::{OnAdmission, Result, Routing, SlotChange};
+use crate::planning::Offer;
 
 /// A slot's new expert.
 pub struct Admission {
@@ -45,17 +46,20 @@ impl Chunk<'_> {
         let Parts { prefill, model, .. } = self.cuda;
         prefill.routed.synchronize()?;
         let routing = prefill.routing(layer, self.tokens, model.shape.moe.num_experts_per_tok);
-        let streams = groups.iter().any(|group| group.ring.is_some());
-        self.ask_for(layer, &routing, streams, admitting);
+        let at_most = match groups.iter().any(|group| group.ring.is_some()) {
+            true => prefill.sizes.kept_experts(),
+            false => 0,
+        };
+        self.ask_for(layer, &routing, Offer::of_any(at_most), admitting);
         Ok(())
     }
 
-    /// Tells of a layer's routing, and asks for changes if its missing experts stream in.
+    /// Tells of a layer's routing, and asks for changes of its slots, if it has any.
     pub fn ask_for(
         &self,
         layer: usize,
         routing: &Routing,
-        streams: bool,
+        offer: Offer<'_>,
         admitting: &mut Admitting<'_>,
     ) {
         let Parts {
@@ -64,11 +68,12 @@ impl Chunk<'_> {
             slots,
             ..
         } = self.cuda;
-        let at_most = match streams && slots.of_layer(layer) > 0 {
-            true => prefill.sizes.kept_experts(),
-            false => 0,
+        let at_most = match slots.of_layer(layer) {
+            0 => 0,
+            _ => offer.at_most,
         };
-        let changes = (admitting.on_admission)(layer, self.position, routing, at_most);
+        let offer = Offer { at_most, ..offer };
+        let changes = (admitting.on_admission)(layer, self.position, routing, offer);
         admitting.kept.clear();
         for change in changes.into_iter().take(at_most) {
             assert_eq!(change.layer, layer, "slots of the layer that was asked for");
@@ -113,17 +118,15 @@ impl Chunk<'_> {
         Ok(())
     }
 
-    /// Keeps aside an expert that lies whole at `from`, if a slot is to have it.
-    pub fn keep_whole(&self, expert: usize, from: u64, admitting: &Admitting<'_>) -> Result<()> {
-        let bytes = self.cuda.model.store.layout.blob_bytes as usize;
-        for (place, _) in admitting
-            .kept
-            .iter()
-            .enumerate()
-            .filter(|(_, k)| k.0 == expert)
-        {
-            // SAFETY: both in the workspace, where each place has room for a blob.
-            unsafe { (self.cuda.model.stream).copy_on_device(self.aside(place), from, bytes)? };
+    /// Moves an expert that lies whole at `from` into the slot that is to have it, if there is one. Kernels
+    /// that read what was there are launched already.
+    pub fn move_whole(&self, expert: usize, from: u64, admitting: &Admitting<'_>) -> Result<()> {
+        let model = &self.cuda.model;
+        let bytes = model.store.layout.blob_bytes as usize;
+        for &(_, slot) in admitting.kept.iter().filter(|kept| kept.0 == expert) {
+            let to = model.store.slot_address(slot);
+            // SAFETY: both have room for a blob, and stay until the stream is there.
+            unsafe { model.stream.copy_on_device(to, from, bytes)? };
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use super::admission::Admitting;
 use super::{Group, Prefill, RING};
 use crate::backend::Result;
 use crate::planning::Precision;
-use crate::planning::execution::Workspace;
+use crate::planning::execution::{Streaming, Workspace};
 
 /// What a chunk works with, apart from the workers that compute experts in RAM.
 #[derive(Clone, Copy)]
@@ -30,6 +30,8 @@ pub struct Chunk<'a> {
     pub places: &'a Workspace,
     pub base: u64,
     pub tokens: usize,
+    /// Of the prompt's longest chunk, for which the workspace is laid out
+    pub chunk_tokens: usize,
     pub position: usize,
 }
 
@@ -284,21 +286,34 @@ impl Chunk<'_> {
         }
     }
 
-    /// Norm, router and choice of a layer, which are on their way to the host then.
+    /// `normed = rms_norm(hidden)`: what a layer's experts and their router get.
+    pub fn expert_norm(&self, index: usize) -> Result<()> {
+        let cuda = self.cuda;
+        let p = self.places;
+        let norm = cuda.model.dense.layers[index].expert_norm;
+        let x = self.terms(p.high, p.low, p.scale);
+        let (hidden, normed) = (self.at(p.hidden), self.at(p.normed));
+        self.split(
+            hidden,
+            norm,
+            x,
+            normed,
+            self.tokens,
+            cuda.model.shape.hidden_size,
+        )
+    }
+
+    /// Router and choice of a layer, which are on their way to the host then.
     pub fn route(&self, index: usize) -> Result<()> {
         let cuda = self.cuda;
         let p = self.places;
         let shape = &cuda.model.shape;
         let layer = &cuda.model.dense.layers[index];
         let stream = &cuda.model.stream;
-        let dim = shape.hidden_size;
         let experts = shape.moe.num_experts;
         let k = shape.moe.num_experts_per_tok;
         let (t, e, top) = (self.tokens as i32, experts as i32, k as i32);
-        let hidden = self.at(p.hidden);
-        let x = self.terms(p.high, p.low, p.scale);
         let normed = self.at(p.normed);
-        self.split(hidden, layer.expert_norm, x, normed, self.tokens, dim)?;
         let logits = self.at(p.logits);
         self.launch(
             "prefill_router",
@@ -363,6 +378,7 @@ impl Chunk<'_> {
             self.at(p.topk_weights),
             self.at(p.gates),
         );
+        self.expert_norm(index)?;
         self.route(index)?;
         if admitting.is_some() {
             stream.record(&cuda.prefill.routed)?;
@@ -517,7 +533,7 @@ impl Chunk<'_> {
 
     /// Where a ring buffer holds a group's expert, whose part there is `width` long.
     pub fn in_ring(&self, buffer: usize, group: &Group, expert: usize, width: usize) -> u64 {
-        let group_bytes = self.cuda.prefill.sizes.group_bytes();
+        let group_bytes = self.cuda.prefill.sizes.ring_buffer_bytes(Streaming::All);
         let offset = buffer * group_bytes + (expert - group.first) * width;
         self.at(self.places.ring + offset)
     }

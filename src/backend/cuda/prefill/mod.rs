@@ -12,6 +12,7 @@
 mod admission;
 mod chunk;
 mod delta_rule;
+mod lists;
 mod picked;
 mod rates;
 
@@ -24,10 +25,12 @@ use super::device::{Buffer, Device, DeviceFacts, Event, Pinned, Stream};
 use super::store::{ExpertStore, Held};
 use super::weights::DenseWeights;
 use crate::backend::{BackendError, Executor, ModelShape, OnAdmission, Result, Routing};
+use crate::planning::Offer;
 use crate::planning::execution::{
-    GROUP_EXPERTS, MAX_PICKED_TOKENS, PrefillPlan, PrefillSettings, PrefillSizes,
-    RING_GROUPS as RING, ShareRates, Workspace, WorkspaceMemory, prefill_plan,
+    GROUP_EXPERTS, PICKED_RING, PrefillPlan, PrefillSettings, PrefillSizes, RING_GROUPS as RING,
+    Streaming, Workspace, WorkspaceMemory, prefill_plan,
 };
+use crate::planning::sharing::ShareRates;
 use admission::{Admission, Admitting};
 use chunk::{Chunk, Parts};
 use picked::PickedHost;
@@ -47,6 +50,10 @@ pub struct Prefill {
     free: Vec<Event>,
     /// A layer's routing is on the host
     routed: Event,
+    /// What its experts get is there, and is on the host: it goes by a stream of its own, beside the router
+    normed: Event,
+    downloaded: Event,
+    downloads: Stream,
     /// The workspace, where it is not borrowed from slots
     own: Option<Buffer>,
     /// Slots that the workspace of the chunks so far has the memory of
@@ -139,7 +146,7 @@ impl Prefill {
             units.push(dense.shared_units);
         }
         let events = || {
-            (0..RING)
+            (0..RING.max(PICKED_RING))
                 .map(|_| device.new_event())
                 .collect::<Result<Vec<_>>>()
         };
@@ -154,12 +161,19 @@ impl Prefill {
             ready: events()?,
             free: events()?,
             routed: device.new_event()?,
+            normed: device.new_event()?,
+            downloaded: device.new_event()?,
+            downloads: device.new_stream()?,
             own: None,
             borrowed: None,
             picked: None,
             rates: ShareRates::default(),
             kernel_times: None,
         })
+    }
+
+    pub fn settings(&self) -> &PrefillSettings {
+        &self.settings
     }
 
     pub fn sizes(&self) -> &PrefillSizes {
@@ -172,13 +186,7 @@ impl Prefill {
             Some(buffer) => WorkspaceMemory::Own(buffer.bytes()),
             None => WorkspaceMemory::Slots,
         };
-        prefill_plan(
-            &self.sizes,
-            memory,
-            slots,
-            tokens,
-            self.settings.chunk_tokens,
-        )
+        prefill_plan(&self.sizes, memory, slots, tokens, &self.settings)
     }
 
     /// Takes memory of its own for the workspace, or gives it back.
@@ -257,7 +265,7 @@ impl Cuda {
             let shape = &self.model.shape;
             self.prefill.host = HostBuffers::new(&self.device, shape, plan.chunk_tokens)?;
         }
-        let places = Workspace::new(&self.prefill.sizes, plan.chunk_tokens);
+        let places = Workspace::new(&self.prefill.sizes, plan.chunk_tokens, plan.streaming);
         let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
         let mut admitted = false;
         for (i, piece) in ids.chunks(plan.chunk_tokens).enumerate() {
@@ -265,7 +273,7 @@ impl Cuda {
             let last = first + piece.len() == ids.len();
             let inside = |row: usize| row.clamp(first, first + piece.len()) - first;
             let rows = inside(rows.start)..inside(rows.end);
-            let chunk = (base, &places, plan.chunk_tokens, piece);
+            let chunk = (base, &places, &plan, piece);
             let admissions =
                 self.prefill_chunk_at(chunk, rows, &mut logits, admits && last, on_routing)?;
             admitted |= !admissions.is_empty();
@@ -324,7 +332,7 @@ impl Cuda {
 
     fn prefill_chunk_at(
         &mut self,
-        (base, places, chunk_tokens, ids): (u64, &Workspace, usize, &[u32]),
+        (base, places, plan, ids): (u64, &Workspace, &PrefillPlan, &[u32]),
         rows: Range<usize>,
         logits: &mut Vec<f32>,
         admits: bool,
@@ -338,8 +346,7 @@ impl Cuda {
             let id = id as usize;
             self.embed_tokens.dequantize_rows(id..id + 1, out);
         }
-        let longest = self.prefill.settings.picked_tokens.min(MAX_PICKED_TOKENS);
-        let picked = chunk_tokens <= longest && !self.model.store.all_resident();
+        let picked = plan.streaming == Streaming::Picked;
         let (groups, mut host) = match picked {
             true => (Vec::new(), Some(self.picked_host(ids.len())?)),
             false => (self.plan_groups(base + places.ring as u64)?, None),
@@ -355,6 +362,7 @@ impl Cuda {
             places,
             base,
             tokens: ids.len(),
+            chunk_tokens: plan.chunk_tokens,
             position,
         };
         // Of a short chunk routing is told layer by layer, whether slots may change or not.
@@ -382,7 +390,7 @@ impl Cuda {
         let k = self.model.shape.moe.num_experts_per_tok;
         for layer in 0..self.model.shape.num_layers() {
             let routing = self.prefill.routing(layer, ids.len(), k);
-            on_routing(layer, position, &routing, 0);
+            on_routing(layer, position, &routing, Offer::of_any(0));
         }
         Ok(Vec::new())
     }
@@ -403,7 +411,7 @@ impl Cuda {
             self.model.shape.moe.num_experts,
         );
         let prefill = &mut self.prefill;
-        let group_bytes = prefill.sizes.group_bytes();
+        let group_bytes = prefill.sizes.ring_buffer_bytes(Streaming::All);
         let layout = self.model.store.layout;
         let (up_bytes, blob_bytes) = (layout.down_offset as u64, layout.blob_bytes as u64);
         let blobs = prefill.host_blobs.as_mut_slice();

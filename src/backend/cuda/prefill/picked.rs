@@ -2,35 +2,26 @@
 //!
 //! The host waits for each layer's routing and knows then which experts have tokens. Those in VRAM are
 //! computed where they are; of the others the CPU takes the ones with the fewest tokens, as many as it
-//! ends with before the rest has been copied ([`picks_for_cpu`]). Copies go through the ring in batches,
-//! the next ones under way while one is computed. The lists that a long chunk's kernels make are made by the
-//! host here, since it chooses the order: experts in VRAM, then batch after batch, then the shared expert.
+//! ends with before the rest has been copied ([`picks_for_cpu`]). Copies go through the ring in batches.
+//! The first batches of a layer are copied before its router has chosen ([`batches_ahead`]), so that the
+//! bus is busy while the mixer runs.
 
-use super::super::device::{Device, Pinned, Stream, args};
+use super::super::abi::{HostArray, HostArrays};
+use super::super::device::{Device, Pinned, args};
 use super::super::{geometry, variants};
-use super::RING;
 use super::admission::Admitting;
-use super::chunk::Chunk;
-use crate::backend::cpu::offload::{Offload, Pick};
+use super::chunk::{Chunk, Parts};
+use super::lists::{Division, HostLists, Lists, make_lists};
+use crate::backend::cpu::offload::Offload;
 use crate::backend::{ModelShape, Result, Routing};
-use crate::planning::execution::picks_for_cpu;
+use crate::planning::Offer;
+use crate::planning::execution::{Streaming, batches_ahead};
+use crate::planning::sharing::picks_for_cpu;
 
-/// Tokens of a tile of the experts' products.
-const TILE_TOKENS: usize = 128;
-
-/// What the host gives the kernels of a layer, for chunks of up to `tokens`.
+/// What the host gives the GPU and gets from it in a layer, for chunks of up to `tokens`.
 pub struct PickedHost {
     pub tokens: usize,
-    /// `[tiles, 4]`: expert, first row, rows, 0
-    tiles: Pinned<i32>,
-    /// First tile of each group, and the end
-    tile_offsets: Pinned<i32>,
-    /// `[rows]`: token of each row
-    rows: Pinned<i32>,
-    /// `[T, k + 1]`: row of each pick, the shared expert's last
-    positions: Pinned<i32>,
-    /// `[T, k]`
-    weights: Pinned<f32>,
+    lists: HostLists,
     /// `[T, D]`: what the CPU multiplies, and what comes out
     normed: Pinned<f32>,
     computed: Pinned<f32>,
@@ -38,41 +29,24 @@ pub struct PickedHost {
 
 impl PickedHost {
     pub fn new(device: &Device, shape: &ModelShape, tokens: usize) -> Result<Self> {
-        let (k, experts) = (shape.moe.num_experts_per_tok, shape.moe.num_experts);
-        let tiles = (tokens * k).div_ceil(TILE_TOKENS) + experts + tokens.div_ceil(TILE_TOKENS);
         Ok(PickedHost {
             tokens,
-            tiles: device.alloc_host(4 * tiles)?,
-            tile_offsets: device.alloc_host(experts + 2)?,
-            rows: device.alloc_host(tokens * (k + 1))?,
-            positions: device.alloc_host(tokens * (k + 1))?,
-            weights: device.alloc_host(tokens * k)?,
+            lists: HostLists::new(device, shape, tokens)?,
             normed: device.alloc_host(tokens * shape.hidden_size)?,
             computed: device.alloc_host(tokens * shape.hidden_size)?,
         })
     }
 }
 
-/// Who computes a layer's experts, in the order of their rows.
-struct Division {
-    /// Experts in VRAM, then those that are copied
-    gpu: Vec<u16>,
-    /// How many of `gpu` are in VRAM
-    resident: usize,
-    /// By expert
-    for_cpu: Vec<bool>,
-    /// By expert
-    tokens: Vec<u32>,
-}
-
-/// A layer's lists as the host made them.
-struct Lists {
-    /// Rows that groups begin with: those of `gpu`, the shared expert's, the CPU's
-    first_rows: Vec<usize>,
-    first_tiles: Vec<usize>,
-    /// Tokens for which the CPU computes something, and their picks, whose `token` counts these
-    cpu_tokens: Vec<usize>,
-    cpu_picks: Vec<Pick>,
+/// A layer's experts, once its router has chosen.
+struct Work<'a> {
+    layer: usize,
+    routing: &'a Routing,
+    division: &'a Division,
+    lists: &'a Lists,
+    /// What is copied, batch by batch, and how many batches went through the ring before
+    batches: Vec<&'a [u16]>,
+    first_batch: usize,
 }
 
 impl Chunk<'_> {
@@ -88,66 +62,173 @@ impl Chunk<'_> {
         admits: bool,
     ) -> Result<()> {
         let cuda = self.cuda;
-        let stream = &cuda.model.stream;
-        let k = cuda.model.shape.moe.num_experts_per_tok;
+        let (layers, k) = (
+            cuda.model.shape.num_layers(),
+            cuda.model.shape.moe.num_experts_per_tok,
+        );
         self.begin()?;
-        for layer in 0..cuda.model.shape.num_layers() {
+        let mut first_batch = 0;
+        let mut ahead = self.send_ahead(0, first_batch)?;
+        for layer in 0..layers {
             self.mixer(layer)?;
+            self.expert_norm(layer)?;
+            self.download_normed(&host.normed)?;
             self.route(layer)?;
-            let normed = 4 * self.tokens * cuda.model.shape.hidden_size;
-            let from = self.at(self.places.normed);
-            // SAFETY: there is room for the chunk; read after the wait for the event.
-            unsafe { stream.copy_to_host(host.normed.pointer(0).cast(), from, normed)? };
-            stream.record(&cuda.prefill.routed)?;
+            cuda.model.stream.record(&cuda.prefill.routed)?;
             cuda.prefill.routed.synchronize()?;
             let routing = cuda.prefill.routing(layer, self.tokens, k);
-            self.ask_for(layer, &routing, admits, admitting);
-            self.picked_experts(layer, &routing, offload, host, admitting)?;
+            let division = self.divide(layer, &routing, &ahead);
+            let lists = make_lists(&mut host.lists, &division, &routing, self.tokens);
+            let work = Work {
+                layer,
+                routing: &routing,
+                division: &division,
+                lists: &lists,
+                batches: division.copied().chunks(self.batch_experts()).collect(),
+                first_batch,
+            };
+            self.upload_lists(&work, &host.lists)?;
+            let sent = ahead.len().div_ceil(self.batch_experts());
+            if let Some(first) = work.batches.get(sent) {
+                self.send(layer, first_batch + sent, first)?;
+            }
+            cuda.prefill.downloaded.synchronize()?;
+            self.compute_in_ram(&work, offload, &host.normed, &mut host.computed, || {
+                let own = sent + 1..work.batches.len().min(self.ring_buffers());
+                for batch in own {
+                    self.send(layer, first_batch + batch, work.batches[batch])?;
+                }
+                self.compute_on_gpu(&work, admitting, admits)?;
+                first_batch += work.batches.len();
+                ahead = self.send_ahead(layer + 1, first_batch)?;
+                Ok(())
+            })?;
+            self.combine()?;
         }
         Ok(())
     }
 
-    fn picked_experts(
+    /// Starts bringing what the layer's experts get to the host.
+    fn download_normed(&self, to: &Pinned<f32>) -> Result<()> {
+        let prefill = self.cuda.prefill;
+        let bytes = 4 * self.tokens * self.cuda.model.shape.hidden_size;
+        let from = self.at(self.places.normed);
+        self.cuda.model.stream.record(&prefill.normed)?;
+        prefill.downloads.wait(&prefill.normed)?;
+        // SAFETY: there is room for the chunk; read after the wait for the event. The next layer's norm comes
+        // after its router's wait on the host, by when this has been waited for.
+        unsafe { (prefill.downloads).copy_to_host(to.pointer(0).cast(), from, bytes)? };
+        prefill.downloads.record(&prefill.downloaded)
+    }
+
+    /// Copies the first batches of a layer's missing experts while its mixer runs, in order of their ids: which
+    /// ones hardly matters to a chunk that picks nearly all.
+    fn send_ahead(&self, layer: usize, first_batch: usize) -> Result<Vec<u16>> {
+        if layer == self.cuda.model.shape.num_layers() {
+            return Ok(Vec::new());
+        }
+        let store = &self.cuda.model.store;
+        let experts = self.cuda.model.shape.moe.num_experts;
+        let missing = (0..experts).filter(|&e| store.resident(layer, e) == 0);
+        let count = batches_ahead(self.tokens) * self.batch_experts();
+        let ahead: Vec<u16> = missing.take(count).map(|e| e as u16).collect();
+        for (batch, experts) in ahead.chunks(self.batch_experts()).enumerate() {
+            self.send(layer, first_batch + batch, experts)?;
+        }
+        Ok(ahead)
+    }
+
+    /// Copies a batch of experts into its ring buffer.
+    fn send(&self, layer: usize, batch: usize, experts: &[u16]) -> Result<()> {
+        let Parts {
+            prefill,
+            model,
+            copies,
+            ..
+        } = self.cuda;
+        let buffer = batch % self.ring_buffers();
+        copies.wait(&prefill.free[buffer])?;
+        // Neighbours in one copy: each takes the host 3 us.
+        let neighbours = |a: &u16, b: &u16| a + 1 == *b;
+        let mut i = 0;
+        for run in experts.chunk_by(neighbours) {
+            let (from, bytes) = model.store.blob(layer, usize::from(run[0]));
+            let pitch = model.store.slot_bytes() as usize;
+            let to = self.in_batch(batch, i);
+            // SAFETY: blobs of neighbours follow each other, places have room for a blob each, and what was
+            // there was computed.
+            unsafe {
+                match pitch == bytes {
+                    true => copies.copy_to_device(to, from, bytes * run.len())?,
+                    false => (0..run.len()).try_for_each(|e| {
+                        copies.copy_to_device(to + (e * pitch) as u64, from.add(e * bytes), bytes)
+                    })?,
+                }
+            }
+            i += run.len();
+        }
+        copies.record(&prefill.ready[buffer])
+    }
+
+    /// Where expert `i` of a batch lies in the ring.
+    fn in_batch(&self, batch: usize, i: usize) -> u64 {
+        let Parts { prefill, model, .. } = self.cuda;
+        let bytes = prefill.sizes.ring_buffer_bytes(Streaming::Picked);
+        let buffer = batch % self.ring_buffers() * bytes;
+        self.at(self.places.ring + buffer + i * model.store.slot_bytes() as usize)
+    }
+
+    fn ring_buffers(&self) -> usize {
+        (self.cuda.prefill.sizes).ring_buffers(Streaming::Picked, self.chunk_tokens)
+    }
+
+    /// The GPU's experts, batch by batch of what is copied, and the changes of slots.
+    fn compute_on_gpu(
         &self,
-        layer: usize,
-        routing: &Routing,
-        offload: &mut Offload,
-        host: &mut PickedHost,
-        admitting: &Admitting<'_>,
+        work: &Work<'_>,
+        admitting: &mut Admitting<'_>,
+        admits: bool,
     ) -> Result<()> {
         let cuda = self.cuda;
-        let p = self.places;
-        let shape = &cuda.model.shape;
-        let dim = shape.hidden_size;
-        let division = self.divide(layer, routing, admitting);
-        let lists = make_lists(host, &division, routing, self.tokens);
-        self.upload_lists(host, &lists)?;
-        let places = self.place_experts(layer, &division)?;
+        let (layer, division, lists) = (work.layer, work.division, work.lists);
+        self.compute_groups(layer, lists, division.gpu.len(), 1)?;
+        self.compute_groups(layer, lists, 0, division.resident)?;
+        // Slots get no experts but those that come over PCIe anyway.
+        let mut offered = vec![false; cuda.model.shape.moe.num_experts];
+        (division.copied().iter()).for_each(|&e| offered[usize::from(e)] = true);
+        let offer = Offer {
+            at_most: if admits {
+                cuda.prefill.sizes.kept_experts()
+            } else {
+                0
+            },
+            experts: Some(&offered),
+        };
+        self.ask_for(layer, work.routing, offer, admitting);
 
-        let groups = division.gpu.len();
-        self.compute_groups(layer, &lists, groups, 1)?;
-        self.compute_groups(layer, &lists, 0, division.resident)?;
-        let per_batch = self.batch_experts();
-        for (batch, first) in (division.resident..groups).step_by(per_batch).enumerate() {
-            let buffer = batch % RING;
-            let last = groups.min(first + per_batch);
-            cuda.copies.wait(&cuda.prefill.free[buffer])?;
-            for (&expert, &to) in division.gpu[first..last].iter().zip(&places[first..last]) {
-                let (from, bytes) = cuda.model.store.blob(layer, usize::from(expert));
-                // SAFETY: a place has room for a blob, and what was there was computed.
-                unsafe { cuda.copies.copy_to_device(to, from, bytes)? };
+        let ring = self.ring_buffers();
+        let mut first = division.resident;
+        for (i, experts) in work.batches.iter().enumerate() {
+            let batch = work.first_batch + i;
+            cuda.model.stream.wait(&cuda.prefill.ready[batch % ring])?;
+            self.compute_groups(layer, lists, first, experts.len())?;
+            first += experts.len();
+            for (place, &expert) in experts.iter().enumerate() {
+                self.move_whole(usize::from(expert), self.in_batch(batch, place), admitting)?;
             }
-            cuda.copies.record(&cuda.prefill.ready[buffer])?;
-            cuda.model.stream.wait(&cuda.prefill.ready[buffer])?;
-            self.compute_groups(layer, &lists, first, last - first)?;
-            for (&expert, &from) in division.gpu[first..last].iter().zip(&places[first..last]) {
-                self.keep_whole(usize::from(expert), from, admitting)?;
+            cuda.model.stream.record(&cuda.prefill.free[batch % ring])?;
+            if let Some(later) = work.batches.get(i + ring) {
+                self.send(layer, batch + ring, later)?;
             }
-            cuda.model.stream.record(&cuda.prefill.free[buffer])?;
         }
-        self.compute_in_ram(layer, &lists, offload, host)?;
-        self.move_in(admitting)?;
+        Ok(())
+    }
 
+    /// Adds what the experts gave to the tokens.
+    fn combine(&self) -> Result<()> {
+        let p = self.places;
+        let shape = &self.cuda.model.shape;
+        let dim = shape.hidden_size as i32;
         let (t, top) = (self.tokens as i32, shape.moe.num_experts_per_tok as i32);
         self.launch(
             "prefill_combine",
@@ -161,50 +242,44 @@ impl Chunk<'_> {
                 t,
                 top,
                 0i32,
-                dim as i32,
-                dim as i32
+                dim,
+                dim
             ],
         )
     }
 
     /// Experts that come through the ring together.
     fn batch_experts(&self) -> usize {
-        let sizes = &self.cuda.prefill.sizes;
-        let bytes = self.cuda.model.store.slot_bytes() as usize;
-        (sizes.group_bytes() / bytes).max(1)
+        let buffer = (self.cuda.prefill.sizes).ring_buffer_bytes(Streaming::Picked);
+        (buffer / self.cuda.model.store.slot_bytes() as usize).max(1)
     }
 
-    fn divide(&self, layer: usize, routing: &Routing, admitting: &Admitting<'_>) -> Division {
+    /// - `ahead`: experts that are on their way already
+    fn divide(&self, layer: usize, routing: &Routing, ahead: &[u16]) -> Division {
         let cuda = self.cuda;
         let experts = cuda.model.shape.moe.num_experts;
         let mut tokens = vec![0u32; experts];
         for &id in &routing.topk_ids {
             tokens[usize::from(id)] += 1;
         }
-        let is_resident = |e: usize| cuda.model.store.resident(layer, e) != 0;
-        // What slots will hold comes over PCIe in any case.
-        let is_kept = |e: usize| admitting.kept.iter().any(|&(kept, _)| kept == e);
-        let mut gpu: Vec<u16> = Vec::new();
-        let (mut copied, mut missing) = (Vec::new(), Vec::new());
-        for (e, &count) in tokens.iter().enumerate() {
-            match (is_resident(e), is_kept(e)) {
-                (true, _) if count > 0 => gpu.push(e as u16),
-                (false, true) => copied.push(e as u16),
-                (false, false) if count > 0 => missing.push((e as u16, count)),
-                _ => {}
-            }
-        }
+        let picked = (0..experts).filter(|&e| tokens[e] > 0);
+        let (mut gpu, missing): (Vec<u16>, Vec<u16>) = picked
+            .map(|e| e as u16)
+            .partition(|&e| cuda.model.store.resident(layer, usize::from(e)) != 0);
+        let missing: Vec<(u16, u32)> = (missing.into_iter())
+            .filter(|e| !ahead.contains(e))
+            .map(|e| (e, tokens[usize::from(e)]))
+            .collect();
         let resident = gpu.len();
         let mut for_cpu = vec![false; experts];
         let bytes = cuda.model.store.layout.blob_bytes as usize;
-        let sizes = &cuda.prefill.sizes;
-        let rates = &cuda.prefill.rates;
+        let (sizes, rates) = (&cuda.prefill.sizes, &cuda.prefill.rates);
         for expert in picks_for_cpu(missing.clone(), rates, bytes, sizes.expert_flops()) {
             for_cpu[usize::from(expert)] = true;
         }
         let rest = missing.iter().map(|&(e, _)| e);
-        copied.extend(rest.filter(|&e| !for_cpu[usize::from(e)]));
-        gpu.extend(copied);
+        gpu.extend(ahead);
+        gpu.extend(rest.filter(|&e| !for_cpu[usize::from(e)]));
         Division {
             gpu,
             resident,
@@ -213,59 +288,72 @@ impl Chunk<'_> {
         }
     }
 
-    /// Says in the layer's table where each expert of the GPU lies or will lie: the places of all.
-    fn place_experts(&self, layer: usize, division: &Division) -> Result<Vec<u64>> {
-        let cuda = self.cuda;
-        let experts = cuda.model.shape.moe.num_experts;
-        let bytes = cuda.model.store.slot_bytes() as usize;
-        let (per_batch, group_bytes) = (self.batch_experts(), cuda.prefill.sizes.group_bytes());
-        let place = |i: usize, expert: u16| match i.checked_sub(division.resident) {
-            None => cuda.model.store.resident(layer, usize::from(expert)),
-            Some(i) => {
-                let buffer = i / per_batch % RING;
-                self.at(self.places.ring + buffer * group_bytes + i % per_batch * bytes)
-            }
+    /// Brings the layer's lists to the GPU, and says in its table where each expert lies or will lie.
+    fn upload_lists(&self, work: &Work<'_>, host: &HostLists) -> Result<()> {
+        let (p, lists, prefill) = (self.places, work.lists, self.cuda.prefill);
+        let groups = lists.first_tiles.len();
+        let (tiles, rows) = (lists.first_tiles[groups - 1], lists.first_rows[groups - 1]);
+        let (k, experts) = self.picks_of();
+        let picks = self.tokens * k;
+        let table = work.layer * 2 * (experts + 1);
+        self.write_places(work, table);
+        let array = |from: u64, to: u64, words: usize| HostArray {
+            from,
+            to,
+            count: words as i64,
         };
-        let all = division.gpu.iter().enumerate();
-        let places: Vec<u64> = all.map(|(i, &expert)| place(i, expert)).collect();
-        let start = layer * 2 * (experts + 1);
-        let shared = cuda.model.dense.layers[layer].shared_blob;
+        let list = |from: &Pinned<i32>, to, words| array(from.at(0), self.at(to), words);
+        self.fetch(&[
+            list(&host.tiles, p.tiles, 4 * tiles),
+            list(&host.tile_offsets, p.tile_offsets, groups),
+            list(&host.rows, p.rows, rows),
+            list(&host.positions, p.positions, picks + self.tokens),
+            array(host.weights.at(0), self.at(p.topk_weights), picks),
+            array(
+                prefill.host_blobs.at(table),
+                prefill.blobs.at(8 * table),
+                4 * (experts + 1),
+            ),
+        ])
+    }
+
+    fn write_places(&self, work: &Work<'_>, table: usize) {
+        let cuda = self.cuda;
+        let (store, division) = (&cuda.model.store, work.division);
+        let experts = cuda.model.shape.moe.num_experts;
+        let per_batch = self.batch_experts();
+        let shared = cuda.model.dense.layers[work.layer].shared_blob;
         for part in 0..2 {
-            let table = start + part * (experts + 1);
             let put = |expert: usize, address: u64| {
-                // SAFETY: inside the table, which no copy reads now: the host waited for the layer before.
-                unsafe { *cuda.prefill.host_blobs.pointer(table + expert) = address };
+                let i = table + part * (experts + 1) + expert;
+                // SAFETY: inside the table, which nobody reads now: the host waited for the layer before.
+                unsafe { *cuda.prefill.host_blobs.pointer(i) = address };
             };
-            for (&expert, &address) in division.gpu.iter().zip(&places) {
-                put(usize::from(expert), address);
+            for (i, &expert) in division.gpu.iter().enumerate() {
+                let expert = usize::from(expert);
+                let address = match i.checked_sub(division.resident) {
+                    None => store.resident(work.layer, expert),
+                    Some(i) => self.in_batch(work.first_batch + i / per_batch, i % per_batch),
+                };
+                put(expert, address);
             }
             put(experts, shared);
         }
-        let from = cuda.prefill.host_blobs.pointer(start).cast();
-        let to = cuda.prefill.blobs.at(8 * start);
-        // SAFETY: both tables have this layer's part.
-        unsafe { (cuda.model.stream).copy_to_device(to, from, 16 * (experts + 1))? };
-        Ok(places)
     }
 
-    fn upload_lists(&self, host: &PickedHost, lists: &Lists) -> Result<()> {
-        let p = self.places;
-        let k = self.cuda.model.shape.moe.num_experts_per_tok;
-        let stream = &self.cuda.model.stream;
-        let groups = lists.first_tiles.len();
-        let tiles = lists.first_tiles[groups - 1];
-        let rows = lists.first_rows[groups - 1];
-        let send = |place: usize, from: *mut i32, count: usize, stream: &Stream| {
-            // SAFETY: the workspace has room for a chunk of this length, and so has the host's list.
-            unsafe { stream.copy_to_device(self.at(place), from.cast(), 4 * count) }
-        };
-        send(p.tiles, host.tiles.pointer(0), 4 * tiles, stream)?;
-        send(p.tile_offsets, host.tile_offsets.pointer(0), groups, stream)?;
-        send(p.rows, host.rows.pointer(0), rows, stream)?;
-        let positions = self.tokens * (k + 1);
-        send(p.positions, host.positions.pointer(0), positions, stream)?;
-        let weights = host.weights.pointer(0).cast();
-        send(p.topk_weights, weights, self.tokens * k, stream)
+    /// Fetches arrays from host memory.
+    fn fetch(&self, arrays: &[HostArray]) -> Result<()> {
+        let mut all = HostArrays::default();
+        all.each[..arrays.len()].copy_from_slice(arrays);
+        let longest = arrays.iter().map(|array| array.count).max();
+        let geometry = geometry::prefill_fetch(longest.unwrap_or(0) as usize);
+        self.launch("prefill_fetch", geometry, args![all])
+    }
+
+    /// Picks of a token, and experts.
+    fn picks_of(&self) -> (usize, usize) {
+        let moe = &self.cuda.model.shape.moe;
+        (moe.num_experts_per_tok, moe.num_experts)
     }
 
     /// `count` groups of the lists: gate and up, split, down.
@@ -330,115 +418,36 @@ impl Chunk<'_> {
         )
     }
 
-    /// The CPU's experts, whose sums become further rows.
+    /// The CPU's experts, whose sums become further rows; `beside` runs while workers begin.
     fn compute_in_ram(
         &self,
-        layer: usize,
-        lists: &Lists,
+        work: &Work<'_>,
         offload: &mut Offload,
-        host: &mut PickedHost,
+        normed: &Pinned<f32>,
+        computed: &mut Pinned<f32>,
+        beside: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        if lists.cpu_picks.is_empty() {
-            return Ok(());
-        }
         let cuda = self.cuda;
+        let lists = work.lists;
         let dim = cuda.model.shape.hidden_size;
-        let x = host.normed.as_mut_slice();
-        for (i, &token) in lists.cpu_tokens.iter().enumerate() {
-            x.copy_within(token * dim..(token + 1) * dim, i * dim);
-        }
         let count = lists.cpu_tokens.len() * dim;
-        let out = &mut host.computed.as_mut_slice()[..count];
-        out.fill(0.0);
-        let experts = &cuda.model.store.layers[layer].experts;
-        offload.add_picks(
+        let experts = &cuda.model.store.layers[work.layer].experts;
+        offload.compute_picks(
             experts,
             &lists.cpu_picks,
-            &host.normed.as_slice()[..count],
-            out,
+            &lists.cpu_tokens,
+            normed.as_slice(),
+            beside,
+            &mut computed.as_mut_slice()[..count],
         )?;
+        if count == 0 {
+            return Ok(());
+        }
         let first_row = lists.first_rows[lists.first_rows.len() - 1];
-        let to = self.at(self.places.expert_out + 4 * first_row * dim);
-        let from = host.computed.pointer(0).cast();
-        // SAFETY: there are no more rows than picks and tokens; the host waits before it writes again.
-        unsafe { cuda.model.stream.copy_to_device(to, from, 4 * count) }
+        self.fetch(&[HostArray {
+            from: computed.at(0),
+            to: self.at(self.places.expert_out + 4 * first_row * dim),
+            count: count as i64,
+        }])
     }
-}
-
-/// Sorts a layer's picks by the division's order, and makes the kernels' lists of them.
-fn make_lists(
-    host: &mut PickedHost,
-    division: &Division,
-    routing: &Routing,
-    tokens: usize,
-) -> Lists {
-    let k = routing.num_experts_per_tok;
-    let mut lists = Lists {
-        first_rows: vec![0],
-        first_tiles: vec![0],
-        cpu_tokens: Vec::new(),
-        cpu_picks: Vec::new(),
-    };
-    let mut next_row = vec![0usize; division.tokens.len()];
-    let shared = (division.tokens.len() as i32, tokens);
-    let of_experts = division.gpu.iter().map(|&e| {
-        let count = division.tokens[usize::from(e)] as usize;
-        (i32::from(e), count)
-    });
-    let tiles = host.tiles.as_mut_slice();
-    let offsets = host.tile_offsets.as_mut_slice();
-    let (mut row, mut tile) = (0, 0);
-    for (group, (expert, count)) in of_experts.chain([shared]).enumerate() {
-        offsets[group] = tile as i32;
-        if let Some(next) = next_row.get_mut(expert as usize) {
-            *next = row;
-        }
-        for first in (0..count).step_by(TILE_TOKENS) {
-            let rows = TILE_TOKENS.min(count - first) as i32;
-            tiles[4 * tile..][..4].copy_from_slice(&[expert, (row + first) as i32, rows, 0]);
-            tile += 1;
-        }
-        row += count;
-        lists.first_rows.push(row);
-        lists.first_tiles.push(tile);
-    }
-    offsets[division.gpu.len() + 1] = tile as i32;
-
-    let shared_row = row - tokens;
-    let (rows, positions) = (host.rows.as_mut_slice(), host.positions.as_mut_slice());
-    let weights = host.weights.as_mut_slice();
-    for token in 0..tokens {
-        let mut of_cpu = false;
-        for rank in 0..k {
-            let pick = token * k + rank;
-            let expert = routing.topk_ids[pick];
-            let position = &mut positions[token * (k + 1) + rank];
-            weights[pick] = routing.topk_weights[pick];
-            if !division.for_cpu[usize::from(expert)] {
-                let next = &mut next_row[usize::from(expert)];
-                rows[*next] = token as i32;
-                *position = *next as i32;
-                *next += 1;
-                continue;
-            }
-            // The first such pick stands for the CPU's sum, the others for nothing.
-            lists.cpu_picks.push(Pick {
-                token: lists.cpu_tokens.len() as u32,
-                expert,
-                weight: weights[pick],
-            });
-            let sum_row = row + lists.cpu_tokens.len();
-            (*position, weights[pick]) = match of_cpu {
-                false => (sum_row as i32, 1.0),
-                true => ((shared_row + token) as i32, 0.0),
-            };
-            of_cpu = true;
-        }
-        if of_cpu {
-            lists.cpu_tokens.push(token);
-        }
-        rows[shared_row + token] = token as i32;
-        positions[token * (k + 1) + k] = (shared_row + token) as i32;
-    }
-    lists
 }

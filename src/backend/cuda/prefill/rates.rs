@@ -10,11 +10,14 @@ use super::GROUP_EXPERTS;
 use crate::backend::Result;
 use crate::backend::cpu::offload::Pick;
 use crate::hardware::probe::median;
-use crate::planning::execution::{ShareRates, Workspace};
+use crate::planning::execution::{Streaming, Workspace};
+use crate::planning::sharing::ShareRates;
 
 /// Rounds, each with other experts, so that none is in a cache.
 const ROUNDS: usize = 5;
-/// Tokens of an expert that is bound by its weights, and of one that is bound by arithmetic.
+/// Copies go on while the CPU computes: so many times the group's bytes at most.
+const MAX_PASSES: usize = 64;
+/// Tokens of an expert whose time is mostly that of its weights, and of one where it is mostly arithmetic.
 const FEW_TOKENS: usize = 2;
 const MANY_TOKENS: usize = 64;
 /// The CPU computes this many experts with many tokens.
@@ -26,7 +29,7 @@ impl Cuda {
     /// # Errors
     /// From the driver or a worker.
     pub(in super::super) fn measure_share_rates(&mut self) -> Result<()> {
-        let places = Workspace::new(&self.prefill.sizes, 1);
+        let places = Workspace::new(&self.prefill.sizes, 1, Streaming::Picked);
         let base = self.workspace(places.bytes)?;
         let ring = base + places.ring as u64;
         let [start, end] = [self.device.new_event()?, self.device.new_event()?];
@@ -51,37 +54,43 @@ impl Cuda {
             picks(count, FEW_TOKENS),
             picks(MANY_TOKENS_EXPERTS.min(count), MANY_TOKENS),
         ];
-        let (mut pcie, mut reading, mut computing) = (Vec::new(), Vec::new(), Vec::new());
-        for round in 0..ROUNDS {
+        // The first round tells how long copies must last.
+        let mut passes = 1;
+        // Seconds of an expert with few tokens, and with many.
+        let (mut pcie, mut with_few, mut with_many) = (Vec::new(), Vec::new(), Vec::new());
+        for round in 0..=ROUNDS {
             let layer = |i: usize| (3 * round + i) % self.model.store.layers.len();
             self.copies.record(&start)?;
-            for expert in 0..count {
+            for expert in (0..count).cycle().take(passes * count) {
                 let (from, bytes) = self.model.store.blob(layer(0), expert);
-                // SAFETY: the ring has room for a group of experts, and nobody uses it.
+                // SAFETY: the ring has room for an expert, and nobody uses it.
                 unsafe { self.copies.copy_to_device(ring, from, bytes)? };
             }
             self.copies.record(&end)?;
+            let since = Instant::now();
             let mut timed = |layer: usize, picks: &[Pick], tokens: usize| -> Result<f64> {
                 let experts = &self.model.store.layers[layer].experts;
                 let since = Instant::now();
-                let (x, out) = (&x[..tokens * dim], &mut out[..tokens * dim]);
-                self.offload.add_picks(experts, picks, x, out)?;
+                let rows: Vec<u32> = (0..tokens as u32).collect();
+                let out = &mut out[..tokens * dim];
+                (self.offload).compute_picks(experts, picks, &rows, &x, || Ok(()), out)?;
                 Ok(since.elapsed().as_secs_f64())
             };
-            let seconds = timed(layer(1), &few, FEW_TOKENS)?;
-            reading.push((count * bytes) as f64 / seconds.max(1e-9) / 1e9);
-            let seconds = timed(layer(2), &many, MANY_TOKENS)?;
-            let flops = many.len() as u64 * self.prefill.sizes.expert_flops();
-            computing.push(flops as f64 / seconds.max(1e-9) / 1e9);
+            with_few.push(timed(layer(1), &few, FEW_TOKENS)? / (few.len() / FEW_TOKENS) as f64);
+            with_many
+                .push(timed(layer(2), &many, MANY_TOKENS)? / (many.len() / MANY_TOKENS) as f64);
+            let cpu_s = since.elapsed().as_secs_f64();
             self.copies.synchronize()?;
             let ms = f64::from(end.ms_since(&start)?);
-            pcie.push((count * bytes) as f64 / ms.max(1e-6) / 1e6);
+            pcie.push((passes * count * bytes) as f64 / ms.max(1e-6) / 1e6);
+            if round == 0 {
+                passes =
+                    ((1e3 * cpu_s / f64::from(ms.max(1e-3))).ceil() as usize).clamp(1, MAX_PASSES);
+            }
         }
-        self.prefill.rates = ShareRates {
-            pcie_gb_s: median(&mut pcie),
-            cpu_gb_s: median(&mut reading),
-            cpu_gflops: median(&mut computing),
-        };
+        let flops = self.prefill.sizes.expert_flops();
+        let [few_s, many_s] = [median(&mut with_few), median(&mut with_many)];
+        self.prefill.rates = fitted(median(&mut pcie), bytes, flops, [few_s, many_s]);
         self.give_slots_back()
     }
 
@@ -96,5 +105,16 @@ impl Cuda {
             "short prompts: experts that are not in VRAM come at {pcie_gb_s:.1} GB/s, or are computed in RAM \
              at {cpu_gb_s:.1} GB/s and {cpu_gflops:.0} GFLOP/s"
         )
+    }
+}
+
+/// Rates by which an expert takes as long as was measured, with few tokens and with many.
+fn fitted(pcie_gb_s: f64, bytes: usize, flops: u64, [few_s, many_s]: [f64; 2]) -> ShareRates {
+    let token_s = ((many_s - few_s) / (MANY_TOKENS - FEW_TOKENS) as f64).max(1e-9);
+    let read_s = few_s - FEW_TOKENS as f64 * token_s;
+    ShareRates {
+        pcie_gb_s,
+        cpu_gb_s: bytes as f64 / read_s.max(few_s / 10.0).max(1e-9) / 1e9,
+        cpu_gflops: flops as f64 / token_s / 1e9,
     }
 }
