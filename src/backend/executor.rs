@@ -287,7 +287,7 @@ pub trait Executor: Send {
     /// nothing; [`BackendError::UnknownSequence`].
     fn truncate(&mut self, of: SequenceId, tokens: usize) -> Result<()>;
 
-    /// Has the first `tokens` of the last piece that was run, a [tentative](Piece::tentative) one of this
+    /// Has the first `tokens` of the last piece that was run, a [tentative](method@Piece::tentative) one of this
     /// sequence, count; the others are taken back. Without this, all of them are, whatever is done next.
     ///
     /// # Errors
