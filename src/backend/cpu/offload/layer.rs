@@ -240,7 +240,7 @@ impl Step<'_> {
         }
         prepare(isa, x, &values[..self.tokens], &experts[0].gate);
         let x = few_tokens(x);
-        panels.resize(picks.len().max(panels.len()), [0.0; TILE_ROWS]);
+        panels.resize(picks.count().max(panels.len()), [0.0; TILE_ROWS]);
         // All experts' first rows come first: so a worker has the same rows of every expert,
         // whichever experts they are, and finds them where it fetched them.
         let count = groups.len();

@@ -95,7 +95,7 @@ impl Picks {
     }
 
     /// Picks of all tokens.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.tokens.len()
     }
 
@@ -140,7 +140,7 @@ mod tests {
             assert_eq!(picks.tokens(&groups[1]), [0, 2]);
             assert_eq!(picks.tokens(&groups[2]), [2]);
             assert_eq!(groups[0].numbers(), [0, 1, 2]);
-            assert_eq!(picks.len(), 6);
+            assert_eq!(picks.count(), 6);
             assert_eq!(picks.of_token(0), [(0, 0.5), (3, 0.25)]);
             assert_eq!(picks.of_token(1), []);
             assert_eq!(picks.of_token(2), [(5, 0.4), (1, 0.3), (4, 0.2)]);
