@@ -121,12 +121,14 @@ impl<'a> Piece<'a> {
                 self.ids.len()
             )));
         }
-        if self.tentative && (self.ids.len() > MOST_TENTATIVE || !before.is_empty()) {
+        let of_many = self.tentative && self.ids.len() > MOST_TENTATIVE;
+        let with_others = before.iter().chain([self]).any(|piece| piece.tentative);
+        if of_many || (with_others && !before.is_empty()) {
             return Err(BackendError::Other(format!(
-                "a piece of {} tokens that may be taken back, behind {} others; it must be alone and \
-                 have at most {MOST_TENTATIVE}",
+                "tokens that may be taken back come alone, at most {MOST_TENTATIVE}; here are {} in piece \
+                 {} of a batch",
                 self.ids.len(),
-                before.len()
+                before.len() + 1
             )));
         }
         let needed = position + self.ids.len();
