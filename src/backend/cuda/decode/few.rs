@@ -26,6 +26,10 @@ pub struct Buffers {
 }
 
 impl Buffers {
+    /// Room for a step of [`MAX_BATCH`] tokens.
+    ///
+    /// # Errors
+    /// If the device's memory is short.
     pub fn new(arena: &mut Arena, shape: &ModelShape, stream: &Stream) -> Result<Self> {
         let is_net = |kind: &MixerKind| *kind == MixerKind::GatedDeltaNet;
         let mut nets = 0;

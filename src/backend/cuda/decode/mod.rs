@@ -249,6 +249,9 @@ impl Decode {
     }
 
     /// The tokens of a step are of the sequences whose states lie at these device addresses from now on.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn point_at(&mut self, bases: &[u64], stream: &Stream) -> Result<()> {
         let states = &mut self.host_states.as_mut_slice()[..bases.len()];
         if states.iter().zip(bases).all(|(s, &base)| s.state == base) {
