@@ -139,7 +139,7 @@ fn projections_of_several_tokens_have_the_bits_of_each_alone() {
             let [a, b, c] = uploaded.each_ref().map(|m| &m.linear);
             for (n, tokens) in TOKENS.into_iter().enumerate() {
                 let projection = Projection {
-                    linears: if n % 2 == 0 {
+                    linears: if n.is_multiple_of(2) {
                         [a, b, c]
                     } else {
                         [a, &none, &none]

@@ -109,7 +109,7 @@ fn requests_that_generate_together_end_as_each_would_alone_also_where_a_context_
         let submit = |owner: usize| {
             let (prompt, max_tokens) = asked[owner % asked.len()];
             let mut request = request(owner as u64, text(3, prompt as u32), max_tokens);
-            request.logprobs = (owner % 2 == 0).then_some(2);
+            request.logprobs = owner.is_multiple_of(2).then_some(2);
             service.submit(request).unwrap()
         };
         let together: Vec<_> = (0..asked.len()).map(submit).collect();

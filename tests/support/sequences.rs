@@ -249,7 +249,7 @@ impl World<'_> {
         }
         // One in four is taken back by what comes next.
         let kept = kept % (ids.len() + 1);
-        if kept > 0 || ids.len() % 2 == 0 {
+        if kept > 0 || ids.len().is_multiple_of(2) {
             self.executor.keep(id, kept).unwrap();
             let too_many = self.executor.keep(id, ids.len() - kept + 1);
             prop_assert!(too_many.is_err(), "only once");

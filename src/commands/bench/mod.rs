@@ -194,10 +194,11 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     if !args.parallel.is_empty() {
         let (engine, text) = (&mut ready.engine, &ready.text.ids);
         let rows = parallel::measure(engine, text, &ready.plan, &args.cases(), console)?;
-        return Ok(match console.json {
+        match console.json {
             true => console.result_json(&rows)?,
             false => console.table(parallel::render(&rows))?,
-        });
+        }
+        return Ok(());
     }
     let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&ready.engine));
     let compute = &args.compute;
