@@ -26,7 +26,7 @@ fn sequences_on_a_device_are_as_if_each_were_alone() {
     let model = open(&golden("tiny-b", "nf4").model_dir);
     // The emulator takes a twentieth of a second for a step.
     let sizes = if is_emulated(&device) {
-        [1, 40, 50]
+        [1, 100, 50]
     } else {
         [4, 250, 100]
     };
