@@ -6,12 +6,12 @@ decode_attention: attention of one token over the whole context, one pass over K
   out   [H, hd] f32, times sigmoid(gate)
 G = H / Hkv query heads share a KV head; a block serves 8 of them, so with G > 8 K and V are read
 ceil(G / 8) times (the second time mostly from L2).
-launch: grid (splits, Hkv * ceil(G / 8)), block 128,
+launch: grid (splits, Hkv * ceil(G / 8), tokens), block 128,
         dynamic shared memory: f16  388 * hd + 336     (99,664 bytes at hd = 256)
                                int8 344 * hd + 336     (88,400)
         splits: what fills the GPU once, max(1, SMs / (Hkv * ceil(G / 8))), at most 256.
-        partial: Hkv * ceil(G / 8) * splits * min(G, 8) * (hd + 2) floats.
-        counters: 64 per grid row (Hkv * ceil(G / 8)), zero before the first launch.
+        partial: Hkv * ceil(G / 8) * splits * min(G, 8) * (hd + 2) floats for each token.
+        counters: 64 per grid row (Hkv * ceil(G / 8)) and token, zero before the first launch.
 hd 32, 64, 128 or 256; rotary_dim <= hd.
 
 The context is cut into tiles of 16 keys, dealt to blocks in contiguous runs and to the four warps of a
@@ -481,6 +481,12 @@ KERNEL __launch_bounds__(THREADS, 1)
   DYNAMIC_SMEM(smem);
   launch_next_kernel();
   (void)splits; /* gridDim.x */
+  const int token = token_index(), query_heads = min(HEADS, num_heads / num_kv_heads);
+  step += token;
+  q += (int64_t)token * num_heads * 2 * head_dim, out += (int64_t)token * num_heads * head_dim;
+  k += (int64_t)token * num_kv_heads * head_dim, v += (int64_t)token * num_kv_heads * head_dim;
+  partial += (int64_t)token * gridDim.y * gridDim.x * query_heads * (head_dim + 2);
+  counters += (int64_t)token * gridDim.y * COUNTERS;
   cache.k = of_sequence((uint8_t *)cache.k, step);
   cache.v = of_sequence((uint8_t *)cache.v, step);
   cache.k_scales = of_sequence(cache.k_scales, step);

@@ -55,15 +55,21 @@ struct ExpertLayout {
   int32_t padding;
 };
 
-/* What changes from one decode step to the next; in device memory. decode_begin writes position and number.
-   `state` is written before the graph is launched, so that kernels may read it before they wait. */
+/* What changes from one decode step to the next, of each token in the step; in device memory. decode_begin
+   writes position and number. `state` is written before the graph is launched, so that kernels may read it before they wait. */
 struct Step {
   int32_t position; /* of the token being decoded: tokens seen before it */
   uint32_t number;  /* counts decode steps from 1; never repeats within a process */
   uint64_t state;   /* where the sequence's states lie: added to the places that kernels are given */
 };
 
-/* A place in the states of the sequence that is being decoded: graphs know places, not sequences. */
+/* Decode kernels take up to MAX_BATCH tokens in one launch, each with a Step, and in every buffer a row of its
+   own; the grid's z is the token. What a token gets does not depend on the others. */
+constexpr int MAX_BATCH = 8;
+
+__device__ __forceinline__ int token_index() { return (int)blockIdx.z; }
+
+/* A place in the states of the sequence that a token is of: graphs know places, not sequences. */
 template <class T>
 __device__ __forceinline__ T *of_sequence(T *place, const Step *step) {
   return (T *)((uint64_t)place + step->state);

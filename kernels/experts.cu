@@ -1,13 +1,15 @@
 /*
-The experts that Decision gives to the GPU, the shared one last, for one token.
+The experts that Decision gives to the GPU, the shared one last, for each token in the grid's z: one that
+several tokens picked comes from L2 for all but the first.
 
 decode_experts_up: h[i] = silu(gate_i x) * (up_i x), x = rms_norm(hidden) * norm_scale, for each entry i.
-  launch: grid (ceil(max(experts.intermediate, shared.intermediate) / 16), k + 1), block (256),
+  launch: grid (ceil(max(experts.intermediate, shared.intermediate) / 16), k + 1, tokens), block (256),
     shared memory UP_SMEM = 40,960 bytes.
 decode_experts_down: out[r] = sum over the entries of weight_i * (down_i h_i)[r].
-  launch: grid (ceil(dim / 16)), block (512), shared memory DOWN_SMEM = 49,152 bytes.
+  h: per token k + 1 rows of h_stride.
+  launch: grid (ceil(dim / 16), 1, tokens), block (512), shared memory DOWN_SMEM = 49,152 bytes.
 decode_combine: hidden += gpu + cpu.
-  launch: grid (ceil(dim / 1024)), block (256), no shared memory.
+  launch: grid (ceil(dim / 1024), 1, tokens), block (256), no shared memory.
 
 NF4: a block takes half tile rows (16 rows; of gate and of up), so that the 80B model's 11 experts fill an H100
 evenly. Of blobs in host memory it takes whole ones, by which PCIe works better, and every other block has
@@ -130,6 +132,7 @@ KERNEL __launch_bounds__(UP_WARPS * 32, 3)
   __syncthreads();
   wait_for_previous_kernels();
   launch_next_kernel();
+  hidden += (int64_t)token_index() * dim, decision += token_index();
   const int entry = (int)blockIdx.y;
   int row = (int)blockIdx.x * BLOCK_ROWS;
   const uint8_t *blob = load_pointer(&decision->blob[entry]);
@@ -142,7 +145,7 @@ KERNEL __launch_bounds__(UP_WARPS * 32, 3)
                       is_shared ? shared_expert.up_offset : experts.up_offset};
   if (row >= e.intermediate) return;
   const Normed n = {hidden, norm_scale, dim};
-  h += (int64_t)entry * h_stride;
+  h += ((int64_t)token_index() * gridDim.y + entry) * h_stride;
   if (e.format == BF16_ROWS) {
     up_rows<BF16_ROWS>(e, address_of(blob), row, n, eps, h);
   } else if (e.format == F32_ROWS) {
@@ -353,10 +356,12 @@ __device__ __forceinline__ void down_block(const Decision *decision, const Entri
 }
 
 KERNEL __launch_bounds__(DOWN_WARPS * 32, 2)
-    decode_experts_down(const float *h, int h_stride, const Decision *decision, ExpertLayout experts,
+    decode_experts_down(const float *h, int h_stride, int k, const Decision *decision, ExpertLayout experts,
                         ExpertLayout shared_expert, int dim, float *hidden_add, int add_to) {
   DYNAMIC_SMEM(shared);
   launch_next_kernel();
+  decision += token_index(), hidden_add += (int64_t)token_index() * dim;
+  h += (int64_t)token_index() * (k + 1) * h_stride;
   const Entries entries = load_entries(decision);
   const bool host = __any_sync(ALL_LANES, (lane_index() < entries.routed && in_host(entries.blob)) ||
                                               in_host(entries.shared_blob));
@@ -372,7 +377,9 @@ KERNEL __launch_bounds__(DOWN_WARPS * 32, 2)
 KERNEL decode_combine(const float *gpu, const float *cpu, uint32_t *done, float *hidden, int dim) {
   launch_next_kernel();
   wait_for_previous_kernels();
-  const int i = 4 * (int)(blockIdx.x * blockDim.x + threadIdx.x);
+  const int i = 4 * (int)(blockIdx.x * blockDim.x + threadIdx.x), token = token_index();
+  const int64_t row = (int64_t)token * dim;
+  hidden += row, cpu += row, gpu += gpu != nullptr ? row : 0;
   if (i < dim) {
     float4 x = *(const float4 *)(hidden + i);
     const float4 y = load_host16(cpu + i);
@@ -383,7 +390,7 @@ KERNEL decode_combine(const float *gpu, const float *cpu, uint32_t *done, float 
     x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
     *(float4 *)(hidden + i) = x;
   }
-  if (i == 0 && done != nullptr) *(volatile uint32_t *)done = 0;
+  if (i == 0 && token == 0 && done != nullptr) *(volatile uint32_t *)done = 0;
 }
 
 EXPORT(decode_experts_up)

@@ -1,6 +1,8 @@
 /*
 Matrices of a layer outside the experts, times one token (decode) or up to eight.
 
+Grids of decode kernels have a token in z; each has its row of every buffer, one after the other.
+
 decode_begin: copies the token's embedding row and the step.
   launch: grid (ceil(dim / 1024)), block (256), no shared memory.
 
@@ -15,7 +17,8 @@ decode_norm_linear: out_m = m x for m = a, b, c, x = rms_norm(hidden) * norm_sca
   v3  bf16, f32, a: persistent blocks with x in shared memory, four rows a warp at once; lm_head
 
 decode_linear_add: hidden += W x.
-decode_delta_out: the same with x = gated rms norm of the delta rule's output.
+decode_delta_out: the same with x = gated rms norm of the delta rule's output; its gate is in the sequence's ring, or
+  where ring_slots is 0 in row `token` of `ring`.
   launch: grid (ceil(rows / 16)), block (512), shared memory ADD_SMEM = 49,152 bytes (both).
   NF4: one block per half tile row, so that 2048 rows fill 128 multiprocessors; else one warp per row.
 
@@ -25,17 +28,7 @@ linear_small: out[m] = W x[m] for up to eight tokens; tokens are the columns of 
 
 Vectors and rows of tokens are 16-byte aligned, lengths multiples of 4.
 */
-#include "matvec.cuh"
-
-constexpr int NORM_WARPS = 8;
-constexpr int NORM_SMEM = shared_bytes(NORM_WARPS);
-constexpr int ADD_WARPS = 16;
-constexpr int ADD_SMEM = shared_bytes(ADD_WARPS);
-constexpr int ADD_ROWS = 16;
-static_assert(NORM_SMEM == 40960 && ADD_SMEM == 49152, "as the header says");
-
-/* Floats of a warp's area: rows of a tile row first, then the squares of its part of x. */
-constexpr int AREA_SQUARES = TILE_ROWS;
+#include "linear.cuh"
 
 constexpr int MAX_TOKENS = 8;
 /* Above this, linear_small takes four rows a warp: they share the loads of x. */
@@ -44,21 +37,17 @@ constexpr int SMALL_ONE_ROW = 4096;
 KERNEL decode_begin(const float *embedding, const Step *host_step, float *hidden, Step *step, int dim) {
   launch_next_kernel();
   wait_for_previous_kernels();
-  const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-  if (4 * i < dim) *(float4 *)(hidden + 4 * i) = load_host16(embedding + 4 * i);
+  const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x), token = token_index();
+  const int64_t at = (int64_t)token * dim + 4 * i;
+  if (4 * i < dim) *(float4 *)(hidden + at) = load_host16(embedding + at);
   if (i == 0) {
-    const volatile Step *from = host_step;
-    step->position = from->position;
-    step->number = from->number;
+    const volatile Step *from = host_step + token;
+    step[token].position = from->position;
+    step[token].number = from->number;
   }
 }
 
 /* ---- decode_norm_linear ---- */
-
-/* Where the factor 1 / rms comes from; without a norm it is 1. */
-__device__ __forceinline__ float norm_factor(const Normed &n, float squares, float eps) {
-  return n.scale == nullptr ? 1.0f : inverse_rms(squares, n.cols, eps);
-}
 
 /* Tile row `tile_row` of an NF4 matrix; `out` is known after the wait. */
 template <class Out>
@@ -161,11 +150,6 @@ __device__ __forceinline__ void norm_many_rows(const Linear &m, int block, int b
   }
 }
 
-__device__ __forceinline__ int norm_blocks(const Linear &m) {
-  if (m.weights == nullptr) return 0;
-  return m.format == NF4_TILES ? (m.rows + TILE_ROWS - 1) / TILE_ROWS : (m.rows + NORM_WARPS - 1) / NORM_WARPS;
-}
-
 template <int FORMAT, class Out>
 __device__ __forceinline__ void norm_any_rows(const Linear &m, int block, int blocks, const Normed &n,
                                               float eps, uint8_t *shared, Out out) {
@@ -180,6 +164,8 @@ KERNEL __launch_bounds__(NORM_WARPS * 32, 3)
                        Linear b, Linear c, float *out_a, float *out_b, float *out_c, int ring_slots) {
   DYNAMIC_SMEM(shared);
   launch_next_kernel();
+  const int token = token_index();
+  step += token, hidden += (int64_t)token * a.cols;
   const int b_blocks = norm_blocks(b), c_blocks = norm_blocks(c);
   const int a_blocks = (int)gridDim.x - b_blocks - c_blocks;
   int block = (int)blockIdx.x, blocks = a_blocks;
@@ -190,7 +176,7 @@ KERNEL __launch_bounds__(NORM_WARPS * 32, 3)
     block -= a_blocks, blocks = b_blocks, m = b, to = out_b, ring = false;
     if (block >= b_blocks) block -= b_blocks, blocks = c_blocks, m = c, to = out_c;
   }
-  if (ring) to = of_sequence(to, step);
+  to = ring ? of_sequence(to, step) : to + (int64_t)token * m.rows;
   const Normed n = {hidden, norm_scale, m.cols};
   const auto out = [=]() { return ring ? to + (int64_t)(step->position % ring_slots) * m.rows : to; };
   if (m.format == NF4_TILES)
@@ -248,6 +234,7 @@ __device__ __forceinline__ void add_rows(const float *x, const Linear &w, float 
 KERNEL __launch_bounds__(ADD_WARPS * 32, 2) decode_linear_add(const float *x, Linear w, float *hidden) {
   DYNAMIC_SMEM(shared);
   launch_next_kernel();
+  x += (int64_t)token_index() * w.cols, hidden += (int64_t)token_index() * w.rows;
   if (w.format == NF4_TILES)
     add_half_tile_row<4>(
         w, hidden, shared, 1, []() {},
@@ -256,43 +243,6 @@ KERNEL __launch_bounds__(ADD_WARPS * 32, 2) decode_linear_add(const float *x, Li
     add_rows<BF16_ROWS>(x, w, hidden);
   else
     add_rows<F32_ROWS>(x, w, hidden);
-}
-
-/* The gated norm's input: o [Hv * dv], and of the step's projection (qwen3-next.md 6.1) each key head's z. */
-struct Gated {
-  const float *o;
-  const float *projection;
-  const float *norm;
-  float eps;
-  int cols;
-  int dk;
-  int dv_shift; /* dv = 1 << dv_shift: 32, 64 or 128 */
-  int value_heads_per_key_head;
-};
-
-/* The lane's eight values of the gated norm: o / rms(o of the head) * norm * silu(z). Lanes of a head are
-   neighbours: four for each 32 columns. */
-__device__ __forceinline__ void gated_values(const Gated &n, int column, float (&v)[8]) {
-  load_values(n.o, column, n.cols, v);
-  const int dv = 1 << n.dv_shift, r = n.value_heads_per_key_head;
-  const bool there = column < n.cols;
-  const int head = there ? column >> n.dv_shift : 0, in_head = column & (dv - 1);
-  const int key_head = head / r;
-  const int z_at = (2 * n.dk + 2 * r * dv) * key_head + 2 * n.dk + r * dv + dv * (head - r * key_head);
-  float z[8], scale[8];
-  load_values(n.projection + z_at, there ? in_head : NO_COLUMN, dv, z);
-  load_values(n.norm, there ? in_head : NO_COLUMN, dv, scale);
-  float squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 8; i++) squares = fmaf(v[i], v[i], squares);
-  squares += __shfl_xor_sync(ALL_LANES, squares, 1);
-  squares += __shfl_xor_sync(ALL_LANES, squares, 2);
-  const float of_block = squares + __shfl_xor_sync(ALL_LANES, squares, 4);
-  const float of_two = of_block + __shfl_xor_sync(ALL_LANES, of_block, 8);
-  const float of_head = dv == 32 ? squares : dv == 64 ? of_block : of_two;
-  const float factor = inverse_rms(of_head, dv, n.eps);
-#pragma unroll
-  for (int i = 0; i < 8; i++) v[i] = v[i] * factor * scale[i] * quick_silu(z[i]);
 }
 
 /* Sixteen rows, a warp each; x in the table's place, TABLE_FLOATS columns at a time. */
@@ -332,10 +282,12 @@ KERNEL __launch_bounds__(ADD_WARPS * 32, 2)
                      Linear w, float *hidden) {
   DYNAMIC_SMEM(shared);
   launch_next_kernel();
-  ring = of_sequence(ring, step);
+  step += token_index();
+  o += (int64_t)token_index() * w.cols, hidden += (int64_t)token_index() * w.rows;
+  if (ring_slots > 0) ring = of_sequence(ring, step);
   Gated n = {o, nullptr, norm, eps, num_value_heads * dv, dk, 31 - __clz(dv), num_value_heads / num_key_heads};
   const auto find_projection = [&]() {
-    n.projection = ring + (int64_t)(step->position % ring_slots) * qkvz_rows;
+    n.projection = ring + (int64_t)(ring_slots > 0 ? step->position % ring_slots : token_index()) * qkvz_rows;
   };
   if (w.format == NF4_TILES) {
     add_half_tile_row<2>(w, hidden, shared, dv == 128 ? 2 : 1, find_projection,

@@ -1,7 +1,7 @@
 /*
 decode_router: chooses a token's experts, for the GPU (Decision) and for the CPU (Handoff).
 
-  launch: grid (blocks(router) + blocks(shared_gate) + (handoff_x ? 1 : 0)), block (512),
+  launch: grid (blocks(router) + blocks(shared_gate) + (handoff_x ? 1 : 0), 1, tokens), block (512),
     shared memory ROUTER_SMEM = 49,152 bytes; blocks(m) = ceil(rows / 16) for NF4_TILES, else ceil(rows / 4).
 
 All blocks compute logits [E + 1], the shared expert's gate last: half a tile row, or four rows of bf16 or
@@ -259,8 +259,11 @@ KERNEL __launch_bounds__(ROUTER_THREADS, ROUTER_RESIDENT)
   /* A float behind all sums in the last warp's area: static shared memory would not fit beside 48 KB. */
   volatile bool &is_last = *(volatile bool *)(shared + ROUTER_SMEM - 4);
   launch_next_kernel();
+  const int num_experts = router.rows, token = token_index();
+  step += token, hidden += (int64_t)token * dim, handoff_x += (int64_t)token * dim;
+  logits += (int64_t)token * (num_experts + 1), counter += token, decision += token;
+  if (handoff != nullptr) handoff += token;
   const Normed n = {hidden, norm_scale, dim};
-  const int num_experts = router.rows;
   int block = (int)blockIdx.x;
   Linear m = router;
   float *to = logits;

@@ -1,11 +1,12 @@
 /*
-sample_best: the best logits of a token, so that a step need not bring all of them to the host.
+sample_best: the best logits of each token, so that a step need not bring all of them to the host. Of each
+token in the grid's z:
   logits   [V] f32
   maxima   [chunks] of scratch, chunks = ceil(V / chunk) <= 1024; chunk is a multiple of 32
   counter  0 before the first launch, and again after each
   best     the best token, the lowest id among equals, or the first logit that is NaN or +inf; and a
            set of candidates with every token that is at least as good as the wanted-th best
-launch: grid (ceil(chunks / 8)), block 256, no dynamic shared memory.
+launch: grid (ceil(chunks / 8), 1, tokens), block 256, no dynamic shared memory.
 
 A warp takes the maximum of a chunk. The last block to finish has the maxima: of its threads' best, the
 wanted-th is a lower bound of the wanted-th logit of all, and few others reach it, so only chunks that do
@@ -65,7 +66,8 @@ KERNEL __launch_bounds__(BEST_THREADS)
   launch_next_kernel();
   wait_for_previous_kernels();
   const int tid = (int)threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int chunks = (vocab + chunk - 1) / chunk;
+  const int chunks = (vocab + chunk - 1) / chunk, token = token_index();
+  logits += (int64_t)token * vocab, maxima += (int64_t)token * chunks, counter += token, best += token;
 
   const int own = (int)blockIdx.x * BEST_WARPS + warp;
   if (own < chunks) {

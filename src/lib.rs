@@ -44,6 +44,8 @@
 //!   through flags in pinned memory.
 //! - What one owner's prompts left behind ([`engine::prefix`]) no other's can find.
 //! - A token chosen from the best logits ([`backend::BestLogits`]) is the one that all logits give.
+//! - A step takes a token of each of up to eight sequences, or a few of one that may be taken back, and
+//!   reads weights once for all; each token gets the bits that it gets alone.
 //! - Feeding a sequence in other pieces changes no result beyond rounding, and greedy tokens not
 //!   at all.
 //! - Which weights are quantised is decided per tensor from the file, never from the config.

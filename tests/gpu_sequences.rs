@@ -9,8 +9,12 @@ mod sequence;
 mod support;
 
 use gpu::{is_emulated, open_device};
+use moectl::backend::cuda::abi::MAX_BATCH;
 use moectl::backend::cuda::{CudaOptions, Residency};
-use moectl::backend::{BackendError, DeviceMemory, Executor, KvDtype};
+use moectl::backend::{
+    BackendError, DeviceMemory, Executor, KvDtype, LogitRows, NextLogits, Piece, Routing,
+    RunEvents, SlotChange, Wanted,
+};
 use sequence::*;
 use support::sequences::{bits, check_against_fresh_sequences, feed};
 use support::*;
@@ -22,7 +26,7 @@ fn sequences_on_a_device_are_as_if_each_were_alone() {
     let model = open(&golden("tiny-b", "nf4").model_dir);
     // The emulator takes a twentieth of a second for a step.
     let sizes = if is_emulated(&device) {
-        [1, 40, 50]
+        [1, 100, 50]
     } else {
         [4, 250, 100]
     };
@@ -41,6 +45,144 @@ fn sequences_on_a_device_are_as_if_each_were_alone() {
         let mut tested = cuda(&device, options(), &model, 64);
         let mut naive = cuda(&device, options(), &model, 64);
         check_against_fresh_sequences(&mut tested.executor, &mut naive.executor, sizes);
+    }
+}
+
+/// Sequences of a step, and where experts are.
+fn placements() -> Vec<(&'static str, &'static str, CudaOptions)> {
+    let split = CudaOptions {
+        // Of two misses one over PCIe, of three one, of four two.
+        split: Some(vec![0, 0, 1, 1, 2]),
+        look_ahead: Some(true),
+        ..with(Residency::Nothing)
+    };
+    let in_ram = CudaOptions {
+        head_in_ram: true,
+        parts: Some(2),
+        ..with(Residency::Nothing)
+    };
+    let int8 = CudaOptions {
+        kv_dtype: Some(KvDtype::Int8),
+        ..with(Residency::Fill)
+    };
+    vec![
+        ("tiny-b", "nf4", int8),
+        ("tiny-b", "nf4", split),
+        ("tiny-c", "bf16", in_ram),
+        ("tiny-a", "bf16", with(Residency::Fill)),
+    ]
+}
+
+#[test]
+fn a_token_has_the_same_bits_whoever_shares_its_step() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    for (name, checkpoint, options) in placements() {
+        let model = open(&golden(name, checkpoint).model_dir);
+        let vocab = model.0.vocab_size as u32;
+        let ids = |sequence: usize| -> Vec<u32> {
+            let ids = (0..2 + sequence % 3).map(|i| (31 * sequence + 7 * i + 3) as u32 % vocab);
+            ids.collect()
+        };
+        let mut executor = cuda(&device, options, &model, 64).executor;
+        executor.reserve(MAX_BATCH, 64).unwrap();
+        let all = 0..MAX_BATCH;
+        let alone: Vec<Vec<Vec<u32>>> = (all.clone())
+            .map(|sequence| {
+                let id = executor.new_sequence().unwrap();
+                let mut step = |id_fed| bits(&feed(&mut executor, id, &[id_fed]).unwrap());
+                let found = ids(sequence).into_iter().map(&mut step).collect();
+                executor.drop_sequence(id);
+                found
+            })
+            .collect();
+        let sequences: Vec<_> = (all.clone())
+            .map(|_| executor.new_sequence().unwrap())
+            .collect();
+        for (step, together) in [8, 5, 3].into_iter().enumerate() {
+            let there: Vec<usize> = all.clone().filter(|&s| ids(s).len() > step).collect();
+            for some in there.chunks(together) {
+                let fed: Vec<[u32; 1]> = some.iter().map(|&s| [ids(s)[step]]).collect();
+                let pieces: Vec<Piece> = (some.iter().zip(&fed))
+                    .map(|(&s, ids)| Piece::new(sequences[s], ids, LogitRows::Last))
+                    .collect();
+                let mut routed = vec![0; pieces.len()];
+                let found = executor.run(&pieces, &mut Counting(&mut routed)).unwrap();
+                let layers = model.0.num_layers();
+                assert!(routed.iter().all(|&count| count == layers), "{routed:?}");
+                for (&sequence, found) in some.iter().zip(found) {
+                    assert_eq!(executor.position(sequences[sequence]).unwrap(), step + 1);
+                    assert!(
+                        bits(&all_logits(found)) == alone[sequence][step],
+                        "{name} {checkpoint}: token {step} of sequence {sequence} with {some:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+/// Layers that were told of each piece.
+struct Counting<'a>(&'a mut [usize]);
+
+impl RunEvents for Counting<'_> {
+    fn routed(&mut self, piece: usize, layer: usize, position: usize, routing: &Routing) {
+        assert_eq!((layer, routing.tokens()), (self.0[piece], 1));
+        assert!(position < 4);
+        self.0[piece] += 1;
+    }
+
+    fn admit(&mut self, _: usize, _: usize, _: usize) -> Vec<SlotChange> {
+        Vec::new()
+    }
+}
+
+fn all_logits(logits: NextLogits) -> Vec<f32> {
+    match logits {
+        NextLogits::All(logits) => logits,
+        NextLogits::Best(_) => panic!("rows were wanted"),
+    }
+}
+
+#[test]
+fn best_logits_of_a_step_are_those_of_each_alone() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    let model = open(&golden("tiny-a", "nf4").model_dir);
+    let mut executor = cuda(&device, with(Residency::Fill), &model, 64).executor;
+    executor.reserve(6, 64).unwrap();
+    let wanted = [Some(1), Some(40), None, Some(1000), Some(5)];
+    let fed: Vec<[u32; 1]> = (0..wanted.len() as u32).map(|i| [11 * i + 2]).collect();
+    let run = |executor: &mut dyn Executor, some: &[usize]| {
+        let ids: Vec<_> = some
+            .iter()
+            .map(|_| executor.new_sequence().unwrap())
+            .collect();
+        let piece = |(&id, &i): (&_, &usize)| Piece {
+            wanted: wanted[i].map_or(Wanted::Rows(0..1), Wanted::Best),
+            ..Piece::new(id, &fed[i], LogitRows::None)
+        };
+        let pieces: Vec<Piece> = ids.iter().zip(some).map(piece).collect();
+        let found = executor
+            .run(&pieces, &mut Quiet(&mut |_, _, _| {}))
+            .unwrap();
+        drop(pieces);
+        ids.into_iter().for_each(|id| executor.drop_sequence(id));
+        found
+    };
+    // Where one wants all logits, all get them.
+    for some in [&[0, 1, 4][..], &[0, 4, 1, 0], &[0, 1, 2, 3, 4]] {
+        let together = run(&mut executor, some);
+        for (&i, together) in some.iter().zip(together) {
+            let alone = run(&mut executor, &[i]).remove(0);
+            match (together, alone) {
+                (NextLogits::All(all), NextLogits::Best(best)) => {
+                    assert_eq!(all[best.id as usize].to_bits(), best.logit.to_bits());
+                    assert!(all.iter().all(|&logit| logit <= best.logit));
+                }
+                (together, alone) => assert_eq!(together, alone, "{some:?}"),
+            }
+        }
     }
 }
 

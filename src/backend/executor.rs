@@ -65,7 +65,13 @@ pub struct Piece<'a> {
     pub wanted: Wanted,
     /// Whether [`RunEvents::admit`] is asked, as it is at the end of a prompt
     pub admits: bool,
+    /// Whether its tokens count only as far as they are [kept](Executor::keep), right after: at most
+    /// [`MOST_TENTATIVE`], alone in a batch
+    pub tentative: bool,
 }
+
+/// Tokens of a piece that may be taken back.
+pub const MOST_TENTATIVE: usize = 8;
 
 impl<'a> Piece<'a> {
     /// A piece that changes no slots.
@@ -75,7 +81,21 @@ impl<'a> Piece<'a> {
             ids,
             wanted: Wanted::Rows(rows.of(ids.len())),
             admits: false,
+            tentative: false,
         }
+    }
+
+    /// A piece whose tokens may be taken back, with the logits of all of them.
+    pub fn tentative(sequence: SequenceId, ids: &'a [u32]) -> Self {
+        Piece {
+            tentative: true,
+            ..Piece::new(sequence, ids, LogitRows::All)
+        }
+    }
+
+    /// Whether it is one token that stays.
+    pub(super) fn is_single(&self) -> bool {
+        self.ids.len() == 1 && !self.tentative
     }
 
     /// Whether the piece may run in a batch after `before`, on a sequence of at most `max_tokens` that
@@ -100,6 +120,16 @@ impl<'a> Piece<'a> {
                 rows.start,
                 rows.end,
                 self.ids.len()
+            )));
+        }
+        let of_many = self.tentative && self.ids.len() > MOST_TENTATIVE;
+        let with_others = before.iter().chain([self]).any(|piece| piece.tentative);
+        if of_many || (with_others && !before.is_empty()) {
+            return Err(BackendError::Other(format!(
+                "tokens that may be taken back come alone, at most {MOST_TENTATIVE}; here are {} in piece \
+                 {} of a batch",
+                self.ids.len(),
+                before.len() + 1
             )));
         }
         let needed = position + self.ids.len();
@@ -259,6 +289,13 @@ pub trait Executor: Send {
     /// [`BackendError::CannotTruncate`] of a model with delta nets, whose states cannot be cut, but to
     /// nothing; [`BackendError::UnknownSequence`].
     fn truncate(&mut self, of: SequenceId, tokens: usize) -> Result<()>;
+
+    /// Has the first `tokens` of the last piece that was run, a [tentative](method@Piece::tentative) one of this
+    /// sequence, count; the others are taken back. Without this, all of them are, whatever is done next.
+    ///
+    /// # Errors
+    /// If there are not so many; if the backend fails, and the sequence is lost then.
+    fn keep(&mut self, of: SequenceId, tokens: usize) -> Result<()>;
 
     /// Keeps the sequence as it is now, in RAM.
     ///

@@ -149,6 +149,17 @@ pub struct Routing {
 }
 
 impl Routing {
+    /// The choice for some of the tokens.
+    pub fn of_tokens(&self, tokens: Range<usize>) -> Self {
+        let k = self.num_experts_per_tok;
+        let picks = tokens.start * k..tokens.end * k;
+        Routing {
+            num_experts_per_tok: k,
+            topk_ids: self.topk_ids[picks.clone()].to_vec(),
+            topk_weights: self.topk_weights[picks].to_vec(),
+        }
+    }
+
     /// T, the number of tokens routed.
     pub fn tokens(&self) -> usize {
         self.topk_ids.len() / self.num_experts_per_tok.max(1)
@@ -199,12 +210,21 @@ pub trait Backend: Send {
     /// Token ids (each below vocab_size) to `[T, D]`.
     fn embed(&mut self, ids: &[u32]) -> Result<Self::Hidden>;
 
-    /// `hidden += mixer(rms_norm(hidden))`, advancing layer `layer` of `state` by T tokens.
+    /// Sequences whose tokens this backend computes together, reading weights once, with the same bits as
+    /// each alone.
+    fn most_together(&self) -> usize;
+
+    /// Consecutive tokens of a sequence that this backend computes together with the same bits as one by
+    /// one.
+    fn most_consecutive(&self) -> usize;
+
+    /// `hidden += mixer(rms_norm(hidden))`, advancing layer `layer` of each state by its tokens: T are dealt
+    /// out to the states in order, the same number to each.
     fn mixer(
         &mut self,
         layer: usize,
         hidden: &mut Self::Hidden,
-        state: &mut Self::State,
+        states: &mut [&mut Self::State],
     ) -> Result<()>;
 
     /// Norm, router logits, softmax and top-k of the tokens in `hidden`, which stays as it is.

@@ -7,6 +7,8 @@ use crate::planning::Offer;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DecodeTimes {
     pub steps: u64,
+    /// Of all steps: as many, where each was of one sequence
+    pub tokens: u64,
     pub total_s: f64,
     /// Handing the step to the driver
     pub launch_s: f64,
@@ -70,6 +72,7 @@ impl DecodeTimes {
     /// The times of one more step.
     pub fn add_step(&mut self, step: &StepTimes) {
         self.steps += 1;
+        self.tokens += step.tokens as u64;
         self.total_s += step.total_s;
         self.launch_s += step.launch_s;
         self.wait_gpu_s += step.wait_gpu_s;
@@ -81,6 +84,7 @@ impl DecodeTimes {
 /// One step of [`DecodeTimes`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StepTimes {
+    pub tokens: usize,
     pub total_s: f64,
     pub launch_s: f64,
     pub wait_gpu_s: f64,

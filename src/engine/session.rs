@@ -9,6 +9,18 @@ use crate::backend::{
 };
 use crate::planning::Offer;
 
+/// A token that was chosen for a session, and what is wanted of the one after it.
+#[derive(Debug)]
+pub struct NextToken<'a> {
+    pub session: &'a mut Session,
+    pub id: u32,
+    /// How many best logits are enough; all are needed if `None`
+    pub wanted: Option<usize>,
+}
+
+/// Receives what the router chose for each of several tokens: token, layer, position, the choice.
+pub type OnRoutings<'a> = dyn FnMut(usize, usize, usize, &Routing) + 'a;
+
 /// One sequence: where it is, and what it has seen.
 #[derive(Debug)]
 pub struct Session {
@@ -169,16 +181,84 @@ impl Engine {
         wanted: Option<usize>,
         on_routing: &mut OnRouting<'_>,
     ) -> Result<NextLogits> {
-        let ids = [id];
-        let piece = Piece::new(self.resident(session)?, &ids, LogitRows::Last);
-        let piece = match wanted {
-            Some(wanted) => Piece {
-                wanted: Wanted::Best(wanted),
-                ..piece
-            },
-            None => piece,
+        let next = NextToken {
+            session,
+            id,
+            wanted,
         };
-        self.run_piece(session, piece, true, on_routing)
+        let mut outputs =
+            self.decode_together(&mut [next], &mut |_, layer, position, routing| {
+                on_routing(layer, position, routing);
+            })?;
+        Ok(outputs.remove(0))
+    }
+
+    /// Feeds a token to each of several sessions as one step: the logits of each one's next, in order, as
+    /// [`decode`](Engine::decode) gives them. A backend reads weights once for all of them.
+    ///
+    /// # Errors
+    /// As [`prefill_piece`](Engine::prefill_piece). Where the context of one is full, nothing was done; where
+    /// the backend fails, all of these sessions are lost.
+    pub fn decode_together(
+        &mut self,
+        tokens: &mut [NextToken<'_>],
+        on_routings: &mut OnRoutings<'_>,
+    ) -> Result<Vec<NextLogits>> {
+        let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
+        check_ids(&ids, self.config.shape.vocab_size)?;
+        let piece = |(token, ids): (&NextToken<'_>, _)| {
+            let piece = Piece::new(self.resident(token.session)?, ids, LogitRows::Last);
+            Ok(match token.wanted {
+                Some(wanted) => Piece {
+                    wanted: Wanted::Best(wanted),
+                    ..piece
+                },
+                None => piece,
+            })
+        };
+        let pieces = tokens.iter().zip(ids.chunks(1)).map(piece);
+        let pieces = pieces.collect::<Result<Vec<_>>>()?;
+        let mut events = Events {
+            experts: self.experts.as_mut(),
+            decode: true,
+            on_routings,
+        };
+        let outputs = self.executor.run(&pieces, &mut events)?;
+        for token in tokens {
+            token.session.tokens.push(token.id);
+        }
+        self.change_slots()?;
+        Ok(outputs)
+    }
+
+    /// Feeds up to [`MOST_TENTATIVE`](crate::backend::executor::MOST_TENTATIVE) tokens in one step that may be
+    /// taken back: the logits of the token after each, `[ids, vocab_size]`. They do not count until
+    /// [`keep_tried`](Engine::keep_tried), which must come before anything else is fed.
+    ///
+    /// # Errors
+    /// As [`decode`](Engine::decode); more tokens than that.
+    pub fn try_tokens(
+        &mut self,
+        session: &mut Session,
+        ids: &[u32],
+        on_routing: &mut OnRouting<'_>,
+    ) -> Result<Vec<f32>> {
+        let piece = Piece::tentative(self.resident(session)?, ids);
+        let seen = session.tokens.len();
+        let logits = self.run_piece(session, piece, true, on_routing)?;
+        session.tokens.truncate(seen);
+        Ok(all_logits(logits))
+    }
+
+    /// Has these tokens count, the first ones of those that were tried.
+    ///
+    /// # Errors
+    /// If they were not tried last; if the backend fails.
+    pub fn keep_tried(&mut self, session: &mut Session, ids: &[u32]) -> Result<()> {
+        let id = self.resident(session)?;
+        self.executor.keep(id, ids.len())?;
+        session.tokens.extend(ids);
+        Ok(())
     }
 
     pub(super) fn resident(&self, session: &Session) -> Result<SequenceId> {
@@ -201,7 +281,7 @@ impl Engine {
         let mut events = Events {
             experts: self.experts.as_mut(),
             decode,
-            on_routing,
+            on_routings: &mut |_, layer, position, routing| on_routing(layer, position, routing),
         };
         let mut outputs = (self.executor).run(std::slice::from_ref(&piece), &mut events)?;
         session.tokens.extend(piece.ids);
@@ -269,15 +349,15 @@ impl Engine {
 struct Events<'a, 'b> {
     experts: Option<&'a mut ExpertManager>,
     decode: bool,
-    on_routing: &'a mut OnRouting<'b>,
+    on_routings: &'a mut OnRoutings<'b>,
 }
 
 impl RunEvents for Events<'_, '_> {
-    fn routed(&mut self, _piece: usize, layer: usize, position: usize, routing: &Routing) {
+    fn routed(&mut self, piece: usize, layer: usize, position: usize, routing: &Routing) {
         if let Some(experts) = &mut self.experts {
             experts.observe(layer, routing, self.decode);
         }
-        (self.on_routing)(layer, position, routing);
+        (self.on_routings)(piece, layer, position, routing);
     }
 
     fn admit(&mut self, _piece: usize, layer: usize, offer: Offer<'_>) -> Vec<SlotChange> {

@@ -53,7 +53,7 @@ pub fn offload(expert: &ExpertWeights) {
                         };
                         let mut wait = |_: usize, fetch: &dyn Fn()| {
                             fetch();
-                            while turn.asked(0).is_none() {
+                            while turn.asked(0, 0).is_none() {
                                 std::hint::spin_loop();
                             }
                             Ok(())
@@ -88,15 +88,19 @@ impl Requests for Turn<'_> {
         1
     }
 
+    fn tokens(&self) -> usize {
+        1
+    }
+
     fn experts(&self, _: usize) -> &[Expert] {
         self.experts
     }
 
-    fn predicted(&self, _: usize) -> Option<&[i32]> {
+    fn predicted(&self, _: usize, _: usize) -> Option<&[i32]> {
         Some(self.asked.ids)
     }
 
-    fn asked(&self, _: usize) -> Option<Asked<'_>> {
+    fn asked(&self, _: usize, _: usize) -> Option<Asked<'_>> {
         (Instant::now() >= self.over).then_some(self.asked)
     }
 

@@ -247,6 +247,30 @@ fn bench_decodes_the_text_of_the_corpus_or_what_it_samples() {
 }
 
 #[test]
+fn bench_decodes_sequences_together_and_counts_all_their_tokens() {
+    let sandbox = sandbox();
+    let line = "bench corpus.jsonl --model synth:tiny?layers=2&experts=8 --repeat-text --ctx 24 -n 12 \
+                --warmups 0 --repetitions 1 --parallel 1,3 --consecutive 2";
+    let rows = sandbox.run(&format!("{line} --json")).ok().json();
+    let cases: Vec<_> = (rows.as_array().unwrap().iter())
+        .map(|row| {
+            let (steps, ms) = (
+                row["decode_tok_s"].as_f64().unwrap(),
+                row["step_ms"].as_f64().unwrap(),
+            );
+            assert!(steps > 0.0 && ms > 0.0, "{row}");
+            [&row["parallel"], &row["consecutive"]].map(|n| n.as_u64().unwrap())
+        })
+        .collect();
+    assert_eq!(cases, [[1, 1], [3, 1], [1, 2]]);
+    assert_eq!(rows[0]["times_first"], 1.0);
+    let table = sandbox.run(line).ok();
+    assert_eq!(table.stdout.lines().count(), 4, "{table:?}");
+    let few = sandbox.run("bench --ctx 24 -n 6 --parallel 2 --consecutive 4");
+    few.fails(2, &["-n 16"]);
+}
+
+#[test]
 fn a_label_says_what_ran_or_the_text_is_too_short_and_that_is_an_error() {
     let sandbox = sandbox();
     sandbox.write(

@@ -161,6 +161,7 @@ fn run(gpu: &Gpu, case: &Case, seed: u64) {
         args![
             h.address(),
             stride as i32,
+            k as i32,
             decision_on_device.address(),
             routed.layout,
             shared.layout,

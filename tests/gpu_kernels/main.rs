@@ -5,6 +5,7 @@
 #![cfg(any(feature = "cuda", feature = "emulate"))]
 
 mod attention;
+mod batch;
 mod delta_net;
 mod experts;
 mod linear;

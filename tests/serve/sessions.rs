@@ -98,6 +98,36 @@ fn a_short_request_is_answered_while_long_ones_go_on_and_all_answers_are_those_o
 }
 
 #[test]
+fn requests_that_generate_together_end_as_each_would_alone_also_where_a_context_is_full() {
+    with_service(async |service| {
+        let Phase::Ready(facts) = service.phase() else {
+            panic!("it is loaded");
+        };
+        let room = facts.context_tokens;
+        // Prompt and tokens that are asked for; the second has no room for them.
+        let asked = [(20, 30), (room - 6, 30), (40, 3)];
+        let submit = |owner: usize| {
+            let (prompt, max_tokens) = asked[owner % asked.len()];
+            let mut request = request(owner as u64, text(3, prompt as u32), max_tokens);
+            request.logprobs = owner.is_multiple_of(2).then_some(2);
+            service.submit(request).unwrap()
+        };
+        let together: Vec<_> = (0..asked.len()).map(submit).collect();
+        let mut found = Vec::new();
+        for events in together {
+            found.push(answer(events).await);
+        }
+        for (i, found) in found.into_iter().enumerate() {
+            // Of another owner, so that nothing of it is known.
+            let alone = answer(submit(i + 2 * asked.len())).await;
+            assert_eq!((alone.cached_tokens, &alone.ids), (0, &found.ids), "{i}");
+            assert_eq!(alone.finished.reason, found.finished.reason);
+            assert_eq!(found.finished.usage.completion_tokens, found.ids.len());
+        }
+    });
+}
+
+#[test]
 fn the_next_turn_of_a_conversation_costs_its_rest_also_after_others_and_for_nobody_else() {
     with_service(async |service| {
         let submit = |request| service.submit(request).unwrap();

@@ -26,6 +26,8 @@ pub enum Action {
     Feed(usize, Vec<u32>),
     /// One token each of as many sequences
     Decode(Vec<(usize, u32)>),
+    /// Tokens, of which as many stay
+    Try(usize, Vec<u32>, usize),
     Fork(usize),
     Clear(usize),
     Snapshot(usize),
@@ -65,6 +67,23 @@ impl Alone<'_> {
         let logits = bits(&logits);
         self.known.insert(history.clone(), logits.clone());
         logits
+    }
+
+    /// The same after each of some more tokens, one by one.
+    fn each(&mut self, history: &History, more: &[u32]) -> Vec<Vec<u32>> {
+        let id = self.executor.new_sequence().unwrap();
+        for ids in history {
+            feed(self.executor, id, ids).unwrap();
+        }
+        let mut history = history.clone();
+        let mut found = Vec::new();
+        for &next in more {
+            history.push(vec![next]);
+            found.push(bits(&feed(self.executor, id, &[next]).unwrap()));
+            (self.known).insert(history.clone(), found[found.len() - 1].clone());
+        }
+        self.executor.drop_sequence(id);
+        found
     }
 }
 
@@ -108,6 +127,7 @@ impl World<'_> {
             }
             Action::Feed(i, ids) if live > 0 => self.feed(i % live, ids),
             Action::Decode(some) if live > 0 => self.decode(some),
+            Action::Try(i, ids, kept) if live > 0 => self.try_tokens(i % live, ids, *kept),
             Action::Clear(i) if live > 0 => {
                 let (id, history) = &mut self.live[i % live];
                 self.executor.truncate(*id, 0).unwrap();
@@ -205,6 +225,42 @@ impl World<'_> {
     }
 }
 
+impl World<'_> {
+    /// Tokens that may be taken back: each one's logits are those of feeding it alone.
+    fn try_tokens(&mut self, i: usize, ids: &[u32], kept: usize) -> Result<(), TestCaseError> {
+        let (id, history) = self.live[i].clone();
+        if tokens(&history) + ids.len() > MAX_TOKENS {
+            return Ok(());
+        }
+        let piece = Piece::tentative(id, ids);
+        let found = run_one(self.executor, piece, &mut Quiet(&mut |_, _, _| {}));
+        let found = all(found.unwrap());
+        prop_assert_eq!(self.executor.position(id).unwrap(), tokens(&history));
+        let vocab = found.len() / ids.len();
+        let expected = self.alone.each(&history, ids);
+        for (n, (found, expected)) in found.chunks_exact(vocab).zip(&expected).enumerate() {
+            prop_assert!(
+                bits(found) == *expected,
+                "{} of {:?} after {:?}",
+                n,
+                ids,
+                history
+            );
+        }
+        // One in four is taken back by what comes next.
+        let kept = kept % (ids.len() + 1);
+        if kept > 0 || ids.len().is_multiple_of(2) {
+            self.executor.keep(id, kept).unwrap();
+            let too_many = self.executor.keep(id, ids.len() - kept + 1);
+            prop_assert!(too_many.is_err(), "only once");
+        }
+        let history = &mut self.live[i].1;
+        history.extend(ids[..kept].iter().map(|&id| vec![id]));
+        prop_assert_eq!(self.executor.position(id).unwrap(), tokens(history));
+        Ok(())
+    }
+}
+
 fn action(vocab: u32, long: usize) -> impl Strategy<Value = Action> {
     // Few ids and lengths: the naive model knows many histories already.
     let ids = |max: usize| prop::collection::vec(0..vocab.min(9), 1..=max);
@@ -217,6 +273,7 @@ fn action(vocab: u32, long: usize) -> impl Strategy<Value = Action> {
         }),
         5 => prop::collection::vec((which.clone(), 0..vocab.min(9)), 1..=CAPACITY)
             .prop_map(Action::Decode),
+        3 => (which.clone(), ids(8), 0..9usize).prop_map(|(i, ids, kept)| Action::Try(i, ids, kept)),
         2 => which.clone().prop_map(Action::Fork),
         1 => which.clone().prop_map(Action::Clear),
         2 => which.clone().prop_map(Action::Snapshot),

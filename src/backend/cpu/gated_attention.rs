@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use super::attention::{Attend, Stats, merge};
 use super::isa::Isa;
 use super::kv_cache::{CHUNK, Kv, KvCache, KvLayout, Writer, with_kv};
-use super::linear::{Linear, Panels};
+use super::linear::{Linear, PanelsFrom};
 use super::math::sigmoid_f32;
 use super::rms_norm::rms_norm;
 use super::rope::Rotation;
@@ -16,7 +16,7 @@ use crate::backend::{AttentionShape, Result};
 const TOKENS_PER_JOB: usize = 16;
 
 /// Chunks up to this many tokens are spread over the context instead of over tokens.
-const FEW_TOKENS: usize = 4;
+pub const FEW_TOKENS: usize = 4;
 
 pub struct Attention {
     pub q: Linear,
@@ -62,7 +62,7 @@ struct Call<'a> {
     isa: Isa,
     shape: &'a AttentionShape,
     eps: f32,
-    projected: &'a Panels,
+    projected: PanelsFrom<'a>,
     tokens: usize,
     /// Position of the first token
     start: usize,
@@ -83,7 +83,7 @@ impl Attention {
         isa: Isa,
         shape: &AttentionShape,
         eps: f32,
-        projected: &Panels,
+        projected: PanelsFrom<'_>,
         tokens: usize,
         cache: &mut KvCache,
         buffers: &mut Buffers,

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use super::conv::conv_silu;
 use super::delta_rule::{HeadInputs, delta_rule, l2_normalize};
 use super::isa::{Isa, dispatch};
-use super::linear::{Linear, Panels};
+use super::linear::{Linear, PanelsFrom};
 use super::math::{sigmoid_f32, softplus_f32};
 use super::rms_norm::gated_rms_norm;
 use super::simd::{LANES, Simd};
@@ -109,7 +109,7 @@ impl DeltaNet {
         isa: Isa,
         shape: &DeltaNetShape,
         eps: f32,
-        projected: &Panels,
+        projected: PanelsFrom<'_>,
         tokens: usize,
         state: &mut DeltaNetState,
         out: &mut [f32],
@@ -152,7 +152,7 @@ impl DeltaNet {
     fn remember(
         &self,
         shape: &DeltaNetShape,
-        projected: &Panels,
+        projected: PanelsFrom<'_>,
         tokens: usize,
         state: &mut DeltaNetState,
     ) {
@@ -173,7 +173,7 @@ struct HeadJob<'a> {
     isa: Isa,
     shape: &'a DeltaNetShape,
     eps: f32,
-    projected: &'a Panels,
+    projected: PanelsFrom<'a>,
     tokens: usize,
     history: &'a [f32],
     head: usize,

@@ -66,10 +66,10 @@ pub struct View<'a> {
 }
 
 impl<'a> View<'a> {
-    /// One token, for kernels that read no integers.
-    pub fn of_blocks(blocks: &'a [Block]) -> Self {
+    /// For kernels that read no integers.
+    pub fn of_blocks(tokens: usize, blocks: &'a [Block]) -> Self {
         View {
-            tokens: 1,
+            tokens,
             blocks,
             int8: &[],
             int16: &[],
@@ -101,19 +101,24 @@ impl IntegerBlocks {
 }
 
 impl IntegerParts<'_> {
-    /// `blocks` of one token, whose integers are `range` of these. Without rows for tiles, which are
-    /// for many tokens.
+    /// `blocks` of a few tokens, whose integers are `range` of these. Without rows for tiles, which
+    /// are for many tokens.
     ///
     /// # Safety
     /// Nobody writes these integers while the view lives.
-    pub unsafe fn view<'a>(&'a self, blocks: &'a [Block], range: Range<usize>) -> View<'a> {
+    pub unsafe fn view<'a>(
+        &'a self,
+        tokens: usize,
+        blocks: &'a [Block],
+        range: Range<usize>,
+    ) -> View<'a> {
         // SAFETY: the caller's promise.
         unsafe {
             View {
                 int8: filled(&self.int8, &range),
                 int16: filled(&self.int16, &range),
                 wide: filled(&self.wide, &range),
-                ..View::of_blocks(blocks)
+                ..View::of_blocks(tokens, blocks)
             }
         }
     }
@@ -239,6 +244,14 @@ impl Panels {
         Ok(())
     }
 
+    /// The outputs of tokens from `first` on, counted from there.
+    pub fn from(&self, first: usize) -> PanelsFrom<'_> {
+        PanelsFrom {
+            panels: self,
+            first,
+        }
+    }
+
     /// Copies rows `rows`, counted from panel `first_panel`, of `token`.
     pub fn copy_rows(&self, first_panel: usize, token: usize, rows: Range<usize>, out: &mut [f32]) {
         let mut row = rows.start;
@@ -313,6 +326,25 @@ pub fn with_tokens_for<R>(
         });
     }
     f(x, tokens)
+}
+
+/// See [`Panels::from`].
+#[derive(Clone, Copy)]
+pub struct PanelsFrom<'a> {
+    panels: &'a Panels,
+    first: usize,
+}
+
+impl PanelsFrom<'_> {
+    /// As [`Panels::copy_rows`].
+    pub fn copy_rows(&self, first_panel: usize, token: usize, rows: Range<usize>, out: &mut [f32]) {
+        (self.panels).copy_rows(first_panel, self.first + token, rows, out);
+    }
+
+    /// As [`Panels::get`].
+    pub fn get(&self, first_panel: usize, token: usize, row: usize) -> f32 {
+        self.panels.get(first_panel, self.first + token, row)
+    }
 }
 
 /// `hidden += W x`, `hidden: [tokens, rows]`.

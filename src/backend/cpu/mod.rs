@@ -242,6 +242,9 @@ impl Cpu {
     }
 }
 
+/// Sequences whose next tokens are computed together.
+const MAX_TOGETHER: usize = 8;
+
 /// `rms_norm` of rows `rows` of `hidden`, ready for matrices.
 #[allow(clippy::too_many_arguments)]
 fn normed(
@@ -415,7 +418,21 @@ impl Backend for Cpu {
         })
     }
 
-    fn mixer(&mut self, layer: usize, hidden: &mut Hidden, state: &mut State) -> Result<()> {
+    fn most_together(&self) -> usize {
+        MAX_TOGETHER
+    }
+
+    /// More are spread over workers in another way, and their attention adds up in another order.
+    fn most_consecutive(&self) -> usize {
+        gated_attention::FEW_TOKENS
+    }
+
+    fn mixer(
+        &mut self,
+        layer: usize,
+        hidden: &mut Hidden,
+        states: &mut [&mut State],
+    ) -> Result<()> {
         let Cpu {
             shape,
             isa,
@@ -445,25 +462,31 @@ impl Backend for Cpu {
         normed(pool, isa, hidden, 0..tokens, scale, eps, integers, x)?;
         projected.project(pool, isa, &ins, x.view(), all_tokens)?;
         mixed.resize(tokens * out.cols, 0.0);
-        match (&layer_weights.mixer, &mut state.layers[layer]) {
-            (Mixer::DeltaNet(m), LayerState::DeltaNet(s)) => {
-                let shape = &shape.delta_net;
-                m.mix(pool, isa, shape, eps, projected, tokens, s, mixed)?;
-            }
-            (Mixer::Attention(m), LayerState::Attention(cache)) => {
-                let needed = cache.len + tokens;
-                if needed > cache.capacity {
-                    return Err(BackendError::ContextFull {
-                        needed,
-                        capacity: cache.capacity,
-                    });
+        let each = tokens / states.len();
+        assert_eq!(each * states.len(), tokens);
+        for (i, state) in states.iter_mut().enumerate() {
+            let projected = projected.from(i * each);
+            let mixed = &mut mixed[i * each * out.cols..(i + 1) * each * out.cols];
+            match (&layer_weights.mixer, &mut state.layers[layer]) {
+                (Mixer::DeltaNet(m), LayerState::DeltaNet(s)) => {
+                    let shape = &shape.delta_net;
+                    m.mix(pool, isa, shape, eps, projected, each, s, mixed)?;
                 }
-                let shape = &shape.attention;
-                m.mix(
-                    pool, isa, shape, eps, projected, tokens, cache, attention, mixed,
-                )?;
+                (Mixer::Attention(m), LayerState::Attention(cache)) => {
+                    let needed = cache.len + each;
+                    if needed > cache.capacity {
+                        return Err(BackendError::ContextFull {
+                            needed,
+                            capacity: cache.capacity,
+                        });
+                    }
+                    let shape = &shape.attention;
+                    m.mix(
+                        pool, isa, shape, eps, projected, each, cache, attention, mixed,
+                    )?;
+                }
+                _ => unreachable!("states are made for this model"),
             }
-            _ => unreachable!("states are made for this model"),
         }
         mixed_x.fill(
             pool,

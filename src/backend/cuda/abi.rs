@@ -84,7 +84,10 @@ pub struct Best {
     pub logits: [f32; MAX_CANDIDATES],
 }
 
-/// What changes from one decode step to the next.
+/// The most tokens of a decode step, one of each of as many sequences.
+pub const MAX_BATCH: usize = 8;
+
+/// What changes from one decode step to the next, of each of its tokens.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
 pub struct Step {

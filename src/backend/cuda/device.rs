@@ -25,6 +25,14 @@ pub struct Geometry {
     pub shared_bytes: u32,
 }
 
+impl Geometry {
+    /// The same for each of so many tokens of a decode step.
+    pub fn for_tokens(mut self, tokens: usize) -> Self {
+        self.grid[2] = tokens as u32;
+        self
+    }
+}
+
 /// Arguments of a kernel, in the order of its parameters.
 #[derive(Default)]
 pub struct Args {

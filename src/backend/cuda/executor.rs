@@ -3,8 +3,9 @@
 use std::ops::Range;
 
 use super::Cuda;
+use super::abi::MAX_BATCH;
 use super::budget;
-use super::decode::Wanted as Brings;
+use super::decode::{Tokens, Wanted as Brings};
 use super::state::StateLayout;
 use crate::backend::executor::{
     DeviceMemory, Diagnostics, Executor, ExpertSlots, Piece, RunEvents, SequenceBytes, SequenceId,
@@ -63,6 +64,7 @@ impl Executor for Cuda {
             self.states.set_max_tokens(max_tokens);
             return self.forget_sequences();
         }
+        self.tentative = None;
         self.decode.forget_graphs();
         self.prefill.forget_borrowed();
         self.model
@@ -97,6 +99,7 @@ impl Executor for Cuda {
     }
 
     fn truncate(&mut self, of: SequenceId, tokens: usize) -> Result<()> {
+        self.tentative = None;
         let position = self.states.position(of)?;
         let cuttable = !(self.model.shape.mixers).contains(&MixerKind::GatedDeltaNet);
         match tokens {
@@ -109,6 +112,10 @@ impl Executor for Cuda {
                 tokens,
             }),
         }
+    }
+
+    fn keep(&mut self, of: SequenceId, tokens: usize) -> Result<()> {
+        self.keep_tentative(of, tokens)
     }
 
     fn snapshot(&mut self, of: SequenceId) -> Result<Snapshot> {
@@ -138,17 +145,21 @@ impl Executor for Cuda {
             let position = self.states.position(piece.sequence)?;
             piece.check(&batch[..i], position, self.states.max_tokens())?;
         }
-        let pieces = batch.iter().enumerate();
-        pieces
-            .map(|(index, piece)| {
-                self.states.activate(piece.sequence)?;
-                self.point_at_active()?;
-                self.states.set_lost(true);
-                let logits = self.run_piece(index, piece, events)?;
-                self.states.set_lost(false);
-                Ok(logits)
-            })
-            .collect()
+        self.tentative = None;
+        let mut outputs = Vec::with_capacity(batch.len());
+        while outputs.len() < batch.len() {
+            let first = outputs.len();
+            let rest = &batch[first..];
+            let single = rest.iter().take_while(|piece| piece.is_single()).count();
+            let pieces = &rest[..single.clamp(1, MAX_BATCH)];
+            // Lost, if an error leaves a state half advanced.
+            match pieces {
+                [piece] => outputs.push(self.run_piece(first, piece, events)?),
+                _ => outputs.extend(self.run_together(first, pieces, events)?),
+            }
+            (pieces.iter()).for_each(|piece| self.states.set_lost(piece.sequence, false));
+        }
+        Ok(outputs)
     }
 
     fn expert_slots(&mut self) -> Option<&mut dyn ExpertSlots> {
@@ -165,35 +176,93 @@ impl Executor for Cuda {
 }
 
 impl Cuda {
-    /// Feeds a piece of the active sequence, which has room for it.
+    /// Feeds one token of each of some sequences, which have room for it, in one step. The first piece is
+    /// number `first` of its batch.
+    fn run_together(
+        &mut self,
+        first: usize,
+        pieces: &[Piece<'_>],
+        events: &mut dyn RunEvents,
+    ) -> Result<Vec<NextLogits>> {
+        let wants = |piece: &Piece<'_>| match &piece.wanted {
+            Wanted::Rows(rows) if rows.is_empty() => Brings::Nothing,
+            Wanted::Best(wanted) if self.finds_best(*wanted) => Brings::Best,
+            _ => Brings::Logits,
+        };
+        let wants: Vec<Brings> = pieces.iter().map(wants).collect();
+        let brings = match wants.as_slice() {
+            all if all.contains(&Brings::Logits) => Brings::Logits,
+            all if all.contains(&Brings::Best) => Brings::Best,
+            _ => Brings::Nothing,
+        };
+        self.give_slots_back()?;
+        self.settle_slots()?;
+        let ids: Vec<SequenceId> = pieces.iter().map(|piece| piece.sequence).collect();
+        self.states.activate(ids[0])?;
+        let at = self.states.begin(&ids)?;
+        let bases: Vec<u64> = at.iter().map(|at| at.state).collect();
+        self.decode.point_at(&bases, &self.model.stream)?;
+        let fed: Vec<u32> = pieces.iter().map(|piece| piece.ids[0]).collect();
+        let tokens = Tokens {
+            at: &at,
+            few: false,
+            head_from: 0,
+            wanted: brings,
+        };
+        self.step(&fed, tokens, &mut |token, layer, routing| {
+            events.routed(first + token, layer, at[token].position, routing);
+        })?;
+        self.states.advance(&ids)?;
+        let output = |(token, piece): (usize, &Piece<'_>)| match (&piece.wanted, brings) {
+            (Wanted::Rows(rows), _) if rows.is_empty() => Ok(NextLogits::All(Vec::new())),
+            (&Wanted::Best(wanted), Brings::Best) => {
+                (self.decode).best(&self.model, &mut self.offload, token, wanted)
+            }
+            _ => Ok(NextLogits::All(self.decode.logits_of(token).to_vec())),
+        };
+        pieces.iter().enumerate().map(output).collect()
+    }
+
+    /// Feeds a piece, whose sequence has room for it.
     fn run_piece(
         &mut self,
         index: usize,
         piece: &Piece<'_>,
         events: &mut dyn RunEvents,
     ) -> Result<NextLogits> {
+        self.states.activate(piece.sequence)?;
+        self.point_at_active()?;
+        self.states.set_lost(piece.sequence, true);
         let ids = piece.ids;
         let rows = match &piece.wanted {
             Wanted::Rows(rows) => rows.clone(),
             Wanted::Best(wanted) => match ids {
-                [id] if self.finds_best(*wanted) => {
+                [id] if !piece.tentative && self.finds_best(*wanted) => {
                     let on_routing = &mut |layer: usize, position: usize, routing: &Routing| {
                         events.routed(index, layer, position, routing);
                     };
                     self.give_slots_back()?;
                     self.settle_slots()?;
-                    self.step(*id, Brings::Best, on_routing)?;
-                    return (self.decode).best(&self.model, &mut self.offload, *wanted);
+                    self.step_one(*id, Brings::Best, on_routing)?;
+                    return (self.decode).best(&self.model, &mut self.offload, 0, *wanted);
                 }
                 _ => ids.len().saturating_sub(1)..ids.len(),
             },
         };
-        self.forward(ids, rows, piece.admits, index, events)
-            .map(NextLogits::All)
+        let on_routing = &mut |layer: usize, position: usize, routing: &Routing| {
+            events.routed(index, layer, position, routing);
+        };
+        let stepped = self.prefill.settings().stepped_tokens();
+        let logits = match piece.tentative {
+            true => self.run_tentative(piece.sequence, ids, rows, on_routing),
+            false if ids.len() <= stepped => self.step_all(ids, rows, on_routing),
+            false => self.prefill_piece(ids, rows, piece.admits, index, events),
+        };
+        logits.map(NextLogits::All)
     }
 
-    /// Tokens one by one, or where they are many, in chunks.
-    fn forward(
+    /// Many tokens, in chunks.
+    fn prefill_piece(
         &mut self,
         ids: &[u32],
         rows: Range<usize>,
@@ -201,11 +270,6 @@ impl Cuda {
         index: usize,
         events: &mut dyn RunEvents,
     ) -> Result<Vec<f32>> {
-        if ids.len() <= self.prefill.settings().stepped_tokens() {
-            return self.step_all(ids, rows, &mut |layer, position, routing| {
-                events.routed(index, layer, position, routing);
-            });
-        }
         let admits = admits && !self.model.store.all_resident();
         let on_routing =
             &mut |layer: usize, position: usize, routing: &Routing, offer: Offer<'_>| {
@@ -283,7 +347,7 @@ impl Diagnostics for Cuda {
             true => Brings::Best,
             false => Brings::Logits,
         };
-        self.step(0, brings, &mut |_, _, _| {})?;
+        self.step_one(0, brings, &mut |_, _, _| {})?;
         self.take_times();
         self.forget_sequences()
     }

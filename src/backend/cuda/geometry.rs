@@ -48,6 +48,20 @@ pub fn norm_linear(linears: [&Linear; 3], resident_blocks: usize) -> Geometry {
     geometry(blocks(0) + blocks(1) + blocks(2), 256, 40_960)
 }
 
+/// Tokens of a group, which the kernels named `_batch` take at once.
+const GROUP: usize = 4;
+
+/// [`norm_linear`] of several tokens, which has as many blocks for each group of them.
+pub fn norm_linear_batch(linears: [&Linear; 3], resident_blocks: usize, tokens: usize) -> Geometry {
+    let rows = |m: &&Linear| m.weights != 0 && m.format != Format::Nf4Tiles as i32;
+    let kept_x = linears.into_iter().filter(rows).map(|m| m.kblocks as usize);
+    let kept_bytes = kept_x.max().unwrap_or(0) * 64 * 4 * GROUP + 128;
+    Geometry {
+        shared_bytes: kept_bytes.max(65_536) as u32,
+        ..norm_linear(linears, resident_blocks).for_tokens(tokens.div_ceil(GROUP))
+    }
+}
+
 /// Logits of a chunk of `sample_best`: many chunks, each with a maximum of its own, at most 1024.
 pub fn sample_chunk(vocab_size: usize) -> usize {
     vocab_size.div_ceil(768).next_multiple_of(32).max(64)
@@ -60,6 +74,14 @@ pub fn sample_best(vocab_size: usize) -> Geometry {
 
 pub fn linear_add(linear: &Linear) -> Geometry {
     geometry((linear.rows as usize).div_ceil(16), 512, 49_152)
+}
+
+/// The same of several tokens, for tiles.
+pub fn linear_add_batch(linear: &Linear, tokens: usize) -> Geometry {
+    Geometry {
+        shared_bytes: 98_304,
+        ..linear_add(linear).for_tokens(tokens.div_ceil(GROUP))
+    }
 }
 
 /// Above 4096 rows of bf16 or f32, a warp takes four.
@@ -81,6 +103,11 @@ pub fn delta_net(s: &DeltaNetShape) -> Geometry {
             0,
         )
     }
+}
+
+/// Of tokens that are kept, those that the ring has room for.
+pub fn keep_ring(s: &DeltaNetShape, tokens: usize) -> Geometry {
+    prefill_ring(s, tokens)
 }
 
 /// Grid and buffers of decode attention.

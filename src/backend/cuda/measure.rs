@@ -221,7 +221,7 @@ impl Cuda {
                     weights: &vec![0.1; k],
                     x: &x,
                 };
-                offload.compute(&layer.experts, asked, &mut out)?;
+                offload.compute(&layer.experts, &[asked], &mut out)?;
             }
             Ok(start.elapsed().as_secs_f64())
         };

@@ -12,7 +12,7 @@
 //! | [`weights`], [`store`] | dense weights in VRAM, all experts in pinned RAM, some in slots |
 //! | [`state`], [`saved`] | what sequences carry on, on the device and in RAM |
 //! | [`executor`] | sequences, batches, slots and figures, as the engine asks for them |
-//! | [`decode`] | one token; the hand-off between GPU and CPU |
+//! | [`decode`] | a token of each of some sequences, or a few of one; the hand-off between GPU and CPU |
 //! | [`prefill`] | chunks of tokens; experts stream over PCIe |
 //! | [`measure`] | the machine's figures that plans are made from |
 
@@ -27,6 +27,7 @@ pub mod driver;
 #[cfg(feature = "emulate")]
 pub mod emulated;
 mod executor;
+mod few;
 pub mod geometry;
 mod measure;
 mod prefill;
@@ -37,15 +38,13 @@ mod store;
 pub mod variants;
 mod weights;
 
-use std::ops::Range;
-
 use abi::MAX_TOP_K;
 use arena::Arena;
 use budget::Usage;
-use decode::{Decode, Model, Wanted};
+use decode::{Decode, Model, Tokens, Wanted};
 use device::{Device, Stream};
 use prefill::Prefill;
-use state::{StateLayout, StatePool};
+use state::{StateLayout, StatePool, TokenAt};
 use weights::Loaded;
 
 pub use super::Residency;
@@ -84,6 +83,8 @@ pub struct Cuda {
     prefill: Prefill,
     decode: Decode,
     states: StatePool,
+    /// Of the last piece, if it may be taken back
+    tentative: Option<few::Tentative>,
     model: Model,
     offload: Offload,
     embed_tokens: Matrix,
@@ -194,6 +195,7 @@ impl Cuda {
             prefill,
             decode,
             states,
+            tentative: None,
             model: Model {
                 shape,
                 dense,
@@ -230,6 +232,7 @@ impl Cuda {
 
     /// Forgets all sequences; steps that measure work on an empty one.
     fn forget_sequences(&mut self) -> Result<()> {
+        self.tentative = None;
         self.states.remove_all(&self.model.stream)?;
         self.point_at_active()
     }
@@ -237,7 +240,7 @@ impl Cuda {
     /// Has kernels work on the active state.
     fn point_at_active(&mut self) -> Result<()> {
         let base = self.states.active().base();
-        self.decode.point_at(base, &self.model.stream)
+        self.decode.point_at(&[base], &self.model.stream)
     }
 
     /// Whether so many best logits are found on the device.
@@ -246,50 +249,49 @@ impl Cuda {
         here && decode::finds(&self.model.shape, wanted)
     }
 
-    /// Tokens one after the other, each a decode step.
-    fn step_all(
-        &mut self,
-        ids: &[u32],
-        rows: Range<usize>,
-        on_routing: &mut dyn FnMut(usize, usize, &Routing),
-    ) -> Result<Vec<f32>> {
-        let mut logits = Vec::with_capacity(rows.len() * self.model.shape.vocab_size);
-        self.give_slots_back()?;
-        self.settle_slots()?;
-        for (i, &id) in ids.iter().enumerate() {
-            let wanted = rows.contains(&i);
-            let brings = if wanted {
-                Wanted::Logits
-            } else {
-                Wanted::Nothing
-            };
-            self.step(id, brings, on_routing)?;
-            if wanted {
-                logits.extend_from_slice(self.decode.logits());
-            }
-        }
-        Ok(logits)
-    }
-
-    fn step(
+    /// A step of one token of the active sequence.
+    fn step_one(
         &mut self,
         id: u32,
         wanted: Wanted,
         on_routing: &mut dyn FnMut(usize, usize, &Routing),
     ) -> Result<()> {
-        let (layout, state) = self.states.layout_and_active();
-        let position = state.position;
-        self.decode.step(
+        let at = TokenAt::next_of(self.states.active());
+        let tokens = Tokens {
+            at: &[at],
+            few: false,
+            head_from: 0,
+            wanted,
+        };
+        self.step(&[id], tokens, &mut |_, layer, routing| {
+            on_routing(layer, at.position, routing);
+        })?;
+        self.states.active_mut().position += 1;
+        Ok(())
+    }
+
+    /// A step of the tokens `ids`, to whose states kernels point. Told of token, layer and choice.
+    fn step(
+        &mut self,
+        ids: &[u32],
+        tokens: Tokens<'_>,
+        on_routing: &mut dyn FnMut(usize, usize, &Routing),
+    ) -> Result<()> {
+        let dim = self.model.shape.hidden_size;
+        let embedding = |out: &mut [f32]| {
+            for (&id, out) in ids.iter().zip(out.chunks_exact_mut(dim)) {
+                let id = id as usize;
+                self.embed_tokens.dequantize_rows(id..id + 1, out);
+            }
+        };
+        let layout = &self.states.layout;
+        (self.decode).step(
             &self.model,
             &mut self.offload,
             layout,
-            state,
-            wanted,
-            |out| {
-                let id = id as usize;
-                self.embed_tokens.dequantize_rows(id..id + 1, out);
-            },
-            &mut |layer, routing| on_routing(layer, position, routing),
+            tokens,
+            embedding,
+            on_routing,
         )
     }
 }

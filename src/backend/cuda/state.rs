@@ -173,6 +173,23 @@ impl SequenceState {
     }
 }
 
+/// A token of a step: how many its sequence has seen before it, and where its states lie.
+#[derive(Clone, Copy, Debug)]
+pub struct TokenAt {
+    pub position: usize,
+    pub state: u64,
+}
+
+impl TokenAt {
+    /// The next token of a sequence.
+    pub fn next_of(state: &SequenceState) -> Self {
+        TokenAt {
+            position: state.position,
+            state: state.base(),
+        }
+    }
+}
+
 /// Who has a state.
 #[derive(Clone, Copy)]
 struct Owner {
@@ -293,9 +310,30 @@ impl StatePool {
         &mut self.states[self.active]
     }
 
-    /// The active state, and the layout it has.
-    pub fn layout_and_active(&mut self) -> (&StateLayout, &mut SequenceState) {
-        (&self.layout, &mut self.states[self.active])
+    /// Where the next tokens of some sequences are. They count as lost until they are told not to be: an
+    /// error may leave them half advanced.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn begin(&mut self, ids: &[SequenceId]) -> Result<Vec<TokenAt>> {
+        let found = ids.iter().map(|&id| self.find(id));
+        let found = found.collect::<Result<Vec<_>>>()?;
+        ids.iter().for_each(|&id| self.set_lost(id, true));
+        let at = |&index: &usize| TokenAt::next_of(&self.states[index]);
+        Ok(found.iter().map(at).collect())
+    }
+
+    /// These sequences have seen another token, and are not lost.
+    ///
+    /// # Errors
+    /// If there is no such sequence.
+    pub fn advance(&mut self, ids: &[SequenceId]) -> Result<()> {
+        for &id in ids {
+            self.set_lost(id, false);
+            let index = self.find(id)?;
+            self.states[index].position += 1;
+        }
+        Ok(())
     }
 
     /// The state of a sequence is the one that kernels work on from now on.
@@ -307,9 +345,10 @@ impl StatePool {
         Ok(())
     }
 
-    /// Whether an error may have left the active state half advanced.
-    pub fn set_lost(&mut self, lost: bool) {
-        if let Some(owner) = &mut self.owners[self.active] {
+    /// Whether an error may have left a sequence's state half advanced.
+    pub fn set_lost(&mut self, id: SequenceId, lost: bool) {
+        let named = |owner: &&mut Owner| owner.id == id;
+        if let Some(owner) = self.owners.iter_mut().flatten().find(named) {
             owner.lost = lost;
         }
     }

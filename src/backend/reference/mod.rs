@@ -17,8 +17,8 @@ use candle_core::{Device, Tensor};
 
 use super::tally::Tally;
 use super::{
-    Backend, BackendFacts, LoadRates, MixerWeights, ModelShape, ModelWeights, Result, Routing,
-    SharedPage,
+    Backend, BackendError, BackendFacts, LoadRates, MixerWeights, ModelShape, ModelWeights, Result,
+    Routing, SharedPage,
 };
 use ops::{linear, rms_norm};
 
@@ -153,7 +153,26 @@ impl Backend for Reference {
         Ok(Tensor::from_vec(out, (ids.len(), cols), &Device::Cpu)?)
     }
 
-    fn mixer(&mut self, layer: usize, hidden: &mut Tensor, state: &mut Self::State) -> Result<()> {
+    /// Candle's products add up in an order that depends on the number of rows.
+    fn most_together(&self) -> usize {
+        1
+    }
+
+    fn most_consecutive(&self) -> usize {
+        1
+    }
+
+    fn mixer(
+        &mut self,
+        layer: usize,
+        hidden: &mut Tensor,
+        states: &mut [&mut Self::State],
+    ) -> Result<()> {
+        let [state] = states else {
+            return Err(BackendError::Other(
+                "the reference computes one sequence at a time".into(),
+            ));
+        };
         let weights = &self.weights.layers[layer];
         let mut probe = Probe {
             tap: self.tap.as_mut(),

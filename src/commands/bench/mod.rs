@@ -5,6 +5,7 @@ mod assemble;
 mod gpu;
 mod measure;
 mod pace;
+mod parallel;
 mod predict;
 mod quality;
 mod round;
@@ -26,6 +27,7 @@ use super::flags::{self, GpuFlags};
 use super::machine::HardwareChoice;
 use super::output::prepare_folder;
 use super::{Failure, cache_state, check_context, load, report, workloads};
+use crate::backend::executor::MOST_TENTATIVE;
 use crate::cli::values::whole;
 use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::Engine;
@@ -53,6 +55,7 @@ Examples:
   moectl bench corpus.jsonl --ctx 8k --continuation text
   moectl bench --ctx 32k,128k
   moectl bench --placement placement.json --against static,none
+  moectl bench --placement placement.json --ctx 4k --parallel 1,2,4
   moectl bench --against-binary old/moectl --fail-above 5%
   moectl bench --against-flags '--cpu-precision int8'")]
 pub struct BenchArgs {
@@ -123,6 +126,28 @@ pub struct BenchArgs {
         conflicts_with_all = ["cache_state", "cpu_moe"]
     )]
     against: Vec<Rival>,
+    /// Instead of that, measure the decode of so many sequences at once, each of other text, interleaved: a
+    /// table, or with --json a list
+    ///
+    /// Repetitions are 3 unless they are given. Slots for experts get what the sequences leave.
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        value_parser = clap::value_parser!(u8).range(1..),
+        conflicts_with_all = ["against", "against_binary", "against_flags", "cache_state", "ci"]
+    )]
+    parallel: Vec<u8>,
+    /// With --parallel, also steps of so many consecutive tokens of one sequence that may be taken back: what
+    /// it takes to check guesses
+    #[arg(
+        long,
+        value_name = "N,...",
+        value_delimiter = ',',
+        value_parser = clap::value_parser!(u8).range(2..=MOST_TENTATIVE as i64),
+        requires = "parallel"
+    )]
+    consecutive: Vec<u8>,
     /// Folder for run.json, tables and charts; json, csv or md print the result in that form instead, as
     /// llama-bench does, and leave the folder at its default
     #[arg(short, long, value_name = "FOLDER", default_value = FOLDER)]
@@ -148,6 +173,8 @@ const PROFILE_TOKENS: usize = 256;
 const FOLDER: &str = "bench-out";
 /// Repetitions, if nothing else is asked for and there is time.
 const MOST_REPETITIONS: usize = 10;
+/// The same of each number of sequences.
+const PARALLEL_REPETITIONS: usize = 3;
 /// Of all contexts together, so that a long one ends within ten minutes with all that is around it.
 const TIME_LIMIT: Duration = Duration::from_secs(6 * 60);
 
@@ -164,6 +191,15 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     flags::check(&args.compute, GpuFlags::Plan, console)?;
     let mut ready = Ready::new(&args, console)?;
     let (placement, profile) = ready.placement(&args, console)?;
+    if !args.parallel.is_empty() {
+        let (engine, text) = (&mut ready.engine, &ready.text.ids);
+        let rows = parallel::measure(engine, text, &ready.plan, &args.cases(), console)?;
+        match console.json {
+            true => console.result_json(&rows)?,
+            false => console.table(parallel::render(&rows))?,
+        }
+        return Ok(());
+    }
     let monitor = Monitor::start(Duration::from_millis(200), gpu::watched(&ready.engine));
     let compute = &args.compute;
     let mut variants = Variants::new(&ready.engine, &placement.body, compute, &args.against)?;
@@ -273,7 +309,11 @@ impl Ready {
         let engine = load::engine(&source, &args.compute, &mut outline, room, console)?;
         // What a plan needs is not spent time on if there is no text to measure with.
         let repeat = args.repeat_text || args.corpus.is_none();
-        let text = text::read(&engine, &corpus, plan.text_tokens(), repeat)?;
+        let wanted = match args.parallel.iter().max() {
+            Some(&most) => longest * usize::from(most),
+            None => plan.text_tokens(),
+        };
+        let text = text::read(&engine, &corpus, wanted, repeat)?;
         let hardware = HardwareBody::detect();
         console.note(format!(
             "{} on {}, by {}",
@@ -424,6 +464,17 @@ fn print(
 }
 
 impl BenchArgs {
+    /// Of --parallel and --consecutive.
+    fn cases(&self) -> Vec<parallel::Case> {
+        let parallel = self.parallel.iter().map(|&n| [n, 1]);
+        let consecutive = self.consecutive.iter().map(|&n| [1, n]);
+        let case = |[parallel, consecutive]: [u8; 2]| parallel::Case {
+            parallel: usize::from(parallel),
+            consecutive: usize::from(consecutive),
+        };
+        parallel.chain(consecutive).map(case).collect()
+    }
+
     fn measure_plan(&self, synthetic: bool) -> measure::MeasurePlan {
         let mut contexts: Vec<usize> = self.ctx.iter().map(|&ctx| ctx as usize).collect();
         contexts.sort_unstable();
@@ -438,7 +489,10 @@ impl BenchArgs {
                 None => Continuation::Sampled,
             },
             warmups: self.warmups,
-            repetitions: self.repetitions.unwrap_or(MOST_REPETITIONS),
+            repetitions: self.repetitions.unwrap_or(match self.parallel.is_empty() {
+                true => MOST_REPETITIONS,
+                false => PARALLEL_REPETITIONS,
+            }),
             time_limit: match self.repetitions {
                 None => Some(self.time_limit.unwrap_or(TIME_LIMIT)),
                 Some(_) => self.time_limit,
@@ -457,6 +511,14 @@ fn check(args: &BenchArgs) -> anyhow::Result<()> {
         let reason = "--fail-above compares with --against-binary or --against-flags, and neither was \
                       given; to compare files, use `moectl report`";
         return Err(Failure::Usage(reason.into()).into());
+    }
+    let most = args.consecutive.iter().max().copied().unwrap_or(1);
+    let least = parallel::LEAST_STEPS * usize::from(most);
+    if !args.parallel.is_empty() && args.max_tokens < least {
+        return Err(Failure::Usage(format!(
+            "--parallel leaves out the first steps; give -n {least} or more"
+        ))
+        .into());
     }
     if args.max_tokens < 2 {
         let reason = "-n below 2 has no time between tokens; give 2 or more";

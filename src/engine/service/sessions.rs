@@ -1,8 +1,9 @@
 //! Requests on the sequences of an engine: several at once, each a session of its own.
 //!
 //! The scheduler says whose turn it is. A turn is a piece of a prompt or a few decode steps, so nobody
-//! waits for more than that. Whoever has no sequence waits until one is free, or is parked in RAM where
-//! others used their share.
+//! waits for more than that. Whoever generates takes the others that do along: weights are read once for
+//! all of them. Whoever has no sequence waits until one is free, or is parked in RAM where others used
+//! their share.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use super::{
 use crate::backend::{BackendError, NextLogits, Routing};
 use crate::engine::experts::ExpertManager;
 use crate::engine::scheduler::{SLICE_STEPS, Scheduler, TaskId};
-use crate::engine::session::Session;
+use crate::engine::session::{NextToken, Session};
 use crate::engine::{Engine, EngineError};
 use crate::planning::PolicyConfig;
 
@@ -26,6 +27,9 @@ const REQUESTS_PER_SEQUENCE: usize = 2;
 
 /// A sequence runs at least so long, in its own time, before it is parked for another.
 const LEAST_RUN_S: f64 = 1.0;
+
+/// Requests that generate in one step.
+const MAX_TOGETHER: usize = 8;
 
 /// Makes the experts of the placement anew, under its policy or another.
 pub type ManagerSource =
@@ -124,6 +128,13 @@ struct Work {
     run_s: f64,
 }
 
+/// What became of the logits of a request.
+enum Chosen {
+    /// To be fed
+    Token(u32),
+    End(Turn),
+}
+
 /// How a turn ended.
 enum Turn {
     GoesOn,
@@ -146,29 +157,61 @@ impl Running {
         });
     }
 
-    /// Has the request whose turn it is run, if there is one.
+    /// Has the request whose turn it is run, if there is one, and those that go along.
     fn turn(&mut self, worker: &mut Worker) {
         self.drop_cancelled(worker);
         let Some(index) = self.next(worker) else {
             return;
         };
+        let group = self.together(index);
+        let mut requests: Vec<&mut Work> = (self.requests.iter_mut())
+            .filter(|request| group.contains(&request.id))
+            .collect();
         let start = Instant::now();
-        let turn = worker.turn(&mut self.requests[index]);
-        let seconds = start.elapsed().as_secs_f64();
-        let request = &mut self.requests[index];
-        request.run_s += seconds;
-        self.scheduler.charge(request.id, seconds);
-        match turn {
-            Ok(Turn::GoesOn) => return,
-            Ok(Turn::Finished(finished)) => {
-                request.job.send(Event::Finished(finished));
+        let turns = worker.turn(&mut requests);
+        // Each one's share: together they take less time than one after the other.
+        let seconds = start.elapsed().as_secs_f64() / requests.len() as f64;
+        let mut ended = Vec::new();
+        for (request, turn) in requests.into_iter().zip(turns) {
+            request.run_s += seconds;
+            self.scheduler.charge(request.id, seconds);
+            match turn {
+                Ok(Turn::GoesOn) => continue,
+                Ok(Turn::Finished(finished)) => {
+                    request.job.send(Event::Finished(finished));
+                }
+                Ok(Turn::Cancelled) => {}
+                Err(message) => {
+                    request.job.send(Event::Failed(message));
+                }
             }
-            Ok(Turn::Cancelled) => {}
-            Err(message) => {
-                request.job.send(Event::Failed(message));
+            ended.push(request.id);
+        }
+        for id in ended {
+            if let Some(index) = self.requests.iter().position(|request| request.id == id) {
+                self.end(index, worker);
             }
         }
-        self.end(index, worker);
+    }
+
+    /// The request to run and, if it generates, others that do and have a sequence: as many as fit in a
+    /// step, in the order of their turns.
+    fn together(&self, index: usize) -> Vec<TaskId> {
+        let first = &self.requests[index];
+        let mut group = vec![first.id];
+        let generates = |request: &&Work| {
+            let resident = request.session.as_ref().is_some_and(Session::is_resident);
+            resident && request.decode.is_some()
+        };
+        while first.decode.is_some() && group.len() < MAX_TOGETHER {
+            let others = self.requests.iter().filter(generates);
+            let others = others.map(|request| request.id);
+            match (self.scheduler).first_of(others.filter(|id| !group.contains(id))) {
+                Some(id) => group.push(id),
+                None => break,
+            }
+        }
+        group
     }
 
     /// The request to run next, which then has a sequence or can have one.
@@ -266,20 +309,48 @@ impl Worker {
         }
     }
 
-    /// A piece of the request's prompt, or some decode steps.
-    fn turn(&mut self, request: &mut Work) -> Result<Turn, String> {
-        self.bring_in(request)?;
-        if request.decode.is_none() {
-            self.prefill(request)?;
-            return Ok(Turn::GoesOn);
-        }
-        for _ in 0..SLICE_STEPS {
-            let turn = self.step(request)?;
-            if !matches!(turn, Turn::GoesOn) {
-                return Ok(turn);
+    /// A piece of the one request's prompt, or some decode steps of all: how it ended for each.
+    fn turn(&mut self, requests: &mut [&mut Work]) -> Vec<Result<Turn, String>> {
+        for request in requests.iter_mut() {
+            if let Err(message) = self.bring_in(request) {
+                // The others' turns come again.
+                let id = request.id;
+                let turn = |other: &&mut Work| match other.id == id {
+                    true => Err(message.clone()),
+                    false => Ok(Turn::GoesOn),
+                };
+                return requests.iter().map(turn).collect();
             }
         }
-        Ok(Turn::GoesOn)
+        match requests {
+            [request] if request.decode.is_none() => {
+                vec![self.prefill(request).map(|()| Turn::GoesOn)]
+            }
+            _ => self.decode(requests),
+        }
+    }
+
+    /// Some decode steps.
+    fn decode(&mut self, requests: &mut [&mut Work]) -> Vec<Result<Turn, String>> {
+        let mut turns: Vec<_> = requests.iter().map(|_| Ok(Turn::GoesOn)).collect();
+        for _ in 0..SLICE_STEPS {
+            let mut chosen = Vec::new();
+            for (i, request) in requests.iter_mut().enumerate() {
+                if !matches!(turns[i], Ok(Turn::GoesOn)) {
+                    continue;
+                }
+                match self.choose(request) {
+                    Ok(Chosen::Token(id)) => chosen.push((i, id)),
+                    Ok(Chosen::End(turn)) => turns[i] = Ok(turn),
+                    Err(message) => turns[i] = Err(message),
+                }
+            }
+            if chosen.is_empty() {
+                break;
+            }
+            self.feed(requests, &chosen, &mut turns);
+        }
+        turns
     }
 
     /// Opens the request's session, or brings it back.
@@ -319,18 +390,17 @@ impl Worker {
         Ok(())
     }
 
-    /// One token.
-    fn step(&mut self, request: &mut Work) -> Result<Turn, String> {
-        let (Some(session), Some((decode, next))) = (&mut request.session, &mut request.decode)
-        else {
-            return Ok(Turn::GoesOn);
+    /// The next token, which is told at once; it is to be fed, unless it is the last.
+    fn choose(&mut self, request: &mut Work) -> Result<Chosen, String> {
+        let Some((decode, next)) = &mut request.decode else {
+            return Ok(Chosen::End(Turn::GoesOn));
         };
         let job = &mut request.job;
         if job.is_cancelled() {
-            return Ok(Turn::Cancelled);
+            return Ok(Chosen::End(Turn::Cancelled));
         }
         if decode.generated >= job.request.max_tokens {
-            return Ok(finished(request, FinishReason::Length));
+            return Ok(Chosen::End(finished(request, FinishReason::Length)));
         }
         let (id, logprob) = decode.choose(job, next)?;
         self.generated_tokens += 1;
@@ -340,32 +410,77 @@ impl Worker {
             false => decode.stream.push(id),
         };
         if !job.send(Event::Token(Token { id, text, logprob })) {
-            return Ok(Turn::Cancelled);
+            return Ok(Chosen::End(Turn::Cancelled));
         }
-        if end_of_text {
-            return Ok(finished(request, FinishReason::EndOfText));
-        }
-        if let Some(stop) = decode.stream.stopped_by() {
-            let stop = stop.to_owned();
-            return Ok(finished(request, FinishReason::StopString(stop)));
-        }
-        if decode.generated >= job.request.max_tokens {
-            return Ok(finished(request, FinishReason::Length));
-        }
-        let fed = {
-            let on_routing = &mut counting(&mut self.picks, request.own_picks.as_mut());
-            (self.engine).decode(session, id, decode.wanted, on_routing)
+        let reason = match decode.stream.stopped_by() {
+            _ if end_of_text => FinishReason::EndOfText,
+            Some(stop) => FinishReason::StopString(stop.to_owned()),
+            None if decode.generated >= job.request.max_tokens => FinishReason::Length,
+            None => return Ok(Chosen::Token(id)),
         };
-        match fed {
-            Err(EngineError::Backend(BackendError::ContextFull { .. })) => {
-                Ok(finished(request, FinishReason::Length))
+        Ok(Chosen::End(finished(request, reason)))
+    }
+
+    /// Feeds what was chosen, by number of request, as one step.
+    fn feed(
+        &mut self,
+        requests: &mut [&mut Work],
+        chosen: &[(usize, u32)],
+        turns: &mut [Result<Turn, String>],
+    ) {
+        match (self.feed_together(requests, chosen), chosen) {
+            (Ok(()), _) => {}
+            (Err(EngineError::Backend(BackendError::ContextFull { .. })), &[(i, _)]) => {
+                turns[i] = Ok(finished(requests[i], FinishReason::Length));
             }
-            Err(error) => Err(text_of(error)),
-            Ok(logits) => {
-                *next = logits;
-                Ok(Turn::GoesOn)
+            // Nothing was done: each by itself then.
+            (Err(EngineError::Backend(BackendError::ContextFull { .. })), _) => {
+                for one in chosen {
+                    self.feed(requests, std::slice::from_ref(one), turns);
+                }
+            }
+            (Err(error), _) => {
+                let message = text_of(error);
+                for &(i, _) in chosen {
+                    turns[i] = Err(message.clone());
+                }
             }
         }
+    }
+
+    fn feed_together(
+        &mut self,
+        requests: &mut [&mut Work],
+        chosen: &[(usize, u32)],
+    ) -> Result<(), EngineError> {
+        let (mut tokens, mut own_picks, mut logits) = (Vec::new(), Vec::new(), Vec::new());
+        for (i, request) in requests.iter_mut().enumerate() {
+            let id = chosen.iter().find(|&&(chosen, _)| chosen == i);
+            if let (Some(&(_, id)), Some(session), Some((decode, next))) =
+                (id, &mut request.session, &mut request.decode)
+            {
+                let wanted = decode.wanted;
+                tokens.push(NextToken {
+                    session,
+                    id,
+                    wanted,
+                });
+                own_picks.push(request.own_picks.as_mut());
+                logits.push(next);
+            }
+        }
+        let picks = &mut self.picks;
+        let on_routings = &mut |token: usize, layer: usize, _: usize, routing: &Routing| {
+            count(picks, layer, routing);
+            if let Some(own) = own_picks[token].as_deref_mut() {
+                count(own, layer, routing);
+            }
+        };
+        let found = self.engine.decode_together(&mut tokens, on_routings)?;
+        for (next, found) in logits.into_iter().zip(found) {
+            *next = found;
+        }
+        Ok(())
     }
 }
 

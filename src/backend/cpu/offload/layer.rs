@@ -1,34 +1,36 @@
-//! The layers of one token, which each worker goes through on its own, stage by stage.
+//! The layers of one step, which each worker goes through on its own, stage by stage.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 
 use bytemuck::cast_slice;
 
 use super::super::activations::{Activations, Block, IntegerParts, Integers};
-use super::super::experts::{Expert, add_weighted, swiglu};
+use super::super::experts::{add_weighted, swiglu};
 use super::super::isa::Isa;
 use super::super::layout::{TILE_COLS, TILE_ROWS};
 use super::super::linear::{Panel, View, Weights};
 use super::super::threads::{Backoff, Count, Paces, Parts, Shares};
-use super::{Asked, Requests, prepare};
+use super::picks::{Group, Picks};
+use super::{Asked, MAX_TOKENS, Requests, few_tokens, prepare};
 use crate::backend::{BackendError, Result};
 
-/// How far each stage is, by rounds: each layer of each token is one.
+/// How far each stage is, by rounds: each layer of each step is one.
 pub struct Progress {
     up: Shares,
     down: Shares,
-    /// Of each block of intermediate values: quarters that are done, 32 rows of gate or of up; four in a
-    /// round
+    /// Of each group's blocks of intermediate values: quarters that are done, 32 rows of gate or of up;
+    /// four in a round
     quarters: Vec<AtomicU32>,
-    /// Of each chosen expert: blocks that are done
+    /// Of each group, that is a chosen expert: blocks that are done
     blocks: Vec<Count>,
     /// Tile rows of the sum that are done, the same number in every round
     rows: AtomicUsize,
     /// The last round that is over
     over: AtomicU32,
-    /// Rounds of earlier tokens
+    /// Rounds of earlier steps
     pub rounds: u32,
-    /// The token will not be finished
+    /// The step will not be finished
     pub failed: AtomicBool,
 }
 
@@ -58,7 +60,7 @@ impl Progress {
         self.blocks.resize_with(experts, Count::default);
     }
 
-    /// Waits until `there`; `false` if the token failed before.
+    /// Waits until `there`; `false` if the step failed before.
     fn wait(&self, there: impl Fn() -> bool) -> bool {
         let mut waiting = Backoff::default();
         while !there() {
@@ -82,33 +84,46 @@ impl Drop for OnPanic<'_> {
     }
 }
 
-/// A token while it is worked on.
+/// What each worker keeps for itself, which is quicker than waiting for one that makes it for all.
+#[derive(Default)]
+pub struct Worker {
+    /// All tokens
+    pub x: Activations,
+    picks: Picks,
+    /// Of each pick, 32 rows
+    panels: Vec<Panel>,
+}
+
+/// A step while it is worked on.
 ///
 /// Nobody waits for a worker that lost its core with nothing begun: it finds later what is left.
-pub struct Token<'a> {
+pub struct Step<'a> {
     pub isa: Isa,
     pub requests: &'a dyn Requests,
+    pub tokens: usize,
+    /// Experts that a token asks for
     pub at_most: usize,
     /// Of intermediate values of each expert
     pub blocks: usize,
     pub progress: &'a Progress,
-    pub x: Parts<'a, Activations>,
-    /// Intermediate values, before that what gate gave
+    pub workers: Parts<'a, Worker>,
+    /// Intermediate values, before that what gate gave: of each group of picks `[blocks, tokens]`
     pub hidden: Parts<'a, f32>,
     /// What up gave
     pub up: Parts<'a, f32>,
     pub hidden_integers: Option<(Integers, IntegerParts<'a>)>,
-    /// `[layers, D]`
+    /// `[layers, tokens, D]`
     pub out: Parts<'a, f32>,
 }
 
-impl Token<'_> {
+impl Step<'_> {
     pub fn work(&self, worker: usize) {
         let _failed = OnPanic(&self.progress.failed);
         for layer in 0..self.requests.layers() {
-            let asked = || self.requests.asked(layer).is_some();
-            let predicted = || self.requests.predicted(layer).is_some();
-            if !self.progress.wait(|| predicted() || asked()) {
+            let asked = || self.is_asked(layer);
+            let predicted = |token| self.requests.predicted(layer, token).is_some();
+            let all_predicted = || (0..self.tokens).all(predicted);
+            if !self.progress.wait(|| all_predicted() || asked()) {
                 return;
             }
             self.fetch(layer, worker);
@@ -121,24 +136,31 @@ impl Token<'_> {
 
     /// Whether there are the experts that are asked for.
     pub fn check(&self, layer: usize) -> Result<()> {
-        let (asked, count) = (self.asked(layer), self.requests.experts(layer).len());
-        if let Some(id) = asked.ids.iter().find(|&&id| id as usize >= count) {
-            return Err(BackendError::Other(format!(
-                "expert {id} of {count} was asked for"
-            )));
+        let count = self.requests.experts(layer).len();
+        for token in 0..self.tokens {
+            let asked = self.asked(layer, token);
+            if let Some(id) = asked.ids.iter().find(|&&id| id as usize >= count) {
+                return Err(BackendError::Other(format!(
+                    "expert {id} of {count} was asked for"
+                )));
+            }
+            if asked.ids.len() > self.at_most {
+                return Err(BackendError::Other(format!(
+                    "{} experts were asked for, at most {} can be",
+                    asked.ids.len(),
+                    self.at_most
+                )));
+            }
         }
-        match asked.ids.len() > self.at_most {
-            true => Err(BackendError::Other(format!(
-                "{} experts were asked for, at most {} can be",
-                asked.ids.len(),
-                self.at_most
-            ))),
-            false => Ok(()),
-        }
+        Ok(())
     }
 
-    fn asked(&self, layer: usize) -> Asked<'_> {
-        self.requests.asked(layer).expect("a request that is known")
+    fn is_asked(&self, layer: usize) -> bool {
+        (0..self.tokens).all(|token| self.requests.asked(layer, token).is_some())
+    }
+
+    fn asked(&self, layer: usize, token: usize) -> Asked<'_> {
+        (self.requests.asked(layer, token)).expect("a request that is known")
     }
 
     fn round(&self, layer: usize) -> u32 {
@@ -156,31 +178,39 @@ impl Token<'_> {
         self.progress.wait(|| self.is_over(layer))
     }
 
-    /// Brings this worker's share of what is predicted into its caches until the request is there.
+    /// Brings this worker's share of what is predicted into its caches until the requests are there.
     pub fn fetch(&self, layer: usize, worker: usize) {
-        let enough = || self.requests.asked(layer).is_some();
-        let experts = self.requests.experts(layer);
-        for &id in self.requests.predicted(layer).unwrap_or(&[]) {
-            let Some(expert) = experts.get(id as usize) else {
-                return;
-            };
-            for linear in [&expert.gate, &expert.up, &expert.down] {
-                let Weights::Nf4Int16(tiles) = &linear.weights else {
+        for token in 0..self.tokens {
+            for &id in self.requests.predicted(layer, token).unwrap_or(&[]) {
+                if !self.fetch_expert(layer, id, worker) {
                     return;
-                };
-                let rows = linear.tile_rows();
-                let kblocks = tiles.range.len() / rows.max(1);
-                let tiles = &tiles.arena[tiles.range.clone()];
-                // As `Shares` will hand them out.
-                let share = self.progress.up.paces().part(rows, worker);
-                for tiles in tiles[share.start * kblocks..share.end * kblocks].chunks(4) {
-                    if enough() {
-                        return;
-                    }
-                    touch(cast_slice(tiles));
                 }
             }
         }
+    }
+
+    /// Whether to go on.
+    fn fetch_expert(&self, layer: usize, id: i32, worker: usize) -> bool {
+        let Some(expert) = self.requests.experts(layer).get(id as usize) else {
+            return false;
+        };
+        for linear in [&expert.gate, &expert.up, &expert.down] {
+            let Weights::Nf4Int16(tiles) = &linear.weights else {
+                return false;
+            };
+            let rows = linear.tile_rows();
+            let kblocks = tiles.range.len() / rows.max(1);
+            let tiles = &tiles.arena[tiles.range.clone()];
+            // As `Shares` will hand them out.
+            let share = self.progress.up.paces().part(rows, worker);
+            for tiles in tiles[share.start * kblocks..share.end * kblocks].chunks(4) {
+                if self.is_asked(layer) {
+                    return false;
+                }
+                touch(cast_slice(tiles));
+            }
+        }
+        true
     }
 
     /// Takes part in all stages of a layer until nothing is left to begin.
@@ -189,46 +219,65 @@ impl Token<'_> {
             return;
         }
         let (isa, progress, round) = (self.isa, self.progress, self.round(layer));
-        let (asked, experts) = (self.asked(layer), self.requests.experts(layer));
-        let count = asked.ids.len();
-        let expert = |i: usize| &experts[asked.ids[i] as usize];
+        let experts = self.requests.experts(layer);
+        // SAFETY: each worker has its own.
+        let Worker { x, picks, panels } = unsafe { self.workers.item(worker) };
+        picks.sort((0..self.tokens).map(|token| self.asked(layer, token)));
+        let groups = picks.groups();
         let (rows, dim) = (experts[0].down.tile_rows(), experts[0].down.rows);
-        if count == 0 {
+        if groups.is_empty() {
             // Nothing to share out.
             return progress.down.take(round, worker, 1, |_| {
+                let start = layer * self.tokens * dim;
                 // SAFETY: nobody else writes the layer's output.
-                unsafe { self.out.slice(layer * dim..(layer + 1) * dim) }.fill(0.0);
+                unsafe { self.out.slice(start..start + self.tokens * dim) }.fill(0.0);
                 self.answer(round, layer);
             });
         }
-        // SAFETY: each worker has its own.
-        let x = unsafe { self.x.item(worker) };
-        prepare(isa, x, asked.x, &experts[0].gate);
-        let x = x.view();
+        let mut values: [&[f32]; MAX_TOKENS] = [&[]; MAX_TOKENS];
+        for (token, values) in values[..self.tokens].iter_mut().enumerate() {
+            *values = self.asked(layer, token).x;
+        }
+        prepare(isa, x, &values[..self.tokens], &experts[0].gate);
+        let x = few_tokens(x);
+        panels.resize(picks.count().max(panels.len()), [0.0; TILE_ROWS]);
         // All experts' first rows come first: so a worker has the same rows of every expert,
         // whichever experts they are, and finds them where it fetched them.
+        let count = groups.len();
         (progress.up).take(round, worker, 4 * self.blocks * count, |item| {
             let (tile_row, item) = (item / (2 * count), item % (2 * count));
-            self.gate_or_up(round, expert(item / 2), item, tile_row, x);
+            let group = &groups[item / 2];
+            let expert = &experts[group.expert];
+            let linear = [&expert.gate, &expert.up][item % 2];
+            let panels = &mut panels[group.places()];
+            linear.tile_row(isa, tile_row, x, picks.tokens(group), panels);
+            self.keep_up(round, item, group, tile_row, panels);
         });
         progress.down.take(round, worker, rows, |tile_row| {
-            let mut sum = [[0.0; TILE_ROWS]];
-            for i in 0..count {
+            for (i, group) in groups.iter().enumerate() {
                 let done = || progress.blocks[i].get(round) == Some(self.blocks as u32);
                 if !progress.wait(done) {
                     return;
                 }
-                let mut c = [[0.0; TILE_ROWS]];
                 // SAFETY: all blocks of this expert are done.
-                let h = unsafe { self.intermediate(i) };
-                (expert(i).down).tile_row(isa, tile_row, h, &[0], &mut c);
-                add_weighted(isa, &c, &[0], &asked.weights[i..=i], &mut sum);
+                let h = unsafe { self.intermediate(group) };
+                let down = &experts[group.expert].down;
+                let panels = &mut panels[group.places()];
+                down.tile_row(isa, tile_row, h, group.numbers(), panels);
             }
             let first = tile_row * TILE_ROWS;
             let last = dim.min(first + TILE_ROWS);
-            // SAFETY: each item has output rows of its own.
-            let out = unsafe { self.out.slice(layer * dim + first..layer * dim + last) };
-            out.copy_from_slice(&sum[0][..last - first]);
+            for token in 0..self.tokens {
+                let mut sum = [[0.0; TILE_ROWS]];
+                for &(place, weight) in picks.of_token(token) {
+                    let panel = &panels[place..=place];
+                    add_weighted(isa, panel, &[0], &[weight], &mut sum);
+                }
+                let start = (layer * self.tokens + token) * dim;
+                // SAFETY: each item has output rows of its own.
+                let out = unsafe { self.out.slice(start + first..start + last) };
+                out.copy_from_slice(&sum[0][..last - first]);
+            }
             if (progress.rows.fetch_add(1, Ordering::AcqRel) + 1).is_multiple_of(rows) {
                 self.answer(round, layer);
             }
@@ -240,24 +289,30 @@ impl Token<'_> {
         self.requests.answered(layer);
     }
 
-    /// 32 rows of gate, or for odd `item` of up, of the chosen expert number `item / 2`.
-    fn gate_or_up(&self, round: u32, expert: &Expert, item: usize, tile_row: usize, x: View) {
-        let (i, is_up) = (item / 2, item % 2 == 1);
-        let block = i * self.blocks + tile_row / 2;
-        let (linear, out) = match is_up {
-            false => (&expert.gate, &self.hidden),
-            true => (&expert.up, &self.up),
-        };
-        let mut panel: [Panel; 1] = Default::default();
-        linear.tile_row(self.isa, tile_row, x, &[0], &mut panel);
-        let start = block * TILE_COLS + tile_row % 2 * TILE_ROWS;
-        // SAFETY: every item has its own quarter of a block.
-        unsafe { out.slice(start..start + TILE_ROWS) }.copy_from_slice(&panel[0]);
+    /// The values of a group's block, token by token.
+    fn block_of(&self, group: &Group, block: usize) -> Range<usize> {
+        let places = group.places();
+        let start = places.start * self.blocks + block * places.len();
+        start..start + places.len()
+    }
+
+    /// Keeps 32 rows of gate, or for odd `item` of up, of group number `item / 2`.
+    fn keep_up(&self, round: u32, item: usize, group: &Group, tile_row: usize, panels: &[Panel]) {
+        let out = [&self.hidden, &self.up][item % 2];
+        let block = tile_row / 2;
+        for (at, panel) in self.block_of(group, block).zip(panels) {
+            let start = at * TILE_COLS + tile_row % 2 * TILE_ROWS;
+            // SAFETY: every item has its own quarters of blocks.
+            unsafe { out.slice(start..start + TILE_ROWS) }.copy_from_slice(panel);
+        }
         // The last of four quarters sees the others' values.
-        if self.progress.quarters[block].fetch_add(1, Ordering::AcqRel) % 4 == 3 {
-            // SAFETY: all are written, and a block is finished once.
-            unsafe { self.finish(block) };
-            self.progress.blocks[i].add(round);
+        let quarters = &self.progress.quarters[item / 2 * self.blocks + block];
+        if quarters.fetch_add(1, Ordering::AcqRel) % 4 == 3 {
+            for at in self.block_of(group, block) {
+                // SAFETY: all are written, and a block is finished once.
+                unsafe { self.finish(at) };
+            }
+            self.progress.blocks[item / 2].add(round);
         }
     }
 
@@ -288,16 +343,17 @@ impl Token<'_> {
     }
 
     /// # Safety
-    /// All blocks of the chosen expert number `i` must be done.
-    unsafe fn intermediate(&self, i: usize) -> View<'_> {
-        let range = i * self.blocks..(i + 1) * self.blocks;
+    /// All blocks of the group must be done.
+    unsafe fn intermediate(&self, group: &Group) -> View<'_> {
+        let places = group.places();
+        let range = places.start * self.blocks..places.end * self.blocks;
         let values = range.start * TILE_COLS..range.end * TILE_COLS;
         // SAFETY: nobody writes them any more.
         unsafe {
             let blocks = self.hidden.shared(values).as_chunks().0;
             match &self.hidden_integers {
-                Some((_, integers)) => integers.view(blocks, range),
-                None => View::of_blocks(blocks),
+                Some((_, integers)) => integers.view(places.len(), blocks, range),
+                None => View::of_blocks(places.len(), blocks),
             }
         }
     }

@@ -43,6 +43,9 @@ impl Decode {
     /// in a step's order, and wait for no CPU.
     pub fn time_kernels(&self, model: &Model, states: &StateLayout, only: &[&str]) -> Result<f64> {
         let kind = Kind {
+            tokens: 1,
+            few: false,
+            head_from: 0,
             wanted: Wanted::Nothing,
             // Flags are for whole steps: without the CPU those must not wait.
             hybrid: !only.is_empty(),
@@ -62,7 +65,7 @@ impl Decode {
 
     /// Microseconds of the output head on the device.
     pub fn head_us(&self, model: &Model) -> Result<f64> {
-        let graph = (model.stream).capture(|| self.record_head(model, self.hidden))?;
+        let graph = (model.stream).capture(|| self.record_head(model, self.hidden, 1))?;
         self.time_graph(model, &graph)
     }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
-use super::super::abi::Handoff;
+use super::super::abi::{Handoff, MAX_BATCH};
 use super::{Decode, Model, WATCHDOG};
 use crate::backend::cpu::experts::Expert;
 use crate::backend::cpu::offload::{Asked, Offload, Requests};
@@ -14,13 +14,14 @@ use crate::backend::{BackendError, Result, StepTimes};
 struct HandedOver<'a> {
     /// Of the step
     number: u32,
+    tokens: usize,
     /// `[layer]`
     experts: Vec<&'a [Expert]>,
-    /// `[layers]`
+    /// `[layers, MAX_BATCH]`
     handoffs: *mut Handoff,
     /// What they will probably ask; absent where no router looks ahead
     predicted: Option<*mut Handoff>,
-    /// `[layers, D]`
+    /// `[layers, MAX_BATCH, D]`
     x: *const f32,
     dim: usize,
     /// `[layers]`
@@ -32,14 +33,15 @@ struct HandedOver<'a> {
 unsafe impl Sync for HandedOver<'_> {}
 
 impl HandedOver<'_> {
-    /// What a router wrote for `layer` to the list `from`, once it has.
-    fn read(&self, from: *mut Handoff, layer: usize) -> Option<&Handoff> {
-        assert!(layer < self.experts.len());
+    /// What a router wrote for `layer` and `token` to the list `from`, once it has.
+    fn read(&self, from: *mut Handoff, layer: usize, token: usize) -> Option<&Handoff> {
+        assert!(layer < self.experts.len() && token < self.tokens);
+        let at = layer * MAX_BATCH + token;
         // SAFETY: in the list. `ready` is the first field, a u32 that only the GPU stores.
-        let ready = unsafe { AtomicU32::from_ptr(from.add(layer).cast()) };
+        let ready = unsafe { AtomicU32::from_ptr(from.add(at).cast()) };
         let is_there = ready.load(Ordering::Acquire) == self.number;
         // SAFETY: the GPU released it with `ready`, and writes it again in the next step.
-        is_there.then(|| unsafe { &*from.add(layer) })
+        is_there.then(|| unsafe { &*from.add(at) })
     }
 }
 
@@ -48,23 +50,30 @@ impl Requests for HandedOver<'_> {
         self.experts.len()
     }
 
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
     fn experts(&self, layer: usize) -> &[Expert] {
         self.experts[layer]
     }
 
-    fn predicted(&self, layer: usize) -> Option<&[i32]> {
+    fn predicted(&self, layer: usize, token: usize) -> Option<&[i32]> {
         match self.predicted {
             // The first layer has none before it whose router could look ahead.
-            Some(predicted) if layer > 0 => self.read(predicted, layer).map(Handoff::experts),
+            Some(predicted) if layer > 0 => {
+                (self.read(predicted, layer, token)).map(Handoff::experts)
+            }
             _ => Some(&[]),
         }
     }
 
-    fn asked(&self, layer: usize) -> Option<Asked<'_>> {
-        self.read(self.handoffs, layer).map(|handoff| {
+    fn asked(&self, layer: usize, token: usize) -> Option<Asked<'_>> {
+        self.read(self.handoffs, layer, token).map(|handoff| {
             let ids = handoff.experts();
+            let row = (layer * MAX_BATCH + token) * self.dim;
             // SAFETY: in the list, and written by the GPU before it asked.
-            let x = unsafe { std::slice::from_raw_parts(self.x.add(layer * self.dim), self.dim) };
+            let x = unsafe { std::slice::from_raw_parts(self.x.add(row), self.dim) };
             Asked {
                 ids,
                 weights: &handoff.cpu_weights[..ids.len()],
@@ -87,6 +96,7 @@ impl Decode {
         &self,
         model: &Model,
         offload: &mut Offload,
+        tokens: usize,
         graphs: usize,
         times: &mut StepTimes,
     ) -> Result<()> {
@@ -94,6 +104,7 @@ impl Decode {
         let layers = model.shape.num_layers();
         let requests = HandedOver {
             number: self.number,
+            tokens,
             experts: (model.store.layers.iter())
                 .map(|layer| &layer.experts[..])
                 .collect(),
@@ -103,8 +114,9 @@ impl Decode {
             dim,
             done: self.done.pointer(0),
         };
-        // SAFETY: `[layers, dim]` floats; of a layer the GPU reads them only after `done`.
-        let out = unsafe { std::slice::from_raw_parts_mut(self.cpu_out.pointer(0), layers * dim) };
+        let len = layers * tokens * dim;
+        // SAFETY: `[layers, tokens, dim]` floats; of a layer the GPU reads them only after `done`.
+        let out = unsafe { std::slice::from_raw_parts_mut(self.cpu_out.pointer(0), len) };
         let (mut part, mut next_part) = (0, 0);
         let mut asked = Instant::now();
         let mut wait = |layer: usize, fetch: &dyn Fn()| {
@@ -140,11 +152,12 @@ impl Decode {
     }
 }
 
-/// Spins until the router of `layer` has chosen.
+/// Spins until the router of `layer` has chosen for all tokens.
 fn wait_ready(requests: &HandedOver, layer: usize, model: &Model) -> Result<()> {
     let mut spins = 0u32;
     let mut since = None;
-    while requests.asked(layer).is_none() {
+    let asked = |token| requests.asked(layer, token).is_some();
+    while !(0..requests.tokens).all(asked) {
         std::hint::spin_loop();
         spins = spins.wrapping_add(1);
         if spins.is_multiple_of(1 << 14) {
