@@ -366,6 +366,9 @@ impl Engine {
     }
 
     /// Measures the GPU with this model; `None` if none takes part. The sequence starts over.
+    ///
+    /// # Errors
+    /// The backend's.
     pub fn measure_gpu(&mut self) -> Result<Option<GpuProbe>> {
         let Some(diagnostics) = self.executor.diagnostics() else {
             return Ok(None);
@@ -376,6 +379,9 @@ impl Engine {
     }
 
     /// What each GPU kernel takes; the sequence starts over.
+    ///
+    /// # Errors
+    /// The backend's.
     pub fn kernel_times(&mut self) -> Result<KernelTimes> {
         let Some(diagnostics) = self.executor.diagnostics() else {
             return Ok(KernelTimes::default());

@@ -127,6 +127,9 @@ impl Buffers {
 /// - `gates`: `[T]`, the sigmoid of the shared expert's gate
 /// - `all_tokens`: 0, 1, 2, .. at least T of them
 /// - `out`: `[T, hidden_size]`
+///
+/// # Errors
+/// If a worker thread failed.
 #[allow(clippy::too_many_arguments)]
 pub fn add_experts(
     pool: &mut Pool,
@@ -164,6 +167,9 @@ pub fn add_experts(
 /// - `x`: `[T]` normed tokens, integer form included if any matrix reads it
 /// - `all_tokens`: 0, 1, 2, .. at least T of them
 /// - `out`: `[T, hidden_size]`
+///
+/// # Errors
+/// If a worker thread failed.
 #[allow(clippy::too_many_arguments)]
 pub fn add_picks(
     pool: &mut Pool,

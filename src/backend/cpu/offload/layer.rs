@@ -120,6 +120,9 @@ impl Token<'_> {
     }
 
     /// Whether there are the experts that are asked for.
+    ///
+    /// # Errors
+    /// If an id is beyond the layer's experts, or more are requested than may be.
     pub fn check(&self, layer: usize) -> Result<()> {
         let (asked, count) = (self.asked(layer), self.requests.experts(layer).len());
         if let Some(id) = asked.ids.iter().find(|&&id| id as usize >= count) {

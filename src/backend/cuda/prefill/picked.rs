@@ -8,9 +8,8 @@
 
 use super::super::device::{Device, Pinned, Stream, args};
 use super::super::{geometry, variants};
-use super::RING;
-use super::admission::Admitting;
 use super::chunk::Chunk;
+use super::{Admitting, RING};
 use crate::backend::cpu::offload::{Offload, Pick};
 use crate::backend::{ModelShape, Result, Routing};
 use crate::planning::execution::picks_for_cpu;
@@ -37,6 +36,10 @@ pub struct PickedHost {
 }
 
 impl PickedHost {
+    /// Lists of chunks of up to `tokens`.
+    ///
+    /// # Errors
+    /// If memory that can be pinned is short.
     pub fn new(device: &Device, shape: &ModelShape, tokens: usize) -> Result<Self> {
         let (k, experts) = (shape.moe.num_experts_per_tok, shape.moe.num_experts);
         let tiles = (tokens * k).div_ceil(TILE_TOKENS) + experts + tokens.div_ceil(TILE_TOKENS);
