@@ -291,7 +291,7 @@ pub(crate) mod tests {
         assert_eq!(f.expert_flops, 2 * 3 * 512 * 2048);
         assert_eq!(f.flops_per_token, 6_653_411_328);
         let without_head = f.fixed_vram_bytes_without_head();
-        let parts = [905_489_408, 100_663_296, 75_497_472, 3_538_944, 800_000_000];
+        let parts = [905_489_408, 100_663_296, 75_497_472, 7_077_888, 800_000_000];
         assert_eq!(without_head, parts.iter().sum::<u64>());
         assert_eq!(f.fixed_vram_bytes(), without_head + 622_329_856);
         assert_eq!(

@@ -135,7 +135,7 @@ fn what_does_not_fit_names_the_smallest_budget_that_does() {
     assert_eq!(
         message,
         "plan needs at least 2.4 GiB of GPU memory for 4k tokens of context, \
-         the budget is 1.0 GiB; give --vram 2.43GiB or more"
+         the budget is 1.0 GiB; give --vram 2.44GiB or more"
     );
     assert!(with(3 << 30, u64::MAX).is_err());
 }
@@ -507,7 +507,7 @@ fn sequences_beside_the_first_are_a_row_and_take_expert_slots() {
         let row = rows.find(|item| item.component == "other sequences");
         row.map(|item| item.bytes)
     };
-    // 24 KiB of keys and values a token and 37.5 MiB of states each.
+    // 24 KiB of keys and values a token, and 79 MiB of states each.
     let each = f.sequence_bytes(32 << 10, KvDtype::F16);
     assert_eq!((others(&one), others(&four)), (None, Some(3 * each)));
     let fewer = (3 * each).div_ceil(f.expert_bytes) as usize;

@@ -1,13 +1,13 @@
 //! The real driver, through cudarc, loaded at run time: a binary with kernels starts without it.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CString, c_void};
 use std::ptr;
 use std::sync::Mutex;
 
 use cudarc::driver::sys::{self, CUresult};
 
-use super::facts::{check, facts, parameter_sizes};
+use super::facts::{check, device_count, facts, parameter_sizes};
 use super::{Args, DeviceFacts, Driver, Geometry, HOPPER, Handle};
 use crate::backend::{BackendError, Result};
 
