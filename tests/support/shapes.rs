@@ -373,8 +373,7 @@ impl Answers {
             }
             for i in token * self.vocab..(token + 1) * self.vocab {
                 let diff = (self.logits[i] - expected.logits[i]).abs();
-                // NaN is no number below the bound.
-                if !(diff <= logits) {
+                if diff > logits || diff.is_nan() {
                     return Err(format!(
                         "token {token}: a logit is {}, not {}",
                         self.logits[i], expected.logits[i]
