@@ -86,7 +86,7 @@ fn compare(device: &Device, i: usize, drawn: &Drawn) -> (usize, f32) {
 fn drawn_models_are_computed_right_or_refused_by_name() {
     let _alone = alone();
     let Some(device) = open_device() else { return };
-    let count = if is_emulated(&device) { 48 } else { 400 };
+    let count = if is_emulated(&device) { 80 } else { 400 };
     let (mut models, mut tokens, mut worst, mut refused) = (0, 0, 0.0f32, 0);
     for (i, drawn) in draw(count).into_iter().enumerate() {
         if let Err(error) = limits::check(&drawn.shape) {
