@@ -262,10 +262,10 @@ fn sessions_with_kept_prefixes_answer_as_if_each_had_begun_anew() {
     };
     let mut engine = load();
     let budget_bytes = KEPT * snapshot_bytes(&mut engine);
-    let engines = std::cell::RefCell::new((engine, alone, [0, 0]));
+    let engines = std::cell::RefCell::new((engine, alone, (0, 0)));
     let steps = prop::collection::vec(action(), 250);
     let outcome = runner.run(&steps, |steps| {
-        let (engine, alone, [found, evicted]) = &mut *engines.borrow_mut();
+        let (engine, alone, (found, evicted)) = &mut *engines.borrow_mut();
         engine.set_prefix_cache(budget_bytes);
         engine.reserve(CAPACITY, MAX_TOKENS).unwrap();
         let mut world = World {
@@ -288,7 +288,7 @@ fn sessions_with_kept_prefixes_answer_as_if_each_had_begun_anew() {
         Ok(())
     });
     outcome.unwrap_or_else(|error| panic!("{error}"));
-    let (_, _, [found, evicted]) = engines.into_inner();
+    let (_, _, (found, evicted)) = engines.into_inner();
     println!("{found} prompts began with what was kept, {evicted} snapshots were evicted");
     assert!(found > 20 && evicted > 5, "{found}, {evicted}");
 }

@@ -1,5 +1,8 @@
 //! The verbs: flags and flow of each. Results go to stdout, everything else to stderr.
 
+// Docs of flags are help texts, whose brackets are no links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 pub mod args;
 pub mod bench;
 pub mod completions;

@@ -160,7 +160,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What [`record`] needs to know beside the corpora.
+/// What [`record()`] needs to know beside the corpora.
 pub(super) struct Settings {
     ctx: usize,
     generate: usize,
