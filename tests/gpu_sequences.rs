@@ -10,18 +10,18 @@ mod support;
 
 use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::{CudaOptions, Residency};
-use moectl::backend::{BackendError, DeviceMemory, Executor, KvDtype, MixerKind, ModelShape};
+use moectl::backend::{BackendError, DeviceMemory, Executor, KvDtype, ModelShape};
 use moectl::planning::Footprint;
 use moectl::planning::footprint::KvDtype as Kv;
 use sequence::*;
 use support::sequences::{bits, check_against_fresh_sequences, feed};
-use support::shapes::small;
 use support::*;
 
 #[test]
 fn sequences_on_a_device_are_as_if_each_were_alone() {
     let _alone = alone();
     let Some(device) = open_device() else { return };
+    let model = open(&golden("tiny-b", "nf4").model_dir);
     // The emulator takes a twentieth of a second for a step.
     let sizes = if is_emulated(&device) {
         [1, 40, 50]
@@ -35,47 +35,14 @@ fn sequences_on_a_device_are_as_if_each_were_alone() {
         residency,
         ..CudaOptions::default()
     };
-    // Without delta nets sequences can be cut anywhere.
-    for (name, layout, kv_dtype, half) in [
-        ("tiny-b", "nf4", KvDtype::F16, true),
-        ("tiny-b", "nf4", KvDtype::Int8, false),
-        ("qwen3_moe", "bf16", KvDtype::F16, false),
-        ("qwen3_moe", "bf16", KvDtype::Int8, true),
+    for (kv_dtype, residency) in [
+        (KvDtype::F16, every(2, &model.0)),
+        (KvDtype::Int8, Residency::Fill),
     ] {
-        let model = open(&golden(name, layout).model_dir);
-        let residency = match half {
-            true => every(2, &model.0),
-            false => Residency::Fill,
-        };
         let options = || options(kv_dtype, residency.clone());
         let mut tested = cuda(&device, options(), &model, 64);
         let mut naive = cuda(&device, options(), &model, 64);
         check_against_fresh_sequences(&mut tested.executor, &mut naive.executor, sizes);
-    }
-}
-
-/// A thousand steps, of a model that the emulator is quick with.
-#[test]
-fn a_thousand_steps_of_sequences_leave_nothing_over() {
-    let _alone = alone();
-    let Some(device) = open_device() else { return };
-    for (kv_dtype, mixers) in [
-        (KvDtype::F16, small().shape.mixers),
-        (KvDtype::Int8, vec![MixerKind::GatedAttention; 2]),
-    ] {
-        let mut drawn = small();
-        drawn.shape.mixers = mixers;
-        drawn.shape.vocab_size = 33;
-        let model = (drawn.shape.clone(), drawn.weights());
-        let options = || CudaOptions {
-            threads: Some(2),
-            kv_dtype: Some(kv_dtype),
-            prefill: exact(Some(64)),
-            ..with(every(2, &model.0))
-        };
-        let mut tested = cuda(&device, options(), &model, 64);
-        let mut naive = cuda(&device, options(), &model, 64);
-        check_against_fresh_sequences(&mut tested.executor, &mut naive.executor, [2, 250, 50]);
     }
 }
 

@@ -15,7 +15,7 @@ use moectl::backend::reference::Reference;
 use moectl::backend::{BackendError, KvDtype, MixerKind, ModelShape};
 use moectl::planning::execution::PrefillSettings;
 use sequence::*;
-use support::shapes::{Drawn, Tolerance, answers, draw, small};
+use support::shapes::{Drawn, Form, Tolerance, answers, draw};
 use support::*;
 
 /// Keys and values of f16 are off by 0.05%.
@@ -106,6 +106,29 @@ fn drawn_models_are_computed_right_or_refused_by_name() {
         tokens > models * all * 3 / 4,
         "{tokens} tokens of {models} models"
     );
+}
+
+/// A small model of both kinds of layers.
+fn small() -> Drawn {
+    let mut drawn = draw(1).remove(0);
+    let shape = &mut drawn.shape;
+    shape.mixers = vec![MixerKind::GatedDeltaNet, MixerKind::GatedAttention];
+    shape.hidden_size = 64;
+    let attention = &mut shape.attention;
+    attention.num_key_value_heads = 1;
+    attention.num_attention_heads = 2;
+    attention.head_dim = 32;
+    attention.rotary_dim = 32;
+    let net = &mut shape.delta_net;
+    (net.num_key_heads, net.num_value_heads) = (1, 2);
+    (net.key_head_dim, net.value_head_dim) = (32, 32);
+    net.conv_kernel_dim = 4;
+    let moe = &mut shape.moe;
+    (moe.num_experts, moe.num_experts_per_tok) = (4, 2);
+    moe.moe_intermediate_size = 32;
+    moe.shared_expert_intermediate_size = 32;
+    drawn.forms = [Form::Bf16; 3];
+    drawn
 }
 
 #[test]

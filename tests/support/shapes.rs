@@ -152,29 +152,6 @@ pub fn draw(count: usize) -> Vec<Drawn> {
     (0..count).map(|_| one()).collect()
 }
 
-/// A model of one layer of each kind, as small as kernels for GPUs take them.
-pub fn small() -> Drawn {
-    let mut drawn = draw(1).remove(0);
-    let shape = &mut drawn.shape;
-    shape.mixers = vec![MixerKind::GatedDeltaNet, MixerKind::GatedAttention];
-    shape.hidden_size = 64;
-    let attention = &mut shape.attention;
-    attention.num_key_value_heads = 1;
-    attention.num_attention_heads = 2;
-    attention.head_dim = 32;
-    attention.rotary_dim = 32;
-    let net = &mut shape.delta_net;
-    (net.num_key_heads, net.num_value_heads) = (1, 2);
-    (net.key_head_dim, net.value_head_dim) = (32, 32);
-    net.conv_kernel_dim = 4;
-    let moe = &mut shape.moe;
-    (moe.num_experts, moe.num_experts_per_tok) = (4, 2);
-    moe.moe_intermediate_size = 32;
-    moe.shared_expert_intermediate_size = 32;
-    drawn.forms = [Form::Bf16; 3];
-    drawn
-}
-
 /// Weights from a seed, of a size that keeps activations near one.
 struct Weights(ChaCha8Rng);
 
