@@ -20,9 +20,8 @@ prefill_delta_chunks: one chunk after the other.
   launch: grid (dv / 32, Hv), block 128, dynamic shared memory BYTES of a stage, or twice that: then the next
   chunk arrives beside this one
 
-Factors are sums of two f16, "terms", with three products each: as exact as f32. In the _f16 kernels q and k
-are rounded to one f16, the same everywhere, so that the state is exactly that of these keys; what only goes
-into outputs, and not into the state, has one term, too.
+Factors are sums of two f16, "terms", with three products each: as exact as f32. With q and k of one term, the
+same everywhere, greedy tokens of a golden changed on an H200.
 
 Two warps with 16 columns of the state each hold it transposed, [columns, dk], in accumulators: that way
 accumulators are the first operand of the next product as they are, all others come from shared memory, and
@@ -34,134 +33,7 @@ f16's range. S, R and N get one per chunk and warp. A NaN breaks all tokens of i
 Source: Yang et al., Gated Delta Networks, arXiv:2412.06464, section 3.3.
 */
 #include "common.cuh"
-
-constexpr int CHUNK = 64;   /* tokens */
-constexpr int COLUMNS = 32; /* of the block */
-constexpr int THREADS = 128;
-constexpr int CONSUMERS = 64, COPIERS = THREADS - CONSUMERS;
-constexpr int V_STRIDE = COLUMNS + 4; /* floats; lanes read different banks */
-constexpr int BLOCK = 16;             /* T is inverted by blocks of 16 x 16 */
-constexpr int BLOCKS = CHUNK / BLOCK;
-
-/* Powers of two that K, Q and P are multiplied by. */
-constexpr float K_UP = 64.0f, Q_UP = 512.0f, P_UP = 512.0f;
-
-/* Shared memory: K and Q [64, DK], T and P [64, 64], each as its terms in rows of f16; per token exp of the
-   decays' sum up to it, exp of what is left to the chunk's end, and beta; then either V [64, 32] f32, or the
-   decays' sum, as a multiple of 2^-10 and a rest. */
-template <int DK, bool EXACT>
-struct Stage {
-  static constexpr int TERMS = EXACT ? 2 : 1; /* of K, Q and P; T has two */
-  static constexpr int ROWS_BYTES = CHUNK * DK * 2, SQUARE_BYTES = CHUNK * CHUNK * 2; /* of a term */
-  static constexpr int K = 0;
-  static constexpr int Q = K + TERMS * ROWS_BYTES;
-  static constexpr int T = Q + TERMS * ROWS_BYTES;
-  static constexpr int P = T + 2 * SQUARE_BYTES;
-  static constexpr int DECAY = P + TERMS * SQUARE_BYTES;
-  static constexpr int REST = DECAY + CHUNK * 4;
-  static constexpr int BETA = REST + CHUNK * 4;
-  static constexpr int V = BETA + CHUNK * 4;
-  static constexpr int BYTES = V + CHUNK * V_STRIDE * 4; /* dk 128: exact 108,288, f16 67,328 */
-  static constexpr int LOG = V, LOG_REST = LOG + CHUNK * 4;
-  static constexpr int PREPARE_BYTES = LOG_REST + CHUNK * 4;
-  /* In scratch: [chunk][key head] of the first, then [chunk][value head] of the second. */
-  static constexpr int KEY_IMAGE = T, HEAD_IMAGE = V - T;
-};
-
-/* An A operand of 16 x 16 as terms. */
-template <int TERMS>
-struct Operand {
-  uint32_t term[TERMS][4];
-
-  __device__ __forceinline__ void set(int i, float x, float y) {
-    const uint32_t high = round_f16x2(x, y);
-    term[0][i] = high;
-    if constexpr (TERMS == 2)
-      term[1][i] = round_f16x2(x - f16_to_f32((uint16_t)high), y - f16_to_f32((uint16_t)(high >> 16)));
-  }
-  /* Of the accumulators of two tiles of 8 columns, times `up`. */
-  __device__ __forceinline__ void set(const float (&c)[4], const float (&d)[4], float up) {
-    set(0, c[0] * up, c[1] * up);
-    set(1, c[2] * up, c[3] * up);
-    set(2, d[0] * up, d[1] * up);
-    set(3, d[2] * up, d[3] * up);
-  }
-};
-
-/* Rows of f16 in shared memory, all of one term and then of the other; chunks of 16 bytes are moved so that
-   eight rows' are in different banks. */
-template <int COLS, int TERMS>
-struct Rows {
-  static constexpr int CHUNKS = COLS / 8, TERM_BYTES = CHUNK * COLS * 2;
-  uint8_t *at;
-
-  __device__ __forceinline__ uint8_t *chunk(int row, int chunk) const {
-    return at + row * COLS * 2 + (chunk ^ (row & 7 & (CHUNKS - 1))) * 16;
-  }
-  /* x and y, neighbours from an even column on. */
-  __device__ __forceinline__ void store(int row, int col, float x, float y) const {
-    uint8_t *to = chunk(row, col / 8) + col % 8 * 2;
-    Operand<TERMS> terms;
-    terms.set(0, x, y);
-#pragma unroll
-    for (int i = 0; i < TERMS; i++) *(uint32_t *)(to + i * TERM_BYTES) = terms.term[i][0];
-  }
-  /* Four neighbours from a multiple of 4 on. */
-  __device__ __forceinline__ void store(int row, int col, float4 x) const {
-    uint8_t *to = chunk(row, col / 8) + col % 8 * 2;
-    Operand<TERMS> terms;
-    terms.set(0, x.x, x.y);
-    terms.set(1, x.z, x.w);
-#pragma unroll
-    for (int i = 0; i < TERMS; i++)
-      *(uint2 *)(to + i * TERM_BYTES) = make_uint2(terms.term[i][0], terms.term[i][1]);
-  }
-  /* The block at (row, col) as an A operand. */
-  __device__ __forceinline__ void load(Operand<TERMS> &a, int row, int col) const {
-    const int lane = threadIdx.x % 32;
-    const uint8_t *from = chunk(row + lane % 16, col / 8 + lane / 16);
-#pragma unroll
-    for (int i = 0; i < TERMS; i++) ldmatrix_x4(a.term[i], from + i * TERM_BYTES);
-  }
-};
-
-/* c, d += a B for two tiles of 8 columns. Of the products of terms, all but that of both second ones;
-   A_TERMS: how many of a's. The fragments of B are those at `from`, transposed or not. */
-template <int A_TERMS, int B_TERMS, int TERM_BYTES, bool TRANSPOSED, int TERMS>
-__device__ __forceinline__ void multiply_block(float (&c)[4], float (&d)[4], const Operand<TERMS> &a,
-                                               const uint8_t *from) {
-  static_assert(A_TERMS <= TERMS, "a has them");
-#pragma unroll
-  for (int i = 0; i < B_TERMS; i++) {
-    uint32_t b[4];
-    if (TRANSPOSED) ldmatrix_x4_trans(b, from + i * TERM_BYTES);
-    else ldmatrix_x4(b, from + i * TERM_BYTES);
-#pragma unroll
-    for (int j = 0; j < A_TERMS - i; j++) {
-      mma_f16(c, a.term[j], b[0], b[1]);
-      mma_f16(d, a.term[j], b[2], b[3]);
-    }
-    if (A_TERMS == 1 && i == 1) mma_f16(c, a.term[0], b[0], b[1]), mma_f16(d, a.term[0], b[2], b[3]);
-  }
-}
-
-/* c, d += a X^T: X the 16 x 16 block at (row, col), whose rows are the product's columns. */
-template <int A_TERMS, int COLS, int X_TERMS, int TERMS>
-__device__ __forceinline__ void multiply_rows(float (&c)[4], float (&d)[4], const Operand<TERMS> &a,
-                                              const Rows<COLS, X_TERMS> &x, int row, int col) {
-  const int lane = threadIdx.x % 32;
-  multiply_block<A_TERMS, X_TERMS, Rows<COLS, X_TERMS>::TERM_BYTES, false>(
-      c, d, a, x.chunk(row + lane % 8 + lane / 16 * 8, col / 8 + lane / 8 % 2));
-}
-
-/* c, d += a X: X the block at (row, col). */
-template <int A_TERMS, int COLS, int X_TERMS, int TERMS>
-__device__ __forceinline__ void multiply_columns(float (&c)[4], float (&d)[4], const Operand<TERMS> &a,
-                                                 const Rows<COLS, X_TERMS> &x, int row, int col) {
-  const int lane = threadIdx.x % 32;
-  multiply_block<A_TERMS, X_TERMS, Rows<COLS, X_TERMS>::TERM_BYTES, true>(
-      c, d, a, x.chunk(row + lane % 16, col / 8 + lane / 16));
-}
+#include "delta_rule_prefill.cuh"
 
 /* The power of two that brings `largest` to [2^target, 2^(target + 1)); within 2^-60 .. 2^60. */
 __device__ __forceinline__ float power_of_two_to(float largest, int target) {
@@ -176,21 +48,20 @@ __device__ __forceinline__ void copy_out(uint8_t *to, const uint8_t *from, int b
 
 /* ---- prefill_delta_prepare ---- */
 
-template <int DK, bool EXACT>
+template <int DK>
 struct Prepare {
-  typedef Stage<DK, EXACT> S;
-  static constexpr int TERMS = S::TERMS;
+  typedef Stage<DK> S;
   uint8_t *smem;
   int warp, lane;
 
-  __device__ __forceinline__ Rows<DK, TERMS> keys() const { return {smem + S::K}; }
-  __device__ __forceinline__ Rows<DK, TERMS> queries() const { return {smem + S::Q}; }
-  __device__ __forceinline__ Rows<CHUNK, 2> inverse() const { return {smem + S::T}; }
-  __device__ __forceinline__ Rows<CHUNK, TERMS> scores() const { return {smem + S::P}; }
+  __device__ __forceinline__ Rows<DK> keys() const { return {smem + S::K}; }
+  __device__ __forceinline__ Rows<DK> queries() const { return {smem + S::Q}; }
+  __device__ __forceinline__ Rows<CHUNK> inverse() const { return {smem + S::T}; }
+  __device__ __forceinline__ Rows<CHUNK> scores() const { return {smem + S::P}; }
   __device__ __forceinline__ float *gates(int at) const { return (float *)(smem + at); }
 
   /* Rows of q or k, zeros from `count` on. */
-  __device__ __forceinline__ void fill(const Rows<DK, TERMS> &to, const float *from, int64_t stride, int count,
+  __device__ __forceinline__ void fill(const Rows<DK> &to, const float *from, int64_t stride, int count,
                                        float up) {
     constexpr int STEP = THREADS / (DK / 4); /* rows from one load to the next */
     const int first = threadIdx.x / (DK / 4), col = threadIdx.x % (DK / 4) * 4;
@@ -239,13 +110,13 @@ struct Prepare {
   __device__ __forceinline__ void multiply(float (&kk)[2 * BLOCKS][4], float (&qk)[2 * BLOCKS][4]) {
 #pragma unroll 2
     for (int j = 0; j < DK; j += 16) {
-      Operand<TERMS> k, q;
+      Operand k, q;
       keys().load(k, BLOCK * warp, j);
       queries().load(q, BLOCK * warp, j);
 #pragma unroll
       for (int m = 0; m < BLOCKS; m++) {
-        multiply_rows<TERMS>(kk[2 * m], kk[2 * m + 1], k, keys(), BLOCK * m, j);
-        multiply_rows<TERMS>(qk[2 * m], qk[2 * m + 1], q, keys(), BLOCK * m, j);
+        multiply_rows(kk[2 * m], kk[2 * m + 1], k, keys(), BLOCK * m, j);
+        multiply_rows(qk[2 * m], qk[2 * m + 1], q, keys(), BLOCK * m, j);
       }
     }
   }
@@ -284,7 +155,7 @@ struct Prepare {
 
   /* (I + A)^-1 of the warp's diagonal block, a column per lane; lanes 16 .. do the same again. */
   __device__ __forceinline__ void invert_block() {
-    const Rows<CHUNK, 2> t = inverse();
+    const Rows<CHUNK> t = inverse();
     const int c = lane % 16;
     float x[BLOCK];
 #pragma unroll
@@ -317,18 +188,18 @@ struct Prepare {
 
   /* Blocks of T below the diagonal, of the warp's block column c: T_rc = -T_rr sum_m A_rm T_mc. */
   __device__ __forceinline__ void invert_below() {
-    const Rows<CHUNK, 2> t = inverse();
+    const Rows<CHUNK> t = inverse();
     const int c = warp, g = lane / 4, u = lane % 4;
     for (int r = c + 1; r < BLOCKS; r++) {
-      Operand<2> diagonal;
+      Operand diagonal;
       t.load(diagonal, BLOCK * r, BLOCK * r);
       float x[2][4] = {};
       for (int m = c; m < r; m++) {
         float e[2][4] = {};
-        multiply_columns<2>(e[0], e[1], diagonal, t, BLOCK * m, BLOCK * r); /* A_rm */
-        Operand<2> a;
+        multiply_columns(e[0], e[1], diagonal, t, BLOCK * m, BLOCK * r); /* A_rm */
+        Operand a;
         a.set(e[0], e[1], -1.0f);
-        multiply_columns<2>(x[0], x[1], a, t, BLOCK * m, BLOCK * c);
+        multiply_columns(x[0], x[1], a, t, BLOCK * m, BLOCK * c);
       }
 #pragma unroll
       for (int n = 0; n < 2; n++)
@@ -386,9 +257,9 @@ struct Problem {
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
 /* The copying warps: chunk `chunk` into a stage. */
-template <int DK, bool EXACT>
+template <int DK>
 __device__ __forceinline__ void bring(uint8_t *stage, const Problem &p, int chunk) {
-  typedef Stage<DK, EXACT> S;
+  typedef Stage<DK> S;
   const int tid = threadIdx.x - CONSUMERS;
   auto copy = [&](uint8_t *to, const uint8_t *from, int bytes) {
 #pragma unroll 8
@@ -411,10 +282,9 @@ __device__ __forceinline__ void bring(uint8_t *stage, const Problem &p, int chun
 
 /* ---- the warps that hold the state ---- */
 
-template <int DK, bool EXACT>
+template <int DK>
 struct Consumer {
-  typedef Stage<DK, EXACT> S;
-  static constexpr int TERMS = S::TERMS;
+  typedef Stage<DK> S;
   const Problem &p;
   int g, t, column; /* rows g and g + 8 of accumulators are columns `column` and + 8 of the block */
   float s[DK / 8][4];
@@ -456,9 +326,9 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void step(uint8_t *stage, int chunk) {
-    const Rows<DK, TERMS> k = {stage + S::K}, q = {stage + S::Q};
-    const Rows<CHUNK, 2> inverse = {stage + S::T};
-    const Rows<CHUNK, TERMS> scores = {stage + S::P};
+    const Rows<DK> k = {stage + S::K}, q = {stage + S::Q};
+    const Rows<CHUNK> inverse = {stage + S::T};
+    const Rows<CHUNK> scores = {stage + S::P};
     const float *v = (const float *)(stage + S::V);
     const float *decays = (const float *)(stage + S::DECAY), *rests = (const float *)(stage + S::REST);
     const float *betas = (const float *)(stage + S::BETA);
@@ -468,12 +338,12 @@ struct Consumer {
     float x[CHUNK / 8][4] = {}, y[CHUNK / 8][4] = {};
 #pragma unroll
     for (int j = 0; j < DK / 16; j++) {
-      Operand<2> a;
+      Operand a;
       a.set(s[2 * j], s[2 * j + 1], s_up);
 #pragma unroll
       for (int n = 0; n < BLOCKS; n++) {
-        multiply_rows<2>(x[2 * n], x[2 * n + 1], a, k, 16 * n, 16 * j);
-        multiply_rows<TERMS>(y[2 * n], y[2 * n + 1], a, q, 16 * n, 16 * j);
+        multiply_rows(x[2 * n], x[2 * n + 1], a, k, 16 * n, 16 * j);
+        multiply_rows(y[2 * n], y[2 * n + 1], a, q, 16 * n, 16 * j);
       }
     }
 
@@ -491,7 +361,7 @@ struct Consumer {
       }
     /* |N| <= 64 |R| stays in range; the state in R's unit, too. */
     const float r_up = power_of_two_to(fmaxf(warp_max(largest_r), largest * 0x1p-30f), 8);
-    Operand<2> r[BLOCKS];
+    Operand r[BLOCKS];
 #pragma unroll
     for (int j = 0; j < BLOCKS; j++) r[j].set(x[2 * j], x[2 * j + 1], r_up);
 
@@ -502,7 +372,7 @@ struct Consumer {
       for (int e = 0; e < 4; e++) x[2 * n][e] = x[2 * n + 1][e] = 0.0f;
 #pragma unroll
       for (int j = 0; j <= n; j++)
-        multiply_rows<2>(x[2 * n], x[2 * n + 1], r[j], inverse, 16 * n, 16 * j);
+        multiply_rows(x[2 * n], x[2 * n + 1], r[j], inverse, 16 * n, 16 * j);
     }
     write_outputs(x, y, scores, decays, s_up, r_up, chunk);
 
@@ -518,11 +388,11 @@ struct Consumer {
       for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int e = 0; e < 4; e++) x[2 * j + half][e] *= rests[16 * j + 8 * half + 2 * t + e % 2];
-      Operand<2> a;
+      Operand a;
       a.set(x[2 * j], x[2 * j + 1], 1.0f);
 #pragma unroll
       for (int n = 0; n < DK / 16; n++)
-        multiply_columns<2>(s[2 * n], s[2 * n + 1], a, k, 16 * j, 16 * n);
+        multiply_columns(s[2 * n], s[2 * n + 1], a, k, 16 * j, 16 * n);
     }
 #pragma unroll
     for (int n = 0; n < DK / 8; n++)
@@ -533,9 +403,9 @@ struct Consumer {
 
   /* O from n = N and y = S Q^T, in the units r_up and s_up. */
   __device__ __forceinline__ void write_outputs(const float (&x)[CHUNK / 8][4], float (&y)[CHUNK / 8][4],
-                                                const Rows<CHUNK, TERMS> &scores, const float *decays,
+                                                const Rows<CHUNK> &scores, const float *decays,
                                                 float s_up, float r_up, int chunk) {
-    Operand<TERMS> r[BLOCKS];
+    Operand r[BLOCKS];
 #pragma unroll
     for (int j = 0; j < BLOCKS; j++) r[j].set(x[2 * j], x[2 * j + 1], 1.0f);
     const float y_up = r_up / s_up * (P_UP / Q_UP), o_down = 1.0f / (r_up * P_UP);
@@ -550,7 +420,7 @@ struct Consumer {
           y[2 * n + half][e] *= decays[16 * n + 8 * half + 2 * t + e % 2] * y_up;
 #pragma unroll
       for (int j = 0; j <= n; j++)
-        multiply_rows<TERMS>(y[2 * n], y[2 * n + 1], r[j], scores, 16 * n, 16 * j);
+        multiply_rows(y[2 * n], y[2 * n + 1], r[j], scores, 16 * n, 16 * j);
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
@@ -565,20 +435,20 @@ struct Consumer {
 
 /* ---- the kernels ---- */
 
-template <int DK, bool EXACT>
+template <int DK>
 __device__ __forceinline__ void delta_chunks(uint8_t *smem, const Problem &problem) {
-  constexpr int BYTES = Stage<DK, EXACT>::BYTES;
+  constexpr int BYTES = Stage<DK>::BYTES;
   const int chunks = problem.chunks();
   /* With two stages chunk i arrives beside chunk i - 1, with one before it is gone through. */
   const int stages = dynamic_smem_bytes() >= 2 * BYTES ? 2 : 1, behind = stages - 1;
   if (threadIdx.x >= CONSUMERS) {
     for (int i = 0; i < chunks + behind; i++) {
-      if (i < chunks) bring<DK, EXACT>(smem + i % stages * BYTES, problem, i);
+      if (i < chunks) bring<DK>(smem + i % stages * BYTES, problem, i);
       if (!behind) block_sync();
       block_sync();
     }
   } else {
-    Consumer<DK, EXACT> consumer(problem);
+    Consumer<DK> consumer(problem);
     consumer.load_state();
     for (int i = 0; i < chunks + behind; i++) {
       if (!behind) block_sync();
@@ -589,54 +459,33 @@ __device__ __forceinline__ void delta_chunks(uint8_t *smem, const Problem &probl
   }
 }
 
-#define FOR_DK(call, EXACT, ...)                \
-  if (dk == 128) call<128, EXACT> __VA_ARGS__;  \
-  else if (dk == 64) call<64, EXACT> __VA_ARGS__; \
-  else call<32, EXACT> __VA_ARGS__
-
-#define PREPARE(EXACT)                                                                                  \
-  DYNAMIC_SMEM(smem);                                                                                   \
-  launch_next_kernel();                                                                                 \
-  wait_for_previous_kernels();                                                                          \
-  FOR_DK(Prepare, EXACT, {smem, (int)threadIdx.x / 32, (int)threadIdx.x % 32}.run(                      \
-      q, k, decay, beta, scratch, first_token, tokens, num_key_heads, num_value_heads))
-
-#define CHUNKS(EXACT)                                                                                   \
-  DYNAMIC_SMEM(smem);                                                                                   \
-  launch_next_kernel();                                                                                 \
-  wait_for_previous_kernels();                                                                          \
-  const int head = blockIdx.y;                                                                          \
-  const Problem problem = {v,          scratch,         state,           o,  first_token,               \
-                           tokens,     num_key_heads,   num_value_heads, dv, head,                      \
-                           head / (num_value_heads / num_key_heads), (int)blockIdx.x * COLUMNS};        \
-  FOR_DK(delta_chunks, EXACT, (smem, problem))
+#define FOR_DK(call, ...)                  \
+  if (dk == 128) call<128> __VA_ARGS__;    \
+  else if (dk == 64) call<64> __VA_ARGS__; \
+  else call<32> __VA_ARGS__
 
 KERNEL __launch_bounds__(THREADS)
     prefill_delta_prepare(const float *q, const float *k, const float *decay, const float *beta,
                           uint8_t *scratch, int first_token, int tokens, int num_key_heads,
                           int num_value_heads, int dk) {
-  PREPARE(true);
+  DYNAMIC_SMEM(smem);
+  launch_next_kernel();
+  wait_for_previous_kernels();
+  FOR_DK(Prepare, {smem, (int)threadIdx.x / 32, (int)threadIdx.x % 32}.run(
+      q, k, decay, beta, scratch, first_token, tokens, num_key_heads, num_value_heads));
 }
 EXPORT(prefill_delta_prepare)
-
-KERNEL __launch_bounds__(THREADS)
-    prefill_delta_prepare_f16(const float *q, const float *k, const float *decay, const float *beta,
-                              uint8_t *scratch, int first_token, int tokens, int num_key_heads,
-                              int num_value_heads, int dk) {
-  PREPARE(false);
-}
-EXPORT(prefill_delta_prepare_f16)
 
 KERNEL __launch_bounds__(THREADS, 1)
     prefill_delta_chunks(const float *v, const uint8_t *scratch, float *state, float *o, int first_token,
                          int tokens, int num_key_heads, int num_value_heads, int dk, int dv) {
-  CHUNKS(true);
+  DYNAMIC_SMEM(smem);
+  launch_next_kernel();
+  wait_for_previous_kernels();
+  const int head = blockIdx.y;
+  const Problem problem = {v,          scratch,         state,           o,  first_token,
+                           tokens,     num_key_heads,   num_value_heads, dv, head,
+                           head / (num_value_heads / num_key_heads), (int)blockIdx.x * COLUMNS};
+  FOR_DK(delta_chunks, (smem, problem));
 }
 EXPORT(prefill_delta_chunks)
-
-KERNEL __launch_bounds__(THREADS, 1)
-    prefill_delta_chunks_f16(const float *v, const uint8_t *scratch, float *state, float *o, int first_token,
-                             int tokens, int num_key_heads, int num_value_heads, int dk, int dv) {
-  CHUNKS(false);
-}
-EXPORT(prefill_delta_chunks_f16)

@@ -6,7 +6,7 @@ use moectl::cli::Cli;
 use moectl::commands;
 
 fn main() -> ExitCode {
-    match Cli::from_process().and_then(commands::execute) {
+    match Cli::from_process().and_then(Cli::execute) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => commands::report_error(&error),
     }

@@ -12,9 +12,11 @@ use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::abi::MAX_BATCH;
 use moectl::backend::cuda::{CudaOptions, Residency};
 use moectl::backend::{
-    BackendError, DeviceMemory, Executor, KvDtype, LogitRows, NextLogits, Piece, Routing,
+    BackendError, DeviceMemory, Executor, KvDtype, LogitRows, ModelShape, NextLogits, Piece, Routing,
     RunEvents, SlotChange, Wanted,
 };
+use moectl::planning::Footprint;
+use moectl::planning::footprint::KvDtype as Kv;
 use sequence::*;
 use support::sequences::{bits, check_against_fresh_sequences, feed};
 use support::*;
@@ -218,6 +220,39 @@ fn snapshots_hold_whole_pages_once_and_outlive_the_states_they_are_of() {
     drop((first, second));
     executor.drop_sequence(id);
     assert_eq!(executor.sequence_bytes().host, 0);
+}
+
+/// Bytes that the layout of a sequence's states is rounded up by: its parts begin on 256.
+fn rounding(shape: &ModelShape) -> u64 {
+    256 * 6 * shape.num_layers() as u64
+}
+
+#[test]
+fn sequences_take_the_memory_that_plans_have_for_them() {
+    let _alone = alone();
+    let Some(device) = open_device() else { return };
+    for (name, layout) in [("tiny-b", "nf4"), ("qwen3_moe", "bf16"), ("tiny-c", "bf16")] {
+        let model = open(&golden(name, layout).model_dir);
+        let footprint = Footprint::published(&model.0.numbers());
+        for (kv_dtype, planned) in [(KvDtype::F16, Kv::F16), (KvDtype::Int8, Kv::Int8)] {
+            let options = CudaOptions {
+                kv_dtype: Some(kv_dtype),
+                ..with(Residency::Nothing)
+            };
+            let mut executor = cuda(&device, options, &model, 64).executor;
+            for (sequences, tokens) in [(1, 64), (4, 512)] {
+                executor.reserve(sequences, tokens).unwrap();
+                let held = executor.sequence_bytes().device as u64;
+                let each = footprint.sequence_bytes(tokens as u64, planned);
+                let most = sequences as u64 * (each + rounding(&model.0));
+                let least = sequences as u64 * each;
+                assert!(
+                    (least..=most).contains(&held),
+                    "{name}, {sequences} of {tokens}: {held} bytes, planned {least}"
+                );
+            }
+        }
+    }
 }
 
 #[test]

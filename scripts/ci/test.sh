@@ -1,11 +1,14 @@
 #!/bin/sh
-# Runs the workflow's comparison as far as a shell can: no slow-down passes, a seeded one of 10% fails, and both
-# publish summary, JUnit, trackers' JSON and charts.
+# Runs the workflow's comparison as far as a shell can: no slow-down passes, a seeded one fails, and both publish
+# summary, JUnit, trackers' JSON and charts.
 #
-#   scripts/ci/test.sh [moectl]
+#   [SLOWER=1.1] [MAX_SLOWDOWN=5%] scripts/ci/test.sh [moectl]
+#
+# A machine that does other work beside needs a wider gate, and a slow-down beyond it.
 set -eu
 cd "$(dirname "$0")/../.."
 moectl=$(realpath "${1:-target/release/moectl}")
+slower=${SLOWER:-1.1}
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
@@ -30,8 +33,8 @@ compare() { # name, slow-down, expected exit code
 }
 
 compare none 1.0 0
-compare seeded 1.1 3
+compare seeded "$slower" 3
 grep -q '<failure' "$folder/seeded/ci/junit.xml"
 grep -q 'verdict: FAIL' "$folder/seeded/log"
 if grep -q '<failure' "$folder/none/ci/junit.xml"; then exit 1; fi
-echo "scripts/ci: no slow-down passes, 10% fails"
+echo "scripts/ci: no slow-down passes, one of $slower fails"

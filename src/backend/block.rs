@@ -36,7 +36,7 @@ struct Unheard;
 impl RunEvents for Unheard {
     fn routed(&mut self, _: usize, _: usize, _: usize, _: &Routing) {}
 
-    fn admit(&mut self, _: usize, _: usize, _: usize) -> Vec<SlotChange> {
+    fn admit(&mut self, _: usize, _: usize, _: Offer<'_>) -> Vec<SlotChange> {
         Vec::new()
     }
 }

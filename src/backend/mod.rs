@@ -48,6 +48,8 @@ pub enum BackendError {
          --vram, or lower --ctx"
     )]
     DoesNotFit { needed: u64, budget: u64 },
+    #[error("the {backend} backend cannot compute this model: {why}; use --backend cpu")]
+    Unsupported { backend: &'static str, why: String },
     #[error("all {capacity} sequences that there is room for are in use; drop or park one")]
     NoRoom { capacity: usize },
     #[error("sequence {0} is not there: it was dropped, or never made")]

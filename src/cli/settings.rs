@@ -10,6 +10,10 @@ use toml::Value;
 /// `(verb or empty, flag)` to value and the file it came from.
 pub type Settings = BTreeMap<(String, String), (String, PathBuf)>;
 
+/// The settings of all files that exist, the strongest first.
+///
+/// # Errors
+/// A file that cannot be read or is not TOML, or holds what is no value of a flag.
 pub fn load(files: &[PathBuf]) -> anyhow::Result<Settings> {
     let mut settings = Settings::new();
     // Weakest first, so that stronger files overwrite.
@@ -56,6 +60,9 @@ fn scalar(value: &Value) -> anyhow::Result<String> {
 }
 
 /// Makes the settings the defaults of the flags they name.
+///
+/// # Errors
+/// A verb or flag that there is not, or a value that the flag does not take, by its file.
 pub fn as_defaults(
     mut command: clap::Command,
     settings: &Settings,

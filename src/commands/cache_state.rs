@@ -44,6 +44,9 @@ pub fn restore(
 }
 
 /// Writes where the cache of `engine` is now, whole or not at all.
+///
+/// # Errors
+/// If the file cannot be written.
 pub fn save(path: Option<&Path>, engine: &Engine, console: &Console) -> anyhow::Result<()> {
     let Some(path) = path else { return Ok(()) };
     let Some(experts) = engine.experts() else {

@@ -155,6 +155,9 @@ impl CheckpointFolder {
     }
 
     /// As [`CheckpointFolder::write_file`], of JSON.
+    ///
+    /// # Errors
+    /// As for [`CheckpointFolder::write_file`].
     pub fn write_json(&self, name: &str, value: &impl Serialize) -> Result<()> {
         atomic::write_json(&self.path().join(name), value)
             .with_context(|| self.dst.join(name).display().to_string())?;

@@ -2,12 +2,11 @@
 
 use std::io::{self, Write};
 
-use clap::{Args, CommandFactory};
+use clap::Args;
 use clap_complete::Shell;
 use clap_mangen::Man;
 
 use super::Failure;
-use crate::cli::Cli;
 
 /// Print completions for a shell
 ///
@@ -24,10 +23,14 @@ pub struct CompletionsArgs {
     shell: Shell,
 }
 
-pub fn completions(args: &CompletionsArgs) -> anyhow::Result<()> {
+/// Runs `moectl completions`; `program`: the whole command line.
+///
+/// # Errors
+/// If the file cannot be written.
+pub fn completions(args: &CompletionsArgs, mut program: clap::Command) -> anyhow::Result<()> {
     // Whole in memory first: the generator panics where a closed pipe ends it.
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "moectl", &mut script);
+    clap_complete::generate(args.shell, &mut program, "moectl", &mut script);
     io::stdout().write_all(&script)?;
     Ok(())
 }
@@ -45,8 +48,11 @@ pub struct ManArgs {
     verb: Option<String>,
 }
 
-pub fn man(args: &ManArgs) -> anyhow::Result<()> {
-    let mut program = Cli::command();
+/// Runs `moectl man`; `program`: the whole command line.
+///
+/// # Errors
+/// If the pages cannot be written.
+pub fn man(args: &ManArgs, mut program: clap::Command) -> anyhow::Result<()> {
     program.build();
     let page = match &args.verb {
         None => program,

@@ -9,7 +9,7 @@ use console::Term;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use crate::cli::OutputArgs;
+use crate::commands::args::OutputArgs;
 
 /// The way to the user, as `--json`, `-q` and `-v` ask for it.
 #[derive(Clone)]

@@ -50,6 +50,10 @@ const SLICE: &str = "synth:qwen3-next-80b-a3b?layers=8&experts=256&vocab-size=65
 /// Room for steps, and a context whose keys and values no cache holds: 134 MB.
 const MAX_TOKENS: usize = 32_768;
 
+/// Runs `moectl doctor`.
+///
+/// # Errors
+/// If a measurement fails, or a file cannot be written.
 pub fn execute(args: DoctorArgs, console: &Console) -> anyhow::Result<()> {
     let output = (args.output.clone())
         .map(|path| OutputFile::new(Some(path), "", console))

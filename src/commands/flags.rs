@@ -3,7 +3,7 @@
 use super::Failure;
 use super::console::Console;
 use crate::backend::KvDtype;
-use crate::cli::{ComputeArgs, CpuPrecisionArg};
+use crate::commands::args::{ComputeArgs, CpuPrecisionArg};
 use crate::engine::BackendChoice;
 use crate::planning::Precision;
 

@@ -3,14 +3,17 @@
 use std::cell::OnceCell;
 use std::path::Path;
 
+use anyhow::Context;
+
 use crate::backend::cpu::Progress;
 use crate::backend::{BackendError, KvDtype};
-use crate::cli::ComputeArgs;
+use crate::commands::args::ComputeArgs;
 use crate::commands::console::{Console, Unit};
-use crate::commands::{Failure, cache_state, plan, ram};
+use crate::commands::{Failure, cache_state, ram};
 use crate::engine::experts::ExpertManager;
 use crate::engine::footprint::footprint;
 use crate::engine::{BackendChoice, Engine, EngineError, GpuOptions, LoadOptions};
+use crate::formats::document::PLACEMENT;
 use crate::formats::{Document, ModelId};
 use crate::hardware::GpuReport;
 use crate::model::Source;
@@ -27,6 +30,9 @@ pub struct Outline {
 }
 
 /// Reads headers, placement and saved cache; all that can be refused of them is refused here.
+///
+/// # Errors
+/// A checkpoint, placement or cache file that cannot be read or is of another model.
 pub fn outline(
     source: &Source,
     compute: &ComputeArgs,
@@ -37,7 +43,7 @@ pub fn outline(
     let footprint = footprint(&source.config()?, checkpoint.as_ref())?;
     let model_id = source.model_id(checkpoint.as_ref())?;
     let placement = (compute.placement.as_deref())
-        .map(|path| plan::read(path, &model_id, &footprint))
+        .map(|path| read_placement(path, &model_id, &footprint))
         .transpose()?;
     let mut experts = (placement.as_ref()).and_then(|p| manager(compute, &p.body));
     restore(cache_file, &model_id, experts.as_mut(), console)?;
@@ -64,7 +70,28 @@ fn restore(
     Ok(())
 }
 
+/// Reads a placement that was made for this model.
+///
+/// # Errors
+/// A file that cannot be read or is of another model.
+pub fn read_placement(
+    path: &Path,
+    model: &ModelId,
+    footprint: &Footprint,
+) -> anyhow::Result<Document<Placement>> {
+    let document = Document::<Placement>::read(path, PLACEMENT)?;
+    document.check_model(path, model)?;
+    document
+        .body
+        .check(footprint)
+        .with_context(|| path.display().to_string())?;
+    Ok(document)
+}
+
 /// Loads the model with room for `max_tokens`; says what its owner should know.
+///
+/// # Errors
+/// As for [`Engine::load`], or a placement that does not fit.
 pub fn engine(
     source: &Source,
     compute: &ComputeArgs,
@@ -76,6 +103,9 @@ pub fn engine(
 }
 
 /// As [`engine`]; `watch` is told the bytes done so far and in all.
+///
+/// # Errors
+/// As for [`engine`].
 pub fn engine_watched(
     source: &Source,
     compute: &ComputeArgs,
@@ -236,6 +266,9 @@ fn check_budget(
 }
 
 /// As if `placement` had been given with the flags.
+///
+/// # Errors
+/// A cache file that cannot be read or is of another placement; the engine's.
 pub fn place(
     engine: &mut Engine,
     compute: &ComputeArgs,

@@ -1,7 +1,12 @@
 //! The verbs: flags and flow of each. Results go to stdout, everything else to stderr.
 
+// Docs of flags are help texts, whose brackets are no links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
+pub mod args;
 pub mod bench;
 pub mod completions;
+pub mod console;
 pub mod doctor;
 pub mod plan;
 pub mod profile;
@@ -14,13 +19,13 @@ pub mod synth;
 
 mod cache_state;
 mod checkpoint_folder;
-mod console;
 mod flags;
 mod interrupt;
 mod load;
 mod machine;
 mod output;
 mod ram;
+pub mod values;
 mod workloads;
 
 use std::path::Path;
@@ -29,11 +34,9 @@ use std::process::ExitCode;
 use thiserror::Error;
 
 use crate::backend::{DecodeTimes, LayerPicks};
-use crate::cli::{Cli, Command};
 use crate::formats::atomic;
 use crate::model::ModelConfig;
 use crate::report::record::ExpertCounts;
-use console::Console;
 
 /// Ends of a verb that have an exit code of their own; any other error is 1.
 #[derive(Debug, Error)]
@@ -60,25 +63,6 @@ impl Failure {
             Failure::DoesNotFit(_) => 4,
             Failure::Interrupted => 130,
         }
-    }
-}
-
-/// Runs the verb that the command line names.
-pub fn execute(cli: Cli) -> anyhow::Result<()> {
-    let console = Console::new(&cli.output);
-    match cli.command {
-        Command::Profile(args) => profile::execute(args, &console),
-        Command::Plan(args) => plan::execute(args, &console),
-        Command::Run(args) => run::execute(args, &console),
-        Command::Serve(args) => serve::execute(args, &console),
-        Command::Bench(args) => bench::execute(args, &console),
-        Command::Report(args) => report::execute(args, &console),
-        Command::Doctor(args) => doctor::execute(args, &console),
-        Command::Quantize(args) => quantize::execute(args, &console),
-        Command::Synth(args) => synth::execute(args, &console),
-        Command::Pull(args) => pull::execute(&args, &console),
-        Command::Completions(args) => completions::completions(&args),
-        Command::Man(args) => completions::man(&args),
     }
 }
 

@@ -42,6 +42,10 @@ struct PullRecord {
     folder: Option<std::path::PathBuf>,
 }
 
+/// Runs `moectl pull`.
+///
+/// # Errors
+/// No such model, or a download that failed.
 pub fn execute(args: &PullArgs, console: &Console) -> anyhow::Result<()> {
     let source = Source::resolve(Some(&args.model))?;
     // A model that cannot run is refused by its config.json, before the large files.

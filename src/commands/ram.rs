@@ -2,7 +2,7 @@
 
 use super::Failure;
 use crate::backend::KvDtype;
-use crate::cli::ComputeArgs;
+use crate::commands::args::ComputeArgs;
 use crate::engine::BackendChoice;
 use crate::hardware::MemoryFacts;
 use crate::planning::units::{show_budget, show_bytes};

@@ -82,6 +82,11 @@ pub(super) fn parse_share(text: &str) -> Result<f64, String> {
         .ok_or_else(|| "expected a percentage such as 5%".into())
 }
 
+/// Runs `moectl report`.
+///
+/// # Errors
+/// Runs that cannot be read or compared, files that cannot be written; a regression has an exit
+/// code of its own.
 pub fn execute(args: ReportArgs, console: &Console) -> anyhow::Result<()> {
     let read = |path: &PathBuf| -> anyhow::Result<_> {
         Ok((path.clone(), Document::<RunBody>::read(path, RUN)?))

@@ -11,8 +11,8 @@ use tokio::sync::watch;
 
 use super::console::Console;
 use super::flags::{self, GpuFlags};
-use super::{Failure, cache_state, check_context, load, plan};
-use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
+use super::{Failure, cache_state, check_context, load};
+use crate::commands::args::{CacheArgs, ComputeArgs, ModelArgs};
 use crate::engine::TextModel;
 use crate::engine::experts::ExpertManager;
 use crate::engine::service::script::{Script, serve_script};
@@ -99,7 +99,7 @@ struct AccessArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Sequences")]
 struct SequenceArgs {
-    /// Requests that are computed side by side [default: 4 where the memory allows]
+    /// Requests that are computed side by side [default: the placement's, or 4 where the memory allows]
     ///
     /// Each has a context of its own; on a GPU their keys, values and states take the memory of expert
     /// slots. More requests wait, or take turns from RAM.
@@ -138,6 +138,10 @@ const PARALLEL: usize = 4;
 /// How often the state of the expert cache is written.
 const SAVE_EVERY: Duration = Duration::from_secs(300);
 
+/// Runs `moectl serve`.
+///
+/// # Errors
+/// Bad flags, a model that cannot be read, an address that cannot be listened on.
 pub fn execute(args: ServeArgs, console: &Console) -> anyhow::Result<()> {
     flags::check(&args.compute, GpuFlags::Place, console)?;
     let keys = keys(&args.access)?;
@@ -360,12 +364,16 @@ fn service(
     let plan = (outline.placement.as_ref())
         .map(|placement| serde_json::to_value(&placement.body))
         .transpose()?;
+    let planned = (outline.placement.as_ref()).map(|placement| placement.body.sequences as usize);
+    let parallel = args.sequences.parallel.map(usize::from);
+    let parallel = parallel.or(planned.filter(|&planned| planned > 1));
     let loading = Loading {
+        planned: planned.unwrap_or(usize::MAX),
         source,
         compute: args.compute.clone(),
         outline,
         context,
-        parallel: args.sequences.parallel.map(usize::from),
+        parallel,
         prefix_cache: args.sequences.prefix_cache as usize,
         cache_file,
         console: console.clone(),
@@ -389,6 +397,8 @@ struct Loading {
     outline: load::Outline,
     context: usize,
     parallel: Option<usize>,
+    /// Sequences that the placement has room for
+    planned: usize,
     prefix_cache: usize,
     cache_file: Option<PathBuf>,
     console: Console,
@@ -405,7 +415,14 @@ impl Loading {
             &|done, total| jobs.loading(done as u64, total as u64),
         )?;
         engine.set_prefix_cache(self.prefix_cache);
-        reserve(&mut engine, self.parallel, self.context, &self.console)?;
+        let sequences = reserve(&mut engine, self.parallel, self.context, &self.console)?;
+        if sequences > self.planned && engine.vram_bytes().is_some() {
+            self.console.note(format!(
+                "note: the placement is planned for {} at once, {sequences} have room, in the memory of \
+                 expert slots; `moectl plan --parallel {sequences}` counts them in",
+                self.planned
+            ));
+        }
         let managers = managers(&self, engine.model_id().clone());
         let console = self.console;
         let cache_file = self.cache_file;
@@ -429,17 +446,18 @@ impl Loading {
     }
 }
 
-/// Room for `parallel` sequences; where it is not given, for as many of [`PARALLEL`] as fit.
+/// Room for `parallel` sequences; where it is not given, for as many of [`PARALLEL`] as fit. Their
+/// number.
 fn reserve(
     engine: &mut crate::engine::Engine,
     parallel: Option<usize>,
     context: usize,
     console: &Console,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<usize> {
     let mut sequences = parallel.unwrap_or(PARALLEL);
     loop {
         match engine.reserve(sequences, context) {
-            Ok(()) => return Ok(()),
+            Ok(()) => return Ok(sequences),
             Err(error) if parallel.is_some() || sequences == 1 => return Err(error.into()),
             Err(_) => sequences /= 2,
         }
@@ -454,7 +472,7 @@ fn managers(loading: &Loading, model: crate::formats::ModelId) -> Option<Manager
     let footprint = loading.outline.footprint.clone();
     Some(Box::new(move |policy: Option<PolicyConfig>| {
         manager(&path, &compute, policy, |path| {
-            Ok(plan::read(path, &model, &footprint)?.body)
+            Ok(load::read_placement(path, &model, &footprint)?.body)
         })
     }))
 }

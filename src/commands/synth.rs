@@ -129,6 +129,10 @@ struct HitRate {
     lru_hit_rate: f64,
 }
 
+/// Runs `moectl synth`.
+///
+/// # Errors
+/// Bad flags, or a folder that cannot be written.
 pub fn execute(args: SynthArgs, console: &Console) -> anyhow::Result<()> {
     let spec = args.spec()?;
     let config = spec.config()?;

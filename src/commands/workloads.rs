@@ -33,6 +33,9 @@ pub fn beyond_training(source: &Source, context: usize) -> Option<String> {
 }
 
 /// All built-in corpora.
+///
+/// # Errors
+/// If one is damaged.
 pub fn all() -> Result<Vec<Corpus>, CorpusError> {
     BUILT_IN
         .iter()

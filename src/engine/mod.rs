@@ -33,7 +33,7 @@ use crate::model::{
 use crate::planning::execution::PrefillSettings;
 use experts::ExpertManager;
 use prefix::PrefixCache;
-use session::Session;
+use session::{PromptIn, Session};
 
 pub use crate::backend::Residency;
 pub use sampler::{
@@ -249,6 +249,7 @@ pub struct Engine {
     /// The sequence of whoever needs no more than one
     own: Option<Session>,
     prefix: PrefixCache,
+    prompt_in: Option<PromptIn>,
     /// Whether a session was opened before
     opened: bool,
     /// Decides which experts are in VRAM, once a placement is in force
@@ -311,6 +312,7 @@ impl Engine {
             executor,
             own: None,
             prefix: PrefixCache::new(DEFAULT_PREFIX_CACHE_BYTES),
+            prompt_in: None,
             opened: false,
             experts: None,
             config,
@@ -366,6 +368,9 @@ impl Engine {
     }
 
     /// Measures the GPU with this model; `None` if none takes part. The sequence starts over.
+    ///
+    /// # Errors
+    /// The backend's.
     pub fn measure_gpu(&mut self) -> Result<Option<GpuProbe>> {
         let Some(diagnostics) = self.executor.diagnostics() else {
             return Ok(None);
@@ -376,6 +381,9 @@ impl Engine {
     }
 
     /// What each GPU kernel takes; the sequence starts over.
+    ///
+    /// # Errors
+    /// The backend's.
     pub fn kernel_times(&mut self) -> Result<KernelTimes> {
         let Some(diagnostics) = self.executor.diagnostics() else {
             return Ok(KernelTimes::default());

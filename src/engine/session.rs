@@ -32,6 +32,14 @@ pub struct Session {
     marks: Vec<usize>,
 }
 
+/// A prompt that is in, and not yet kept.
+#[derive(Debug)]
+pub(super) struct PromptIn {
+    id: SequenceId,
+    salt: u64,
+    tokens: Vec<u32>,
+}
+
 #[derive(Debug)]
 enum Place {
     Resident(SequenceId),
@@ -74,6 +82,7 @@ impl Engine {
                 limit,
             });
         }
+        self.keep_prompt();
         self.own = None;
         Ok(self.executor.reserve(sequences, max_tokens)?)
     }
@@ -101,6 +110,7 @@ impl Engine {
     /// [`BackendError::NoRoom`](crate::backend::BackendError::NoRoom) if as many are resident as were
     /// reserved: park or close one.
     pub fn open(&mut self, prompt: &[u32], marks: &[usize], salt: u64) -> Result<Session> {
+        self.keep_prompt();
         let (resident, capacity) = self.executor.resident();
         if resident >= capacity {
             return Err(crate::backend::BackendError::NoRoom { capacity }.into());
@@ -153,18 +163,24 @@ impl Engine {
             .experts
             .as_ref()
             .is_some_and(ExpertManager::admits_prefill);
+        let id = self.resident(session)?;
         let piece = Piece {
             admits: last && admits,
-            ..Piece::new(self.resident(session)?, &prompt[start..end], rows)
+            ..Piece::new(id, &prompt[start..end], rows)
         };
         // No decode step even where a piece is one token.
         let logits = self.run_piece(session, piece, false, on_routing)?;
-        if last || session.marks.contains(&end) {
-            self.keep(session)?;
-        }
         if !last {
+            if session.marks.contains(&end) {
+                self.keep(session)?;
+            }
             return Ok(None);
         }
+        self.prompt_in = session.salt.map(|salt| PromptIn {
+            id,
+            salt,
+            tokens: session.tokens.clone(),
+        });
         self.prompt_ended()?;
         Ok(Some(all_logits(logits)))
     }
@@ -278,6 +294,7 @@ impl Engine {
         on_routing: &mut OnRouting<'_>,
     ) -> Result<NextLogits> {
         check_ids(piece.ids, self.config.shape.vocab_size)?;
+        self.keep_prompt();
         let mut events = Events {
             experts: self.experts.as_mut(),
             decode,
@@ -287,6 +304,21 @@ impl Engine {
         session.tokens.extend(piece.ids);
         self.change_slots()?;
         Ok(outputs.remove(0))
+    }
+
+    /// Keeps the prompt that was fed last. It waits until anything else is asked of the engine, so that
+    /// nobody waits for a first token while states are copied.
+    fn keep_prompt(&mut self) {
+        let Some(PromptIn { id, salt, tokens }) = self.prompt_in.take() else {
+            return;
+        };
+        let is_there = self.executor.position(id).ok() == Some(tokens.len());
+        if is_there && self.prefix.keeps() && !self.prefix.has(salt, &tokens) {
+            // Without memory for it the next prompt is computed anew.
+            if let Ok(snapshot) = self.executor.snapshot(id) {
+                self.prefix.keep(salt, &tokens, snapshot);
+            }
+        }
     }
 
     /// Keeps what the session has seen, if any of it is kept.
@@ -307,6 +339,7 @@ impl Engine {
     /// # Errors
     /// If memory is short; the session is then still resident.
     pub fn park(&mut self, session: &mut Session) -> Result<()> {
+        self.keep_prompt();
         if let Place::Resident(id) = session.place {
             session.place = Place::Parked(self.executor.park(id)?);
         }
@@ -326,6 +359,7 @@ impl Engine {
 
     /// Ends a session; what it has seen is kept, also if it was given up half way.
     pub fn close(&mut self, session: Session) {
+        self.keep_prompt();
         match &session.place {
             // A sequence that was lost with an error cannot be kept, nor one without memory for it:
             // its next prompt is computed anew.

@@ -22,6 +22,9 @@ pub struct TextModel {
 
 impl TextModel {
     /// Reads tokenizer, chat template and generation defaults.
+    ///
+    /// # Errors
+    /// Files that are missing or damaged.
     pub fn load(source: &Source) -> Result<Self> {
         let tokenizer_config = source.read("tokenizer_config.json")?;
         let tokenizer_config = tokenizer_config.as_deref();
@@ -57,16 +60,25 @@ impl TextModel {
     }
 
     /// The prompt ids of a conversation, up to where the assistant begins to answer.
+    ///
+    /// # Errors
+    /// If the model has no chat template, or it refuses the conversation.
     pub fn encode_chat(&self, messages: &[Message]) -> Result<Vec<u32>> {
         Ok(self.tokenizer.encode(&self.render_chat(messages)?)?)
     }
 
     /// The text of a conversation, up to where the assistant begins to answer.
+    ///
+    /// # Errors
+    /// If the model has no chat template, or it refuses the conversation.
     pub fn render_chat(&self, messages: &[Message]) -> Result<String> {
         Ok(self.chat_template()?.render(messages, None, true)?)
     }
 
     /// The ids of a corpus record; conversations go through the chat template as they stand.
+    ///
+    /// # Errors
+    /// If a conversation is met and the model has no chat template, or it refuses the conversation.
     pub fn encode_content(&self, content: &Content) -> Result<Vec<u32>> {
         match content {
             Content::Text(text) | Content::Prompt(text) => {

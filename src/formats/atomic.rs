@@ -60,11 +60,17 @@ pub fn write_with(
 }
 
 /// [`write_with`] of bytes that are ready.
+///
+/// # Errors
+/// As for [`write_with`].
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<Written> {
     write_with(path, |out| out.write_all(bytes))
 }
 
 /// Pretty JSON with a final newline, written as by [`write_with`].
+///
+/// # Errors
+/// As for [`write_with`].
 pub fn write_json<T: serde::Serialize>(path: &Path, value: &T) -> io::Result<Written> {
     write_with(path, |out| {
         serde_json::to_writer_pretty(&mut *out, value)?;

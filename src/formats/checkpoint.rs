@@ -88,6 +88,9 @@ impl Checkpoint {
     }
 
     /// A checkpoint that is already in memory; `location` names it in errors.
+    ///
+    /// # Errors
+    /// A header that is damaged.
     pub fn from_bytes(location: &str, bytes: Bytes) -> Result<Self, FormatError> {
         let mut builder = Builder::new(location.into());
         builder.add(Path::new(location), bytes)?;
@@ -151,6 +154,9 @@ impl Checkpoint {
     }
 
     /// Rows `row..row + rows` of expert `expert` in a fused weight `[experts, all_rows, cols]`.
+    ///
+    /// # Errors
+    /// As for [`matrix`](Checkpoint::matrix).
     pub fn fused_expert(
         &self,
         name: &str,

@@ -130,6 +130,9 @@ impl Corpus {
     }
 
     /// A corpus that is part of the program.
+    ///
+    /// # Errors
+    /// A line that is no record; no record at all.
     pub fn from_static(name: &str, text: &'static str) -> Result<Self, CorpusError> {
         Self::check(name.into(), Origin::Static(text))
     }
@@ -180,6 +183,9 @@ impl Corpus {
     }
 
     /// The records in file order, read line by line; blank lines are skipped.
+    ///
+    /// # Errors
+    /// If the file cannot be opened.
     pub fn records(
         &self,
     ) -> Result<impl Iterator<Item = Result<Record, CorpusError>>, CorpusError> {

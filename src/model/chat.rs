@@ -120,6 +120,9 @@ impl ChatTemplate {
 
     /// The prompt text of a conversation, without further variables; see
     /// [`render_with`](Self::render_with).
+    ///
+    /// # Errors
+    /// As for [`render_with`](Self::render_with).
     pub fn render<M: Serialize>(
         &self,
         messages: &[M],

@@ -62,6 +62,9 @@ impl<'a> Fields<'a> {
 
     /// A count of at least one. Bounded far above any real model, so that products of a few
     /// cannot overflow.
+    ///
+    /// # Errors
+    /// Of another type, or beyond the bounds.
     pub fn count(&self, field: &str, default: usize) -> Result<usize, ConfigError> {
         const LIMIT: u64 = 1 << 24;
         let Some(value) = self.get(field) else {
@@ -77,6 +80,10 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A number above zero.
+    ///
+    /// # Errors
+    /// Of another type, or not above zero.
     pub fn positive(&self, field: &str, default: f64) -> Result<f64, ConfigError> {
         let Some(value) = self.get(field) else {
             return Ok(default);
@@ -88,6 +95,9 @@ impl<'a> Fields<'a> {
     }
 
     /// A flag; null is false, as Python has it.
+    ///
+    /// # Errors
+    /// Of another type.
     pub fn flag(&self, field: &str, default: bool) -> Result<bool, ConfigError> {
         let Some(value) = self.get(field) else {
             return Ok(default);

@@ -12,7 +12,7 @@ use hf_hub::api::Progress;
 use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
-use super::source::SourceError;
+use super::source::error::SourceError;
 use crate::formats::{Checkpoint, checkpoint};
 
 /// How long the hub may take to say which commit a branch is, unless `HF_HUB_ETAG_TIMEOUT` says

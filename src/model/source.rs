@@ -1,22 +1,22 @@
 //! Where a model's files come from: the binary, a folder, the Hugging Face hub and its cache, or a
 //! generator.
 
+pub(super) mod error;
 mod fetch;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
-use hf_hub::api::sync::ApiError;
 use sha2::{Digest, Sha256};
-use thiserror::Error;
 
 pub use super::hub::RemoteFile;
+pub use error::SourceError;
 
-use super::config::{ConfigError, ModelConfig};
+use super::config::ModelConfig;
 use super::hub::{Hub, is_hub_name};
-use super::synth::{self, Spec, SpecError, SynthError};
+use super::synth::{self, Spec};
 use crate::formats::checkpoint::LFS_POINTER;
-use crate::formats::{Checkpoint, FormatError, ModelId};
+use crate::formats::{Checkpoint, ModelId};
 
 /// Name of the built-in model.
 pub const BUILTIN: &str = "tiny";
@@ -40,60 +40,6 @@ enum Files {
     Folder(PathBuf),
     Hub(Box<Hub>),
     Synthetic(Box<Spec>),
-}
-
-/// A model that cannot be found or opened.
-#[derive(Debug, Error)]
-pub enum SourceError {
-    #[error(
-        "model `{spec}` is neither a folder nor of the form org/name; \
-         use a folder with config.json, org/name[@revision], synth:SHAPE, or `{BUILTIN}`"
-    )]
-    Unknown { spec: String },
-    #[error("this build has no built-in model (feature `tiny-moe` is off); use --model")]
-    NoBuiltin,
-    #[error("{}: has no {file}; expected a model folder", folder.display())]
-    MissingFile { folder: PathBuf, file: String },
-    #[error("model {id}: {file} is not in the cache, and {reason}")]
-    Offline {
-        id: String,
-        file: String,
-        reason: String,
-    },
-    #[error("model {id}: config.json: the hub cannot be reached: {reason}")]
-    Unreachable { id: String, reason: String },
-    #[error(
-        "{}: a git-lfs pointer, not the file itself; run `git lfs pull` in its folder",
-        path.display()
-    )]
-    LfsPointer { path: PathBuf },
-    #[error(
-        "model {id}: not found on the hub at revision `{revision}`, or not open to you; \
-         check the name, or set HF_TOKEN"
-    )]
-    NotOnHub { id: String, revision: String },
-    #[error("model {id}: {file}: {source}")]
-    Hub {
-        id: String,
-        file: String,
-        source: Box<ApiError>,
-    },
-    #[error("{}: {source}", path.display())]
-    Io {
-        path: PathBuf,
-        source: std::io::Error,
-    },
-    #[error("{location}: {source}")]
-    Config {
-        location: String,
-        source: ConfigError,
-    },
-    #[error(transparent)]
-    Format(#[from] FormatError),
-    #[error(transparent)]
-    Spec(#[from] SpecError),
-    #[error(transparent)]
-    Synthetic(#[from] SynthError),
 }
 
 impl Source {
@@ -198,6 +144,9 @@ impl Source {
     }
 
     /// Like [`Source::read`] for a file the model cannot do without.
+    ///
+    /// # Errors
+    /// If there is no such file, or it cannot be read.
     pub fn read_required(&self, file: &str) -> Result<Vec<u8>, SourceError> {
         self.read(file)?.ok_or_else(|| SourceError::MissingFile {
             folder: self.location().into(),
@@ -206,6 +155,9 @@ impl Source {
     }
 
     /// The checked config.json.
+    ///
+    /// # Errors
+    /// As for reading it; fields that are missing or wrong.
     pub fn config(&self) -> Result<ModelConfig, SourceError> {
         ModelConfig::parse(&self.read_required("config.json")?).map_err(|source| {
             SourceError::Config {
@@ -216,6 +168,9 @@ impl Source {
     }
 
     /// Opens the weights; from the hub they are fetched first, with a progress bar.
+    ///
+    /// # Errors
+    /// Weights that are missing or damaged, or cannot be fetched.
     pub fn checkpoint(&self) -> Result<Checkpoint, SourceError> {
         self.open_checkpoint(true)?
             .ok_or_else(|| SourceError::MissingFile {
@@ -226,6 +181,9 @@ impl Source {
 
     /// The weights if they are on this machine already: planning needs only the headers, and can
     /// do without them.
+    ///
+    /// # Errors
+    /// Weights that are damaged.
     pub fn local_checkpoint(&self) -> Result<Option<Checkpoint>, SourceError> {
         self.open_checkpoint(false)
     }
@@ -257,6 +215,9 @@ impl Source {
     }
 
     /// How other files refer to this model, by its weights where they are at hand.
+    ///
+    /// # Errors
+    /// As for [`config`](Source::config).
     pub fn model_id(&self, checkpoint: Option<&Checkpoint>) -> Result<ModelId, SourceError> {
         let synthetic = self.config()?.synthetic;
         let config = self.read_required("config.json")?;

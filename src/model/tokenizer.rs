@@ -102,6 +102,9 @@ impl Tokenizer {
 
     /// As [`encode`](Self::encode), for a text that stands alone: with the tokens that the
     /// tokenizer puts around every text, if it has such. A chat template writes its own.
+    ///
+    /// # Errors
+    /// As for [`encode`](Self::encode).
     pub fn encode_document(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
         self.encode_with(text, true)
     }

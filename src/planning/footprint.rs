@@ -147,10 +147,11 @@ impl Footprint {
             kv_f16_bytes_per_token: 2 * kv_values,
             kv_int8_bytes_per_token: kv_values + KV_BLOCK_EXTRA_BYTES * kv_blocks,
             delta_state_bytes: 4 * state,
+            // The projections of the last tokens, whole, as the kernels keep them.
             conv_state_bytes: 4
                 * s.num_delta_net_layers
-                * conv_dim
-                * s.linear_conv_kernel_dim.saturating_sub(1),
+                * (2 * key_dim + 2 * value_dim)
+                * s.linear_conv_kernel_dim,
             context_bytes: CONTEXT_BYTES,
             workspace_bytes: WORKSPACE_BYTES,
             shape: shape.clone(),
@@ -158,6 +159,12 @@ impl Footprint {
             flops_per_token: 2 * active + 8 * state,
             attention_flops_per_context_token: 4 * s.num_attention_layers * q_cols,
         }
+    }
+
+    /// VRAM of one sequence: its keys and values of `ctx_tokens`, and its states.
+    pub fn sequence_bytes(&self, ctx_tokens: u64, kv_dtype: KvDtype) -> u64 {
+        let kv_bytes = ctx_tokens.saturating_mul(self.kv_bytes_per_token(kv_dtype));
+        kv_bytes.saturating_add(self.delta_state_bytes + self.conv_state_bytes)
     }
 
     pub fn kv_bytes_per_token(&self, dtype: KvDtype) -> u64 {
@@ -279,12 +286,12 @@ pub(crate) mod tests {
         assert_eq!(f.lm_head_bytes, 151_936 * 2048 * 2);
         assert_eq!(f.embedding_bytes, 151_936 * 2048 * 2);
         assert_eq!(f.delta_state_bytes, 36 * 32 * 128 * 128 * 4);
-        assert_eq!(f.conv_state_bytes, 36 * 8192 * 3 * 4);
+        assert_eq!(f.conv_state_bytes, 36 * 12_288 * 4 * 4);
         assert_eq!(f.context_bytes + f.workspace_bytes, 800_000_000);
         assert_eq!(f.expert_flops, 2 * 3 * 512 * 2048);
         assert_eq!(f.flops_per_token, 6_653_411_328);
         let without_head = f.fixed_vram_bytes_without_head();
-        let parts = [905_489_408, 100_663_296, 75_497_472, 3_538_944, 800_000_000];
+        let parts = [905_489_408, 100_663_296, 75_497_472, 7_077_888, 800_000_000];
         assert_eq!(without_head, parts.iter().sum::<u64>());
         assert_eq!(f.fixed_vram_bytes(), without_head + 622_329_856);
         assert_eq!(

@@ -44,6 +44,9 @@ pub struct Placement {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ram_budget_bytes: Option<u64>,
     pub ctx_tokens: u64,
+    /// Sequences in VRAM at once, of `ctx_tokens` each.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub sequences: u64,
     pub kv_dtype: KvDtype,
     /// Where the output matrix is: VRAM, or RAM if that pays.
     #[serde(default = "Tier::vram")]
@@ -71,6 +74,14 @@ pub struct Placement {
     pub budget_curve: Vec<BudgetPoint>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation: Option<Validation>,
+}
+
+fn one() -> u64 {
+    1
+}
+
+fn is_one(sequences: &u64) -> bool {
+    *sequences == 1
 }
 
 /// A placement that does not describe this model.

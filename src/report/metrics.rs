@@ -1,6 +1,6 @@
 //! What is reported, each with the formula that is printed beside it.
 
-use super::record::{ContextRun, Repetition};
+use super::record::{ContextRun, Repetition, prediction_error};
 use super::stats::{self, Summary};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,6 +191,19 @@ impl Metric {
 /// A rate of a run too short to have one is absent, not zero.
 fn positive(value: f64) -> Option<f64> {
     (value.is_finite() && value > 0.0).then_some(value)
+}
+
+impl ContextRun {
+    /// Fills in the errors from the prediction and the medians of the repetitions.
+    pub fn compare_prediction(&mut self) {
+        let prediction = self.prediction.as_ref();
+        let error = |predicted: Option<f64>, metric: &Metric| {
+            Some(prediction_error(predicted?, metric.summary(self)?.median))
+        };
+        let decode = error(prediction.map(|p| p.decode_tok_s), &DECODE_TOK_S);
+        let prefill = error(prediction.and_then(|p| p.prefill_tok_s), &PREFILL_TOK_S);
+        (self.prediction_error, self.prefill_prediction_error) = (decode, prefill);
+    }
 }
 
 #[cfg(test)]

@@ -6,8 +6,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::hardware::{HardwareBody, MonitorRecord};
 
-use super::metrics;
-
 /// What `moectl bench` writes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunBody {
@@ -262,20 +260,6 @@ impl MemoryRecord {
 }
 
 impl ContextRun {
-    /// Fills in the errors from the prediction and the medians of the repetitions.
-    pub fn compare_prediction(&mut self) {
-        let prediction = self.prediction.as_ref();
-        let error = |predicted: Option<f64>, metric: &metrics::Metric| {
-            Some(prediction_error(predicted?, metric.summary(self)?.median))
-        };
-        let decode = error(prediction.map(|p| p.decode_tok_s), &metrics::DECODE_TOK_S);
-        let prefill = error(
-            prediction.and_then(|p| p.prefill_tok_s),
-            &metrics::PREFILL_TOK_S,
-        );
-        (self.prediction_error, self.prefill_prediction_error) = (decode, prefill);
-    }
-
     /// Prompt and generated tokens of the repetitions, where that is not what the context says.
     pub fn ran_tokens(&self) -> Option<usize> {
         let tokens = self

@@ -4,6 +4,9 @@ use super::Run;
 use super::metrics::METRICS;
 
 /// One row per sample; `index` counts tokens within a repetition for `itl_ms`, else it is empty.
+///
+/// # Errors
+/// The csv writer's; into memory it has none.
 pub fn samples(runs: &[Run]) -> csv::Result<Vec<u8>> {
     let mut out = csv::Writer::from_writer(Vec::new());
     out.write_record([
@@ -39,6 +42,9 @@ pub fn samples(runs: &[Run]) -> csv::Result<Vec<u8>> {
 }
 
 /// One row per run, context and metric.
+///
+/// # Errors
+/// The csv writer's; into memory it has none.
 pub fn summary(runs: &[Run]) -> csv::Result<Vec<u8>> {
     let mut out = csv::Writer::from_writer(Vec::new());
     out.write_record([
@@ -89,6 +95,9 @@ pub fn summary(runs: &[Run]) -> csv::Result<Vec<u8>> {
 }
 
 /// One row per look at the machine; what it did not tell is empty.
+///
+/// # Errors
+/// The csv writer's; into memory it has none.
 pub fn monitor(runs: &[Run]) -> csv::Result<Vec<u8>> {
     let mut out = csv::Writer::from_writer(Vec::new());
     out.write_record([

@@ -39,6 +39,9 @@ pub enum Form {
 
 impl Grammars {
     /// `vocab_size`: of the model's logits, which may be more than the tokenizer has.
+    ///
+    /// # Errors
+    /// If the tokenizer has no vocabulary that grammars can be checked with.
     pub fn new(text: &TextModel, vocab_size: usize) -> anyhow::Result<Self> {
         let tokenizer = &text.tokenizer;
         let words: Vec<Vec<u8>> = (0..vocab_size as u32)

@@ -85,15 +85,25 @@ impl SseWriter {
     }
 
     /// `data: ...`
+    ///
+    /// # Errors
+    /// [`Gone`] if nobody reads any more.
     pub async fn data(&self, value: &Value) -> Result<(), Gone> {
         self.send(format!("data: {value}\n\n")).await
     }
 
     /// `event: ...` and `data: ...`
+    ///
+    /// # Errors
+    /// [`Gone`] if nobody reads any more.
     pub async fn event(&self, name: &str, value: &Value) -> Result<(), Gone> {
         self.send(format!("event: {name}\ndata: {value}\n\n")).await
     }
 
+    /// `data: [DONE]`
+    ///
+    /// # Errors
+    /// [`Gone`] if nobody reads any more.
     pub async fn done(&self) -> Result<(), Gone> {
         self.send("data: [DONE]\n\n".into()).await
     }

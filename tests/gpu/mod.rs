@@ -11,7 +11,7 @@ pub fn open_device() -> Option<Device> {
     }
     #[cfg(feature = "emulate")]
     {
-        use moectl::backend::cuda::emulated::Emulated;
+        use moectl::backend::cuda::driver::Emulated;
         println!("no CUDA device: on the emulator");
         Some(Device::new(std::sync::Arc::new(Emulated::default())))
     }

@@ -5,15 +5,11 @@ use moectl::backend::cuda::abi::Step;
 use moectl::backend::cuda::device::Buffer;
 use moectl::backend::cuda::geometry;
 use moectl::backend::cuda::variants;
-use moectl::planning::Precision;
 
 use crate::{EPS, Gpu, Rng, args, check, check_by, rms_norm, sigmoid, silu};
 
 /// f32 all the way; states carry what steps before them rounded off.
 const TOLERANCE: f64 = 2e-5;
-
-/// One f16 per factor: 2^-11 of each product, and states carry it on.
-const TOLERANCE_FAST: f64 = 2e-3;
 
 struct Net {
     shape: DeltaNetShape,
@@ -154,33 +150,20 @@ impl<'a> Reference<'a> {
 /// The rule in chunks, with one or two of them in shared memory, and so many tokens a range.
 #[derive(Debug)]
 struct InChunks {
-    precision: Precision,
     stages: usize,
     range: usize,
 }
 
-fn chunk_variants() -> Vec<InChunks> {
-    let variant = |precision, stages, range| InChunks {
-        precision,
-        stages,
-        range,
-    };
-    vec![
-        variant(Precision::Exact, 1, 1024),
-        variant(Precision::Exact, 2, 64),
-        variant(Precision::F16, 1, 64),
-        variant(Precision::F16, 2, 1024),
-    ]
-}
-
-impl InChunks {
-    fn tolerance(&self) -> f64 {
-        match self.precision {
-            Precision::Exact => TOLERANCE,
-            Precision::F16 => TOLERANCE_FAST,
-        }
-    }
-}
+const CHUNK_VARIANTS: [InChunks; 2] = [
+    InChunks {
+        stages: 1,
+        range: 1024,
+    },
+    InChunks {
+        stages: 2,
+        range: 64,
+    },
+];
 
 /// Outputs and state after `t` tokens; q, k, v, decay and beta as `prefill_delta_rule` has them.
 fn in_chunks(
@@ -191,18 +174,14 @@ fn in_chunks(
     [q, k, v, decay, beta]: [&Buffer; 5],
     state: &[f32],
 ) -> (Vec<f32>, Vec<f32>) {
-    let InChunks {
-        precision,
-        stages,
-        range,
-    } = *variant;
+    let InChunks { stages, range } = *variant;
     let heads = (s.num_key_heads as i32, s.num_value_heads as i32);
     let (dk, dv) = (s.key_head_dim as i32, s.value_head_dim as i32);
     let (state, o) = (gpu.up(state), gpu.nans(t * s.value_dim()));
     let chunks = t.min(range).div_ceil(geometry::DELTA_CHUNK);
-    let floats = chunks * geometry::delta_scratch_bytes(s, precision) / 4;
+    let floats = chunks * geometry::delta_scratch_bytes(s) / 4;
     let scratch = gpu.nans(floats);
-    let names = variants::prefill_delta_chunks(s, t, precision, &gpu.device.facts())
+    let names = variants::prefill_delta_chunks(s, t, &gpu.device.facts())
         .expect("a chunk fits")
         .map(|kernel| kernel.name);
     for first in (0..t).step_by(range) {
@@ -210,7 +189,7 @@ fn in_chunks(
         let (first, count) = (first as i32, tokens as i32);
         gpu.launch(
             names[0],
-            geometry::prefill_delta_prepare(s, tokens, precision),
+            geometry::prefill_delta_prepare(s, tokens),
             args![
                 q.address(),
                 k.address(),
@@ -226,7 +205,7 @@ fn in_chunks(
         );
         gpu.launch(
             names[1],
-            geometry::prefill_delta_chunks(s, precision, stages),
+            geometry::prefill_delta_chunks(s, stages),
             args![
                 v.address(),
                 scratch.address(),
@@ -303,19 +282,18 @@ fn run(gpu: &Gpu, shape: DeltaNetShape, chunks: &[usize], steps: usize, outliers
                 taps as i32
             ],
         );
-        for variant in chunk_variants() {
+        for variant in CHUNK_VARIANTS {
             let inputs = [&q, &k, &v, &decay, &beta];
             let (o, state) = in_chunks(gpu, s, &variant, t, inputs, &gpu.down(&state));
             let what = format!("{what}, {variant:?}");
-            let tolerance = variant.tolerance();
             // Terms may cancel, and here they are added in another order than in the definition.
             let largest = traces.largest_sum;
-            check_by(&format!("{what}: o"), &o, &traces.o, tolerance, largest);
+            check_by(&format!("{what}: o"), &o, &traces.o, TOLERANCE, largest);
             check(
                 &format!("{what}: state"),
                 &state,
                 &reference.state,
-                tolerance,
+                TOLERANCE,
             );
         }
         let o = gpu.nans(t * s.value_dim());

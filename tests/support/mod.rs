@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 pub mod sequences;
+pub mod shapes;
 
 use std::ops::{Deref, DerefMut, Range};
 use std::path::PathBuf;

@@ -4,11 +4,13 @@
 
 use std::collections::HashMap;
 
-use moectl::backend::{BackendError, Executor, LogitRows, NextLogits, Piece, SequenceId, Snapshot};
+use moectl::backend::{
+    BackendError, Executor, LogitRows, MixerKind, NextLogits, Piece, SequenceId, Snapshot,
+};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
-use super::{Quiet, all, run_one};
+use super::{Quiet, all, max_diff, run_one};
 
 /// Tokens a sequence may have.
 pub const MAX_TOKENS: usize = 160;
@@ -17,7 +19,37 @@ pub const MAX_TOKENS: usize = 160;
 pub const CAPACITY: usize = 3;
 
 /// The pieces that a sequence was fed.
-pub type History = Vec<Vec<u32>>;
+pub type History = Vec<Fed>;
+
+/// A piece, and how many of its tokens were not taken back.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Fed {
+    pub ids: Vec<u32>,
+    pub kept: usize,
+}
+
+impl Fed {
+    fn whole(ids: &[u32]) -> Self {
+        Fed {
+            ids: ids.to_vec(),
+            kept: ids.len(),
+        }
+    }
+}
+
+/// Takes back what `history` has from `tokens` on.
+fn cut(history: &mut History, tokens: usize) {
+    let mut before = 0;
+    history.retain_mut(|fed| {
+        fed.kept = fed.kept.min(tokens.saturating_sub(before));
+        before += fed.kept;
+        fed.kept > 0
+    });
+}
+
+/// Largest difference of a logit where pieces were cut and the naive model is fed what is left of them:
+/// other kernels may compute shorter pieces.
+const SAME_WHEN_CUT: f32 = 1e-2;
 
 /// What is done next. Numbers choose among what there is.
 #[derive(Clone, Debug)]
@@ -29,7 +61,9 @@ pub enum Action {
     /// Tokens, of which as many stay
     Try(usize, Vec<u32>, usize),
     Fork(usize),
-    Clear(usize),
+    Truncate(usize, usize),
+    /// A prompt in pieces of so many tokens, given up after some of them
+    Cancel(usize, usize, usize),
     Snapshot(usize),
     Park(usize),
     Restore(usize),
@@ -58,28 +92,48 @@ impl Alone<'_> {
         if let Some(logits) = self.known.get(history) {
             return logits.clone();
         }
-        let id = self.executor.new_sequence().unwrap();
-        let mut logits = Vec::new();
-        for ids in history {
-            logits = feed(self.executor, id, ids).unwrap();
+        let logits = self.fed(history);
+        if history.iter().any(|fed| fed.kept < fed.ids.len()) {
+            let rest: History = (history.iter())
+                .map(|fed| Fed::whole(&fed.ids[..fed.kept]))
+                .collect();
+            let diff = max_diff(&self.fed(&rest), &logits);
+            assert!(diff <= SAME_WHEN_CUT, "{history:?}: {diff}");
         }
-        self.executor.drop_sequence(id);
         let logits = bits(&logits);
         self.known.insert(history.clone(), logits.clone());
         logits
     }
 
-    /// The same after each of some more tokens, one by one.
-    fn each(&mut self, history: &History, more: &[u32]) -> Vec<Vec<u32>> {
+    /// The last logits of a fresh sequence.
+    fn fed(&mut self, history: &History) -> Vec<f32> {
+        let (id, logits) = self.replay(history);
+        self.executor.drop_sequence(id);
+        logits
+    }
+
+    /// A fresh sequence with this history, and its last logits.
+    fn replay(&mut self, history: &History) -> (SequenceId, Vec<f32>) {
         let id = self.executor.new_sequence().unwrap();
-        for ids in history {
-            feed(self.executor, id, ids).unwrap();
+        let (mut logits, mut tokens) = (Vec::new(), 0);
+        for fed in history {
+            logits = feed(self.executor, id, &fed.ids).unwrap();
+            tokens += fed.kept;
+            if fed.kept < fed.ids.len() {
+                self.executor.truncate(id, tokens).unwrap();
+            }
         }
+        (id, logits)
+    }
+
+    /// Bits of the logits after each of some more tokens, one by one.
+    fn each(&mut self, history: &History, more: &[u32]) -> Vec<Vec<u32>> {
+        let (id, _) = self.replay(history);
         let mut history = history.clone();
         let mut found = Vec::new();
-        for &next in more {
-            history.push(vec![next]);
-            found.push(bits(&feed(self.executor, id, &[next]).unwrap()));
+        for next in more.chunks(1) {
+            history.push(Fed::whole(next));
+            found.push(bits(&feed(self.executor, id, next).unwrap()));
             (self.known).insert(history.clone(), found[found.len() - 1].clone());
         }
         self.executor.drop_sequence(id);
@@ -102,7 +156,7 @@ pub fn feed(
 }
 
 fn tokens(history: &History) -> usize {
-    history.iter().map(Vec::len).sum()
+    history.iter().map(|fed| fed.kept).sum()
 }
 
 impl World<'_> {
@@ -128,11 +182,11 @@ impl World<'_> {
             Action::Feed(i, ids) if live > 0 => self.feed(i % live, ids),
             Action::Decode(some) if live > 0 => self.decode(some),
             Action::Try(i, ids, kept) if live > 0 => self.try_tokens(i % live, ids, *kept),
-            Action::Clear(i) if live > 0 => {
-                let (id, history) = &mut self.live[i % live];
-                self.executor.truncate(*id, 0).unwrap();
-                history.clear();
-                Ok(())
+            Action::Truncate(i, to) if live > 0 => self.truncate(i % live, *to),
+            Action::Cancel(i, piece, pieces) if live > 0 => {
+                let ids: Vec<u32> = (0..(piece * pieces) as u32).map(|t| t % 7).collect();
+                ids.chunks(*piece)
+                    .try_for_each(|ids| self.feed(i % live, ids))
             }
             Action::Snapshot(i) if live > 0 => {
                 let (id, history) = self.live[i % live].clone();
@@ -180,6 +234,33 @@ impl World<'_> {
         Ok(())
     }
 
+    /// Of states of delta nets nothing can be taken back but all.
+    fn truncate(&mut self, i: usize, to: usize) -> Result<(), TestCaseError> {
+        let nets = (self.executor.shape().mixers).contains(&MixerKind::GatedDeltaNet);
+        let (id, history) = &mut self.live[i];
+        let position = tokens(history);
+        // Often nothing, all, or the last few.
+        let to = match to % 4 {
+            0 => 0,
+            1 => position + to % 3,
+            2 => position.saturating_sub(to % 5),
+            _ => to % (position + 1),
+        };
+        let allowed = to <= position && (!nets || to == 0 || to == position);
+        match self.executor.truncate(*id, to) {
+            Ok(()) => {
+                prop_assert!(allowed, "{} of {}", to, position);
+                cut(history, to);
+            }
+            Err(BackendError::CannotTruncate { tokens, .. }) if !allowed => {
+                prop_assert_eq!(tokens, to)
+            }
+            Err(error) => prop_assert!(false, "{}", error),
+        }
+        prop_assert_eq!(self.executor.position(*id).unwrap(), tokens(history));
+        Ok(())
+    }
+
     fn feed(&mut self, i: usize, ids: &[u32]) -> Result<(), TestCaseError> {
         let (id, history) = &mut self.live[i];
         let fed = feed(self.executor, *id, ids);
@@ -191,7 +272,7 @@ impl World<'_> {
             prop_assert_eq!(self.executor.position(*id).unwrap(), tokens(history));
             return Ok(());
         }
-        history.push(ids.to_vec());
+        history.push(Fed::whole(ids));
         prop_assert_eq!(self.executor.position(*id).unwrap(), needed);
         let expected = self.alone.logits(history);
         prop_assert!(bits(&fed.unwrap()) == expected, "{:?}", history);
@@ -217,7 +298,7 @@ impl World<'_> {
                 return Err(TestCaseError::fail("rows were wanted"));
             };
             let history = &mut self.live[*i].1;
-            history.push(ids.to_vec());
+            history.push(Fed::whole(ids));
             let expected = self.alone.logits(history);
             prop_assert!(bits(&found) == expected, "{:?} in {:?}", history, chosen);
         }
@@ -255,7 +336,7 @@ impl World<'_> {
             prop_assert!(too_many.is_err(), "only once");
         }
         let history = &mut self.live[i].1;
-        history.extend(ids[..kept].iter().map(|&id| vec![id]));
+        history.extend(ids[..kept].chunks(1).map(Fed::whole));
         prop_assert_eq!(self.executor.position(id).unwrap(), tokens(history));
         Ok(())
     }
@@ -275,7 +356,9 @@ fn action(vocab: u32, long: usize) -> impl Strategy<Value = Action> {
             .prop_map(Action::Decode),
         3 => (which.clone(), ids(8), 0..9usize).prop_map(|(i, ids, kept)| Action::Try(i, ids, kept)),
         2 => which.clone().prop_map(Action::Fork),
-        1 => which.clone().prop_map(Action::Clear),
+        2 => (which.clone(), which.clone()).prop_map(|(i, to)| Action::Truncate(i, to)),
+        1 => (which.clone(), 3..=long / 2, 1..=3usize)
+            .prop_map(|(i, piece, pieces)| Action::Cancel(i, piece, pieces)),
         2 => which.clone().prop_map(Action::Snapshot),
         2 => which.clone().prop_map(Action::Park),
         3 => which.clone().prop_map(Action::Restore),

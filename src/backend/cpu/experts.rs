@@ -127,6 +127,9 @@ impl Buffers {
 /// - `gates`: `[T]`, the sigmoid of the shared expert's gate
 /// - `all_tokens`: 0, 1, 2, .. at least T of them
 /// - `out`: `[T, hidden_size]`
+///
+/// # Errors
+/// If a worker thread failed.
 #[allow(clippy::too_many_arguments)]
 pub fn add_experts(
     pool: &mut Pool,
@@ -176,6 +179,9 @@ pub fn add_experts(
 /// - `all_tokens`: 0, 1, 2, .. at least T of them
 /// - `beside`: runs on this thread while the others begin
 /// - `out`: `[T, hidden_size]`
+///
+/// # Errors
+/// If a worker thread failed.
 #[allow(clippy::too_many_arguments)]
 pub fn add_picks(
     pool: &mut Pool,

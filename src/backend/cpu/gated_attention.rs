@@ -76,6 +76,9 @@ impl Attention {
     /// From the projections of `tokens` tokens to the input of `o_proj`, `[tokens, H * head_dim]`.
     ///
     /// `projected` holds the panels of `q`, then `k`, then `v`. The cache has room.
+    ///
+    /// # Errors
+    /// If a worker thread failed.
     #[allow(clippy::too_many_arguments)]
     pub fn mix(
         &self,

@@ -102,6 +102,9 @@ impl DeltaNet {
     /// From the projections of `tokens` tokens to the input of `out_proj`, `[tokens, value_dim]`.
     ///
     /// `projected` holds the panels of `qkvz`, then those of `ba`.
+    ///
+    /// # Errors
+    /// If a worker thread failed.
     #[allow(clippy::too_many_arguments)]
     pub fn mix(
         &self,

@@ -110,6 +110,9 @@ impl Isa {
     }
 
     /// The one called `name`.
+    ///
+    /// # Errors
+    /// If this machine has none of that name; the message lists those it has.
     pub fn named(name: &str) -> Result<Isa> {
         let available = Isa::available();
         available

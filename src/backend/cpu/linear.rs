@@ -216,6 +216,9 @@ impl Panels {
     /// `linears` one after the other, each times all tokens of `x`; `all_tokens` is 0, 1, 2, ..
     ///
     /// The rows of matrix `i` start at the panel after those of the matrices before it.
+    ///
+    /// # Errors
+    /// If a worker thread failed.
     pub fn project(
         &mut self,
         pool: &mut Pool,
@@ -348,6 +351,9 @@ impl PanelsFrom<'_> {
 }
 
 /// `hidden += W x`, `hidden: [tokens, rows]`.
+///
+/// # Errors
+/// If a worker thread failed.
 pub fn add_product(
     pool: &mut Pool,
     isa: Isa,

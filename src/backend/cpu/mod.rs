@@ -157,6 +157,9 @@ impl Cpu {
     }
 
     /// [`new`](Cpu::new) with a chosen instruction set.
+    ///
+    /// # Errors
+    /// As for [`new`](Cpu::new).
     pub fn with_isa(
         isa: Isa,
         shape: ModelShape,
@@ -266,6 +269,9 @@ fn normed(
 
 impl Activations {
     /// Sets all tokens; `row(t, out)` writes the `cols` activations of token `t`.
+    ///
+    /// # Errors
+    /// If a worker thread failed.
     pub fn fill(
         &mut self,
         pool: &mut Pool,

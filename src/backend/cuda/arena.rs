@@ -29,6 +29,9 @@ impl Arena {
     }
 
     /// `bytes` zeroed bytes; the address stays valid while the arena lives.
+    ///
+    /// # Errors
+    /// If the device's memory is short.
     pub fn alloc(&mut self, bytes: usize, stream: &Stream) -> Result<u64> {
         let bytes = bytes.next_multiple_of(ALIGN).max(ALIGN);
         let room = self
@@ -54,6 +57,9 @@ impl Arena {
     }
 
     /// Copies `data` to the device and waits.
+    ///
+    /// # Errors
+    /// If the device's memory is short.
     pub fn upload<T: Pod>(&mut self, data: &[T], stream: &Stream) -> Result<u64> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         let address = self.alloc(bytes.len(), stream)?;

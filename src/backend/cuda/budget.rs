@@ -37,6 +37,9 @@ impl Usage {
 
     /// Bytes held now, context included: the driver's own figure for this process, or, where it has
     /// none, all that is in use on the device.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn now(&self) -> Result<u64> {
         let of_process = self.driver.as_ref();
         if let Some(bytes) = of_process.and_then(|(nvml, index)| process_bytes(nvml, *index)) {

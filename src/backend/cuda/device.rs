@@ -1,10 +1,8 @@
 //! A GPU as this backend uses it: memory, streams, kernels by name, captured graphs.
 //!
-//! Two drivers stand behind it: the real one ([`super::driver`]) and the emulator of
-//! `kernels/emulate`, which runs the same kernels on the CPU ([`super::emulated`]). All that differs
-//! between them is in [`Driver`].
+//! Memory, streams, events and graphs are values here, which give back what they have of the driver's;
+//! behind them is one of the [`Driver`]s.
 
-use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
@@ -14,189 +12,8 @@ use bytemuck::Pod;
 use crate::backend::BackendError;
 use crate::backend::Result;
 
-/// A handle of the driver's: a stream, an event or a graph.
-pub type Handle = u64;
-
-/// Grid, block and dynamic shared memory of a launch.
-#[derive(Clone, Copy, Debug)]
-pub struct Geometry {
-    pub grid: [u32; 3],
-    pub block: [u32; 2],
-    pub shared_bytes: u32,
-}
-
-impl Geometry {
-    /// The same for each of so many tokens of a decode step.
-    pub fn for_tokens(mut self, tokens: usize) -> Self {
-        self.grid[2] = tokens as u32;
-        self
-    }
-}
-
-/// Arguments of a kernel, in the order of its parameters.
-#[derive(Default)]
-pub struct Args {
-    /// 16-byte units, so that every argument is aligned
-    data: Vec<u128>,
-    offsets: Vec<usize>,
-    sizes: Vec<usize>,
-}
-
-impl Args {
-    pub fn push<T: Pod>(&mut self, value: T) {
-        let units = size_of::<T>().div_ceil(16);
-        let start = self.data.len();
-        self.offsets.push(start);
-        self.sizes.push(size_of::<T>());
-        self.data.resize(start + units, 0);
-        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.data[start..]);
-        bytes[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(&value));
-    }
-
-    /// Bytes of each argument.
-    pub fn sizes(&self) -> &[usize] {
-        &self.sizes
-    }
-
-    /// Pointers to the arguments, as drivers want them; valid while `self` is not changed.
-    pub fn pointers(&mut self) -> Vec<*mut c_void> {
-        let data = self.data.as_mut_ptr();
-        let pointer = |&start: &usize| {
-            // SAFETY: offsets lie inside `data`.
-            unsafe { data.add(start) }.cast()
-        };
-        self.offsets.iter().map(pointer).collect()
-    }
-}
-
-/// `args![a, b, c]`: [`Args`] of plain values.
-macro_rules! args {
-    ($($value:expr),* $(,)?) => {{
-        let mut args = $crate::backend::cuda::device::Args::default();
-        $(args.push($value);)*
-        args
-    }};
-}
-pub(crate) use args;
-
-/// The compute capability that kernels in `*_sm90.cu` are for, and no other runs.
-pub const HOPPER: (u32, u32) = (9, 0);
-
-/// Facts about a device.
-#[derive(Clone, Debug)]
-pub struct DeviceFacts {
-    pub name: String,
-    pub total_bytes: u64,
-    pub multiprocessors: u32,
-    /// Such as (9, 0)
-    pub compute_capability: (u32, u32),
-}
-
-/// What a driver does. Addresses are the device's; sizes are bytes.
-///
-/// Calls that name a stream return at once; their buffers must live until the stream is
-/// synchronised, which is what makes them `unsafe`.
-pub trait Driver: Send + Sync {
-    fn facts(&self) -> DeviceFacts;
-    /// Free and total memory of the device.
-    fn memory(&self) -> Result<(u64, u64)>;
-    fn alloc(&self, bytes: usize) -> Result<u64>;
-    fn free(&self, address: u64);
-    /// Pinned host memory that the device can address: its host and device address.
-    fn alloc_host(&self, bytes: usize) -> Result<(*mut u8, u64)>;
-    fn free_host(&self, host: *mut u8, bytes: usize);
-    /// Pins memory that exists; its device address.
-    ///
-    /// # Safety
-    /// The memory must stay mapped until [`unregister`](Driver::unregister).
-    unsafe fn register(&self, host: *mut u8, bytes: usize) -> Result<u64>;
-    fn unregister(&self, host: *mut u8);
-
-    fn new_stream(&self) -> Result<Handle>;
-    fn free_stream(&self, stream: Handle);
-    fn synchronize(&self, stream: Handle) -> Result<()>;
-    /// Whether all work of the stream is done.
-    fn is_idle(&self, stream: Handle) -> Result<bool>;
-    fn new_event(&self) -> Result<Handle>;
-    fn free_event(&self, event: Handle);
-    fn record(&self, event: Handle, stream: Handle) -> Result<()>;
-    /// Whether all work before the event's last record is done.
-    fn has_happened(&self, event: Handle) -> Result<bool>;
-    /// Waits for all work before the event's last record.
-    fn synchronize_event(&self, event: Handle) -> Result<()>;
-    /// Work added to `stream` later waits for `event`.
-    fn wait_event(&self, stream: Handle, event: Handle) -> Result<()>;
-    /// Milliseconds between two events that have happened.
-    fn elapsed_ms(&self, from: Handle, to: Handle) -> Result<f32>;
-
-    /// # Safety
-    /// All ranges must be valid until the stream has done this.
-    unsafe fn copy_to_device(
-        &self,
-        to: u64,
-        from: *const u8,
-        bytes: usize,
-        stream: Handle,
-    ) -> Result<()>;
-    /// `rows` pieces of `width` bytes, `pitch` bytes apart on the host, side by side on the device.
-    ///
-    /// # Safety
-    /// As [`copy_to_device`](Driver::copy_to_device).
-    unsafe fn copy_rows_to_device(
-        &self,
-        to: u64,
-        from: *const u8,
-        width: usize,
-        pitch: usize,
-        rows: usize,
-        stream: Handle,
-    ) -> Result<()>;
-    /// # Safety
-    /// As [`copy_to_device`](Driver::copy_to_device).
-    unsafe fn copy_to_host(
-        &self,
-        to: *mut u8,
-        from: u64,
-        bytes: usize,
-        stream: Handle,
-    ) -> Result<()>;
-    /// # Safety
-    /// As [`copy_to_device`](Driver::copy_to_device).
-    unsafe fn copy_on_device(&self, to: u64, from: u64, bytes: usize, stream: Handle)
-    -> Result<()>;
-    /// # Safety
-    /// As [`copy_to_device`](Driver::copy_to_device).
-    unsafe fn fill_zero(&self, address: u64, bytes: usize, stream: Handle) -> Result<()>;
-    /// Work added to `stream` later waits until the u32 at device address `flag` is at least
-    /// `value`.
-    ///
-    /// # Safety
-    /// As [`copy_to_device`](Driver::copy_to_device).
-    unsafe fn wait_flag(&self, stream: Handle, flag: u64, value: u32) -> Result<()>;
-    /// `overlap`: may start before the kernel before it ends, which it then waits for itself.
-    ///
-    /// # Safety
-    /// The arguments must be those of the kernel, and all memory they name valid until the stream
-    /// has done this.
-    unsafe fn launch(
-        &self,
-        kernel: &'static str,
-        geometry: Geometry,
-        args: Args,
-        overlap: bool,
-        stream: Handle,
-    ) -> Result<()>;
-
-    /// Records what is added to `stream` instead of doing it, until
-    /// [`end_capture`](Driver::end_capture).
-    fn begin_capture(&self, stream: Handle) -> Result<()>;
-    /// The graph that was recorded, on the device already: its first launch takes no longer than others.
-    fn end_capture(&self, stream: Handle) -> Result<Handle>;
-    /// # Safety
-    /// What was recorded must still be valid.
-    unsafe fn launch_graph(&self, graph: Handle, stream: Handle) -> Result<()>;
-    fn free_graph(&self, graph: Handle);
-}
+pub(crate) use super::driver::args;
+pub use super::driver::{Args, DeviceFacts, Driver, Geometry, HOPPER, Handle};
 
 /// One device; clones share it.
 #[derive(Clone)]
@@ -222,7 +39,7 @@ impl Device {
     pub fn open(index: usize) -> Result<Device> {
         #[cfg(feature = "emulate")]
         if std::env::var_os("MOECTL_EMULATE").is_some_and(|v| v != "0") {
-            return Ok(Device::new(Arc::new(super::emulated::Emulated::default())));
+            return Ok(Device::new(Arc::new(super::driver::Emulated::default())));
         }
         #[cfg(feature = "cuda")]
         {
@@ -241,11 +58,17 @@ impl Device {
     }
 
     /// Free and total bytes.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn memory(&self) -> Result<(u64, u64)> {
         self.driver.memory()
     }
 
     /// `bytes` of device memory, zeroed.
+    ///
+    /// # Errors
+    /// If the device's memory is short.
     pub fn alloc(&self, bytes: usize, stream: &Stream) -> Result<Buffer> {
         let address = self.driver.alloc(bytes.max(16))?;
         let buffer = Buffer {
@@ -261,6 +84,9 @@ impl Device {
     }
 
     /// Device memory with a copy of `data`.
+    ///
+    /// # Errors
+    /// If the device's memory is short.
     pub fn upload<T: Pod>(&self, data: &[T], stream: &Stream) -> Result<Buffer> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         let buffer = self.alloc(bytes.len(), stream)?;
@@ -269,6 +95,9 @@ impl Device {
     }
 
     /// `len` zeroed elements of pinned host memory.
+    ///
+    /// # Errors
+    /// If memory that can be pinned is short.
     pub fn alloc_host<T: Pod>(&self, len: usize) -> Result<Pinned<T>> {
         let bytes = (len * size_of::<T>()).max(16);
         let (host, address) = self.driver.alloc_host(bytes)?;
@@ -287,6 +116,9 @@ impl Device {
     ///
     /// # Safety
     /// See above.
+    ///
+    /// # Errors
+    /// If the driver cannot pin it.
     pub unsafe fn register(&self, host: *mut u8, bytes: usize) -> Result<Registered> {
         // SAFETY: the caller's promise.
         let address = unsafe { self.driver.register(host, bytes)? };
@@ -297,6 +129,10 @@ impl Device {
         })
     }
 
+    /// Another stream of this device.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn new_stream(&self) -> Result<Stream> {
         Ok(Stream {
             handle: self.driver.new_stream()?,
@@ -304,6 +140,10 @@ impl Device {
         })
     }
 
+    /// An event that has not happened.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn new_event(&self) -> Result<Event> {
         Ok(Event {
             handle: self.driver.new_event()?,
@@ -335,6 +175,9 @@ impl Buffer {
     }
 
     /// Copies `data` to byte `offset` and waits.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn write(&self, offset: usize, data: &[u8], stream: &Stream) -> Result<()> {
         assert!(offset + data.len() <= self.bytes);
         if data.is_empty() {
@@ -348,6 +191,9 @@ impl Buffer {
     }
 
     /// All elements from byte `offset` on that fit `out`, after waiting for the stream.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn read<T: Pod>(&self, offset: usize, out: &mut [T], stream: &Stream) -> Result<()> {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
         assert!(offset + bytes.len() <= self.bytes);
@@ -361,6 +207,10 @@ impl Buffer {
         stream.synchronize()
     }
 
+    /// Sets all of it to zeros.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn fill_zero(&self, stream: &Stream) -> Result<()> {
         if self.bytes == 0 {
             return Ok(());
@@ -463,24 +313,43 @@ impl Stream {
         &self.device
     }
 
+    /// Waits for all work so far.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn synchronize(&self) -> Result<()> {
         self.device.driver.synchronize(self.handle)
     }
 
+    /// Whether all work so far is done.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn is_idle(&self) -> Result<bool> {
         self.device.driver.is_idle(self.handle)
     }
 
+    /// Has `event` happen when all work so far is done.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn record(&self, event: &Event) -> Result<()> {
         self.device.driver.record(event.handle, self.handle)
     }
 
+    /// Has what follows wait for `event`.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn wait(&self, event: &Event) -> Result<()> {
         self.device.driver.wait_event(self.handle, event.handle)
     }
 
     /// # Safety
     /// See [`Driver::copy_to_device`].
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub unsafe fn copy_to_device(&self, to: u64, from: *const u8, bytes: usize) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { (self.device.driver).copy_to_device(to, from, bytes, self.handle) }
@@ -488,6 +357,9 @@ impl Stream {
 
     /// # Safety
     /// See [`Driver::copy_rows_to_device`].
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub unsafe fn copy_rows_to_device(
         &self,
         to: u64,
@@ -503,6 +375,9 @@ impl Stream {
 
     /// # Safety
     /// See [`Driver::copy_to_device`].
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub unsafe fn copy_to_host(&self, to: *mut u8, from: u64, bytes: usize) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { (self.device.driver).copy_to_host(to, from, bytes, self.handle) }
@@ -510,6 +385,9 @@ impl Stream {
 
     /// # Safety
     /// See [`Driver::copy_to_device`].
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub unsafe fn copy_on_device(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { (self.device.driver).copy_on_device(to, from, bytes, self.handle) }
@@ -517,6 +395,9 @@ impl Stream {
 
     /// # Safety
     /// See [`Driver::wait_flag`].
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub unsafe fn wait_flag(&self, flag: u64, value: u32) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.device.driver.wait_flag(self.handle, flag, value) }
@@ -524,6 +405,9 @@ impl Stream {
 
     /// # Safety
     /// See [`Driver::launch`].
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub unsafe fn launch(
         &self,
         kernel: &'static str,
@@ -537,6 +421,9 @@ impl Stream {
     }
 
     /// Records what `work` adds to this stream as a graph.
+    ///
+    /// # Errors
+    /// What `work` returns, or the driver's.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
         let driver = &self.device.driver;
         driver.begin_capture(self.handle)?;
@@ -551,6 +438,9 @@ impl Stream {
 
     /// # Safety
     /// See [`Driver::launch_graph`].
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub unsafe fn launch_graph(&self, graph: &Graph) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { (self.device.driver).launch_graph(graph.handle, self.handle) }
@@ -571,16 +461,25 @@ pub struct Event {
 
 impl Event {
     /// Whether all work before the last record of this event is done.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn has_happened(&self) -> Result<bool> {
         self.device.driver.has_happened(self.handle)
     }
 
     /// Waits for all work before the last record of this event.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn synchronize(&self) -> Result<()> {
         self.device.driver.synchronize_event(self.handle)
     }
 
     /// Milliseconds from `earlier` to this; both must have happened.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn ms_since(&self, earlier: &Event) -> Result<f32> {
         (self.device.driver).elapsed_ms(earlier.handle, self.handle)
     }

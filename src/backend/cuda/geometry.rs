@@ -232,23 +232,19 @@ pub fn prefill_delta_rule(s: &DeltaNetShape) -> Geometry {
 pub const DELTA_CHUNK: usize = 64;
 
 /// Bytes of keys and queries of a key head's chunk, and of what else a value head's has.
-fn delta_images(s: &DeltaNetShape, precision: Precision) -> [usize; 2] {
-    let terms = match precision {
-        Precision::Exact => 2,
-        Precision::F16 => 1,
-    };
-    [256 * terms * s.key_head_dim, (2 + terms) * 8192 + 768]
+fn delta_images(s: &DeltaNetShape) -> [usize; 2] {
+    [512 * s.key_head_dim, 4 * 8192 + 768]
 }
 
 /// Scratch memory of one chunk of the delta rule.
-pub fn delta_scratch_bytes(s: &DeltaNetShape, precision: Precision) -> usize {
-    let [keys, head] = delta_images(s, precision);
+pub fn delta_scratch_bytes(s: &DeltaNetShape) -> usize {
+    let [keys, head] = delta_images(s);
     s.num_key_heads * keys + s.num_value_heads * head
 }
 
 /// What the chunks of `tokens` need beside the state.
-pub fn prefill_delta_prepare(s: &DeltaNetShape, tokens: usize, precision: Precision) -> Geometry {
-    let [keys, head] = delta_images(s, precision);
+pub fn prefill_delta_prepare(s: &DeltaNetShape, tokens: usize) -> Geometry {
+    let [keys, head] = delta_images(s);
     Geometry {
         block: [128, 1],
         ..tiles(
@@ -260,8 +256,8 @@ pub fn prefill_delta_prepare(s: &DeltaNetShape, tokens: usize, precision: Precis
 }
 
 /// One chunk after the other, with one or two in shared memory; see [`super::variants`].
-pub fn prefill_delta_chunks(s: &DeltaNetShape, precision: Precision, stages: usize) -> Geometry {
-    let [keys, head] = delta_images(s, precision);
+pub fn prefill_delta_chunks(s: &DeltaNetShape, stages: usize) -> Geometry {
+    let [keys, head] = delta_images(s);
     Geometry {
         block: [128, 1],
         ..tiles(

@@ -7,10 +7,12 @@
 //!
 //! | file | is |
 //! |---|---|
-//! | [`device`] | memory, streams, launches, graphs; behind it the driver or the emulator |
+//! | [`device`] | memory, streams, launches, graphs |
+//! | [`driver`] | behind them: the real driver, or the emulator |
 //! | [`abi`], [`geometry`] | structures and launch sizes of `kernels/*.cu` |
+//! | [`limits`] | models that the kernels compute; others are refused |
 //! | [`weights`], [`store`] | dense weights in VRAM, all experts in pinned RAM, some in slots |
-//! | [`state`], [`saved`] | what sequences carry on, on the device and in RAM |
+//! | [`layout`], [`state`], [`saved`] | what sequences carry on, on the device and in RAM |
 //! | [`executor`] | sequences, batches, slots and figures, as the engine asks for them |
 //! | [`decode`] | a token of each of some sequences, or a few of one; the hand-off between GPU and CPU |
 //! | [`prefill`] | chunks of tokens; experts stream over PCIe |
@@ -22,13 +24,12 @@ pub mod budget;
 mod calibrate;
 pub mod decode;
 pub mod device;
-#[cfg(feature = "cuda")]
 pub mod driver;
-#[cfg(feature = "emulate")]
-pub mod emulated;
 mod executor;
 mod few;
 pub mod geometry;
+pub mod layout;
+pub mod limits;
 mod measure;
 mod prefill;
 mod saved;
@@ -38,7 +39,6 @@ mod store;
 pub mod variants;
 mod weights;
 
-use abi::MAX_TOP_K;
 use arena::Arena;
 use budget::Usage;
 use decode::{Decode, Model, Tokens, Wanted};
@@ -106,7 +106,8 @@ impl Cuda {
     /// Loads a model onto device `index` with room for one sequence of `max_tokens`.
     ///
     /// # Errors
-    /// If there is no such device, or it lacks memory for what must be there.
+    /// [`BackendError::Unsupported`] for a shape beyond the kernels' [`limits`]; if there is no such
+    /// device, or it lacks memory for what must be there.
     pub fn new(
         index: usize,
         shape: ModelShape,
@@ -123,6 +124,9 @@ impl Cuda {
     }
 
     /// As [`new`](Cuda::new), on a device that is open.
+    ///
+    /// # Errors
+    /// As for [`new`](Cuda::new).
     #[allow(clippy::too_many_arguments)]
     pub fn on(
         device: Device,
@@ -134,12 +138,7 @@ impl Cuda {
         max_tokens: usize,
         progress: Progress,
     ) -> Result<Self> {
-        if shape.moe.num_experts_per_tok > MAX_TOP_K {
-            return Err(BackendError::Other(format!(
-                "{} experts per token; kernels take at most {MAX_TOP_K}, use --backend cpu",
-                shape.moe.num_experts_per_tok
-            )));
-        }
+        limits::check(&shape)?;
         let kv_dtype = options.kv_dtype.unwrap_or(KvDtype::F16);
         if kv_dtype == KvDtype::F32 {
             return Err(BackendError::Other(

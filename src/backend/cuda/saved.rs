@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use super::device::{Device, Pinned, Stream};
-use super::state::StateLayout;
+use super::layout::StateLayout;
 use crate::backend::executor::SharedPage;
 use crate::backend::tally::{Counted, Tally};
 use crate::backend::{BackendError, Result};

@@ -143,6 +143,9 @@ pub fn units_of(expert: &Expert) -> Vec<f32> {
 
 impl LayerStore {
     /// Pins the experts of a layer, which must all have `layout`.
+    ///
+    /// # Errors
+    /// If an expert has another layout, or memory is short.
     pub fn new(
         device: &Device,
         arena: &mut Arena,
@@ -203,6 +206,10 @@ impl LayerStore {
 pub type Held = (usize, (usize, usize));
 
 impl ExpertStore {
+    /// All layers' experts; none is in a slot.
+    ///
+    /// # Errors
+    /// If memory is short.
     pub fn new(
         device: &Device,
         layout: ExpertLayout,
@@ -233,6 +240,9 @@ impl ExpertStore {
     }
 
     /// Makes `count` empty slots, in place of those there were.
+    ///
+    /// # Errors
+    /// If the device's memory is short.
     pub fn set_slots(&mut self, device: &Device, count: usize, stream: &Stream) -> Result<()> {
         self.table.as_mut_slice().fill(0);
         self.holds.clear();
@@ -267,6 +277,9 @@ impl ExpertStore {
 
     /// Starts copying an expert into `slot`, whose old content is forgotten. Kernels see the change
     /// after the next [`publish`](ExpertStore::publish), which must come after the copy.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn fetch(
         &mut self,
         layer: usize,
@@ -281,6 +294,9 @@ impl ExpertStore {
 
     /// Starts copying an expert into `slot`, whose old content is forgotten. It counts as there only
     /// after [`arrived`](ExpertStore::arrived); kernels that run meanwhile must not use the slot.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn start_fetch(
         &mut self,
         layer: usize,
@@ -350,6 +366,9 @@ impl ExpertStore {
     }
 
     /// Sends the table of addresses to the device, behind the copies before it on `stream`.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn publish(&self, stream: &Stream) -> Result<()> {
         let bytes = size_of_val(self.table.as_slice());
         if bytes == 0 {

@@ -52,25 +52,20 @@ pub fn prefill_attention(
 pub fn prefill_delta_chunks(
     s: &DeltaNetShape,
     tokens: usize,
-    precision: Precision,
     facts: &DeviceFacts,
 ) -> Option<[Kernel; 2]> {
     let fits = |stages: usize| {
-        let geometry = geometry::prefill_delta_chunks(s, precision, stages);
+        let geometry = geometry::prefill_delta_chunks(s, stages);
         (geometry.shared_bytes as usize <= geometry::most_shared_bytes(facts)).then_some(geometry)
     };
     let chunks = fits(2).or_else(|| fits(1))?;
-    let names = match precision {
-        Precision::Exact => ["prefill_delta_prepare", "prefill_delta_chunks"],
-        Precision::F16 => ["prefill_delta_prepare_f16", "prefill_delta_chunks_f16"],
-    };
     Some([
         Kernel {
-            name: names[0],
-            geometry: geometry::prefill_delta_prepare(s, tokens, precision),
+            name: "prefill_delta_prepare",
+            geometry: geometry::prefill_delta_prepare(s, tokens),
         },
         Kernel {
-            name: names[1],
+            name: "prefill_delta_chunks",
             geometry: chunks,
         },
     ])

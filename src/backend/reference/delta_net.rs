@@ -44,6 +44,9 @@ impl DeltaNetState {
 }
 
 /// `x: [T, D]`, already normed, to `[T, D]`.
+///
+/// # Errors
+/// If candle reports one, as for shapes that do not fit each other.
 pub fn forward(
     shape: &ModelShape,
     weights: &DeltaNetWeights,

@@ -15,6 +15,9 @@ use candle_core::{DType, Device, Result, Tensor};
 const CHUNK: usize = 64;
 
 /// One token after the other: the definition.
+///
+/// # Errors
+/// If candle reports one, as for shapes that do not fit each other.
 pub fn recurrent(
     q: &Tensor,
     k: &Tensor,
@@ -40,6 +43,9 @@ pub fn recurrent(
 }
 
 /// 64 tokens at a time; the last chunk may be shorter, which padding with zeros would equal.
+///
+/// # Errors
+/// If candle reports one, as for shapes that do not fit each other.
 pub fn chunked(
     q: &Tensor,
     k: &Tensor,

@@ -9,6 +9,9 @@ use crate::backend::{ExpertWeights, MoeShape, MoeWeights, Result, Routing};
 /// Softmax over all experts, then the k largest; equal probabilities keep the lower id first.
 ///
 /// `x: [T, D]`, already normed.
+///
+/// # Errors
+/// If candle reports one, as for shapes that do not fit each other.
 pub fn route(
     shape: &MoeShape,
     weights: &MoeWeights,
@@ -40,6 +43,9 @@ pub fn route(
 ///
 /// Experts run in ascending id, each over the tokens that picked it: one expert's weights are
 /// dequantized at a time.
+///
+/// # Errors
+/// If candle reports one, as for shapes that do not fit each other.
 pub fn forward(
     weights: &MoeWeights,
     x: &Tensor,

@@ -71,6 +71,10 @@ const BASE: usize = 0;
 const THIS: usize = 1;
 const AGAIN: usize = 2;
 
+/// Measures two binaries, interleaved.
+///
+/// # Errors
+/// Bad flags, or either binary's failure.
 pub fn execute(args: &BenchArgs, console: &Console) -> anyhow::Result<()> {
     let mut sides = sides(args)?;
     prepare_folder(&args.output, &["report.html"], console)?;

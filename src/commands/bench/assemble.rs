@@ -71,6 +71,9 @@ impl Results<'_> {
     /// where their files are.
     ///
     /// - `contexts`: `[variant][context]`
+    ///
+    /// # Errors
+    /// If a file cannot be written.
     pub fn write(
         &self,
         contexts: Vec<Vec<ContextRun>>,

@@ -1,7 +1,7 @@
 //! GPU memory as the plan has it beside what the process holds, and the GPU's counters.
 
 use crate::backend::VramMeter;
-use crate::cli::ComputeArgs;
+use crate::commands::args::ComputeArgs;
 use crate::engine::Engine;
 use crate::hardware::{GpuCounters, GpuReading, GpuSource, NvmlGpu};
 use crate::planning::Placement;

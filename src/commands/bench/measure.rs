@@ -59,6 +59,9 @@ pub struct Measured {
 
 /// Measures every context with every variant; prompts are cut from the text's start, and what is fed after
 /// them, if it is text, from behind.
+///
+/// # Errors
+/// The engine's.
 pub fn contexts(
     engine: &mut Engine,
     text: &[u32],

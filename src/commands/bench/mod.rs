@@ -11,6 +11,7 @@ mod quality;
 mod round;
 mod table;
 mod text;
+mod turns;
 mod variants;
 
 use std::path::PathBuf;
@@ -28,8 +29,8 @@ use super::machine::HardwareChoice;
 use super::output::prepare_folder;
 use super::{Failure, cache_state, check_context, load, report, workloads};
 use crate::backend::executor::MOST_TENTATIVE;
-use crate::cli::values::whole;
-use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
+use crate::commands::args::{CacheArgs, ComputeArgs, ModelArgs};
+use crate::commands::values::whole;
 use crate::engine::Engine;
 use crate::formats::Document;
 use crate::formats::corpus::Corpus;
@@ -178,6 +179,10 @@ const PARALLEL_REPETITIONS: usize = 3;
 /// Of all contexts together, so that a long one ends within ten minutes with all that is around it.
 const TIME_LIMIT: Duration = Duration::from_secs(6 * 60);
 
+/// Runs `moectl bench`.
+///
+/// # Errors
+/// Bad flags, a model or text that cannot be read, the engine's, or files that cannot be written.
 pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     check(&args)?;
     let form = Form::take(&mut args);
@@ -219,7 +224,13 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     for reason in (0..variants.len()).filter_map(|i| variants.stopped(i)) {
         console.note(format!("note: {reason}"));
     }
-    kernel_times(&mut ready.engine, console)?;
+    if console.verbose && !measured.interrupted {
+        kernel_times(&mut ready.engine, console)?;
+        if ready.text.ids.len() >= turns::LEAST_TOKENS {
+            let turns = turns::measure(&mut ready.engine, &ready.text.ids)?;
+            turns.lines().iter().for_each(|line| console.detail(line));
+        }
+    }
     let quality = match measured.interrupted {
         true => None,
         false => ready.after(&args, console)?,
@@ -387,19 +398,20 @@ impl Ready {
 }
 
 fn kernel_times(engine: &mut Engine, console: &Console) -> anyhow::Result<()> {
-    if console.verbose {
-        let times = engine.kernel_times()?;
-        let list = |times: &[(&str, f64)]| {
-            let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
-            lines.collect::<Vec<_>>().join(", ")
-        };
-        console.detail(format!("kernels of a step: {}", list(&times.decode_us)));
-        console.detail(format!(
-            "kernels of a chunk of {} tokens: {}",
-            times.prefill_tokens,
-            list(&times.prefill_us)
-        ));
+    let times = engine.kernel_times()?;
+    if times.decode_us.is_empty() {
+        return Ok(());
     }
+    let list = |times: &[(&str, f64)]| {
+        let lines = times.iter().map(|(name, us)| format!("{name} {us:.0} us"));
+        lines.collect::<Vec<_>>().join(", ")
+    };
+    console.detail(format!("kernels of a step: {}", list(&times.decode_us)));
+    console.detail(format!(
+        "kernels of a chunk of {} tokens: {}",
+        times.prefill_tokens,
+        list(&times.prefill_us)
+    ));
     Ok(())
 }
 

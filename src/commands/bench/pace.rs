@@ -75,6 +75,9 @@ pub fn show_left(seconds: f64) -> String {
 }
 
 /// `90s`, `6m`, `1h` or seconds.
+///
+/// # Errors
+/// What was found and what is expected, if it is no duration.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || "expected a time such as 90s, 6m or 1h".to_string();
     let (number, unit) = match text.find(|c: char| c.is_ascii_alphabetic()) {

@@ -1,6 +1,6 @@
 //! What the cost model says of a run, from its placement and flags.
 
-use crate::cli::ComputeArgs;
+use crate::commands::args::ComputeArgs;
 use crate::commands::load;
 use crate::planning::PolicyConfig;
 use crate::planning::cost::{self, DecodeSituation, PrefillSituation};

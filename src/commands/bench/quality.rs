@@ -13,6 +13,9 @@ use crate::report::record::Quality;
 const PIECE: usize = 256;
 
 /// Mean KL divergence and perplexities over `tokens` tokens of the built-in workloads.
+///
+/// # Errors
+/// If the reference cannot load the model, or either engine fails.
 pub fn against_reference(
     engine: &mut Engine,
     source: &Source,

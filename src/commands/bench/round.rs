@@ -25,6 +25,9 @@ pub fn machine(engine: &Engine, hardware: &HardwareBody) -> Hardware {
 }
 
 /// A quick profile on the built-in workloads and a plan from it, both kept beside the run.
+///
+/// # Errors
+/// The engine's, or no plan that fits.
 pub fn plan(
     args: &BenchArgs,
     hardware: Hardware,
@@ -62,6 +65,7 @@ pub fn plan(
         vram_budget_bytes: vram_budget_bytes.saturating_sub(held.margin_bytes),
         ram_budget_bytes: None,
         ctx_tokens: ctx,
+        sequences: 1,
         kv_dtypes: &[kv],
         heads: &[placement::Tier::Vram],
         policy: None,

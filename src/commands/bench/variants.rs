@@ -1,8 +1,8 @@
 //! Policies that are measured by turns on one loaded model, so that all meet the same machine.
 
 use crate::backend::Tuning;
-use crate::cli::ComputeArgs;
 use crate::commands::Failure;
+use crate::commands::args::ComputeArgs;
 use crate::commands::load;
 use crate::engine::Engine;
 use crate::planning::PolicyConfig;
@@ -119,6 +119,9 @@ impl<'a> Variants<'a> {
 
     /// Puts the engine where variant `i` begins, whatever ran before: the last repetition decoded the
     /// very same text, which a cache would know by now.
+    ///
+    /// # Errors
+    /// The engine's.
     pub fn begin(&mut self, i: usize, engine: &mut Engine) -> anyhow::Result<()> {
         let alone = self.all.len() == 1;
         let variant = &mut self.all[i];

@@ -104,10 +104,14 @@ fn prediction(placement: &Placement, has_gpu: bool) -> String {
     };
     let (decode, prefill) = (&placement.decode, &placement.prefill);
     let mut out = format!(
-        "\npredicted for {} ({basis}), context {}, KV cache {}\n",
+        "\npredicted for {} ({basis}), context {}, KV cache {}{}\n",
         placement.hardware,
         show_tokens(placement.ctx_tokens),
-        placement.kv_dtype.name()
+        placement.kv_dtype.name(),
+        match placement.sequences {
+            1 => String::new(),
+            n => format!(", one of {n} sequences"),
+        }
     );
     let hits = match has_gpu {
         true => format!("   hit rate {:.1}%", 100.0 * decode.expert_hit_rate),

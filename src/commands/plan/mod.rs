@@ -13,7 +13,7 @@ use super::console::Console;
 use super::machine::{HERE, HardwareChoice};
 use super::output::OutputFile;
 use super::{Failure, check_context, profile};
-use crate::cli::{ModelArgs, PrefillArgs};
+use crate::commands::args::{ModelArgs, PrefillArgs};
 use crate::engine::footprint::footprint;
 use crate::formats::document::PLACEMENT;
 use crate::formats::{Document, ModelId, input};
@@ -58,6 +58,9 @@ pub struct PlanArgs {
     /// Context to make room for, in tokens (32k = 32768) [default: 8k, or the model's longest]
     #[arg(short, long, visible_alias = "ctx-size", value_name = "TOKENS", value_parser = parse_tokens)]
     ctx: Option<u64>,
+    /// Sequences in GPU memory at once, each of this context: what `serve --parallel` takes
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
+    parallel: u64,
     /// Type of the KV cache
     #[arg(long, visible_alias = "kv-dtype", value_enum, value_name = "TYPE", default_value_t = Kv::F16)]
     kv: Kv,
@@ -146,6 +149,10 @@ enum Export {
 
 const DEFAULT_CONTEXT: u64 = 8192;
 
+/// Runs `moectl plan`.
+///
+/// # Errors
+/// Bad flags, files that cannot be read or written, a budget that nothing fits.
 pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
     let output = OutputFile::new(args.output.clone(), "placement.json", console)?;
     if args.export.is_some() && output.is_stdout() {
@@ -193,6 +200,7 @@ pub fn execute(args: PlanArgs, console: &Console) -> anyhow::Result<()> {
             .unwrap_or_else(|| default_budget(&footprint, ctx, args.kv.dtypes()[0])),
         ram_budget_bytes: args.ram,
         ctx_tokens: ctx,
+        sequences: args.parallel,
         kv_dtypes: args.kv.dtypes(),
         heads: args.head.tiers(),
         policy: args.policy,
@@ -335,21 +343,6 @@ fn refused(error: PlanError) -> anyhow::Error {
         }
         other => other.into(),
     }
-}
-
-/// Reads a placement that was made for this model.
-pub(super) fn read(
-    path: &Path,
-    model: &ModelId,
-    footprint: &Footprint,
-) -> anyhow::Result<Document<Placement>> {
-    let document = Document::<Placement>::read(path, PLACEMENT)?;
-    document.check_model(path, model)?;
-    document
-        .body
-        .check(footprint)
-        .with_context(|| path.display().to_string())?;
-    Ok(document)
 }
 
 /// Free GPU memory, or what holds the dense part and a quarter of the experts.

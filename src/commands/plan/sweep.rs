@@ -90,6 +90,9 @@ pub fn curve(
 }
 
 /// Writes sweep.csv, sweep.svg and sweep.png into `folder`.
+///
+/// # Errors
+/// If a file cannot be written.
 pub fn write(
     folder: &Path,
     points: &[BudgetPoint],

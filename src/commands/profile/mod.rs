@@ -14,8 +14,8 @@ use super::console::Console;
 use super::flags::{self, GpuFlags};
 use super::output::OutputFile;
 use super::{check_output, load, workloads};
-use crate::cli::values::whole;
-use crate::cli::{ComputeArgs, ModelArgs};
+use crate::commands::args::{ComputeArgs, ModelArgs};
+use crate::commands::values::whole;
 use crate::formats::corpus::Corpus;
 use crate::formats::document::PROFILE;
 use crate::formats::{Document, atomic};
@@ -97,6 +97,10 @@ impl FromStr for Shard {
     }
 }
 
+/// Runs `moectl profile`.
+///
+/// # Errors
+/// Bad flags, a model or corpus that cannot be read, the engine's, files that cannot be written.
 pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
     let output = OutputFile::new(args.output.clone(), "profile.json", console)?;
     let mut progress = None;
@@ -156,7 +160,7 @@ pub fn execute(args: ProfileArgs, console: &Console) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What [`record`] needs to know beside the corpora.
+/// What [`record()`] needs to know beside the corpora.
 pub(super) struct Settings {
     ctx: usize,
     generate: usize,

@@ -166,6 +166,9 @@ impl Progress {
 
     /// The trace to write to: cut back to the last record that counts, or new; a device or a pipe
     /// itself.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
     pub fn open_trace(&mut self, path: &Path) -> anyhow::Result<PartialTrace> {
         if atomic::is_stream(path) {
             self.resumable = false;
@@ -210,6 +213,9 @@ impl Progress {
     }
 
     /// Notes a record as done, and saves all if it is time.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
     pub fn record_done(
         &mut self,
         records: usize,
@@ -228,6 +234,9 @@ impl Progress {
     }
 
     /// Puts what is done on disk; false if there is nothing yet.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
     pub fn save(&mut self) -> anyhow::Result<bool> {
         let Some(done) = self.done.as_ref().filter(|_| self.resumable) else {
             return Ok(self.on_disk);
@@ -249,6 +258,9 @@ impl Progress {
     }
 
     /// The profile is written: the trace takes its name, and the rest goes.
+    ///
+    /// # Errors
+    /// If a file cannot be read or written.
     pub fn finish(mut self, trace: Option<&Path>) -> anyhow::Result<()> {
         if let (Some(partial), Some(path)) = (self.trace.take(), trace) {
             atomic::take_place(&partial, path).with_context(|| path.display().to_string())?;

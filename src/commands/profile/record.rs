@@ -22,6 +22,9 @@ use crate::planning::trace::{Phase, Picks, Record as Event, TraceHeader};
 use crate::planning::{RoutingStats, TraceWriter};
 
 /// Feeds every record through the model; counts, and writes events to `trace` if there is one.
+///
+/// # Errors
+/// The engine's; a trace that cannot be written.
 pub fn record(
     engine: &mut Engine,
     corpora: &[Corpus],

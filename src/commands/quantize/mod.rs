@@ -44,6 +44,10 @@ pub struct QuantizeArgs {
     max_shard_size: u64,
 }
 
+/// Runs `moectl quantize`.
+///
+/// # Errors
+/// A checkpoint that cannot be read, or a folder that cannot be written.
 pub fn execute(args: QuantizeArgs, console: &Console) -> anyhow::Result<()> {
     let options = QuantizeOptions {
         skip: args.skip,

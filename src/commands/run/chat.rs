@@ -18,6 +18,9 @@ use crate::planning::units::show_bytes;
 const DEFAULT_CONTEXT: usize = 8192;
 
 /// Loads the model and talks until the user ends it.
+///
+/// # Errors
+/// As for loading a model; the engine's.
 pub fn chat(
     args: &RunArgs,
     source: &Source,

@@ -18,8 +18,8 @@ use super::console::{Console, Unit};
 use super::flags::{self, GpuFlags};
 use super::{Failure, cache_state, check_context, expert_counts, interrupt, load};
 use crate::backend::Routing;
-use crate::cli::values::{Seed, seed, whole, whole_or_all};
-use crate::cli::{CacheArgs, ComputeArgs, ModelArgs};
+use crate::commands::args::{CacheArgs, ComputeArgs, ModelArgs};
+use crate::commands::values::{Seed, seed, whole, whole_or_all};
 use crate::engine::generate::{FinishReason, GenerateOptions, Generation, Observer};
 use crate::engine::sampler::SamplingParams;
 use crate::engine::{Engine, TextModel};
@@ -151,6 +151,10 @@ impl SamplingArgs {
     }
 }
 
+/// Runs `moectl run`.
+///
+/// # Errors
+/// Bad flags, a model that cannot be read, the engine's.
 pub fn execute(args: RunArgs, console: &Console) -> anyhow::Result<()> {
     if args.chat && console.json {
         return Err(Failure::Usage("--chat does not go with --json; use one prompt".into()).into());

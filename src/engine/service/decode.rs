@@ -20,6 +20,10 @@ pub(super) struct Decode {
 }
 
 impl Decode {
+    /// What a request's tokens are chosen and written with.
+    ///
+    /// # Errors
+    /// What is wrong with the model's generation defaults or the request's sampling.
     pub fn new(engine: &Engine, job: &Job) -> Result<Self, String> {
         let request = &job.request;
         let config = engine.text().generation_config();
@@ -48,6 +52,10 @@ impl Decode {
         self.eos.contains(&id)
     }
 
+    /// The next token, and its log probability where the request wants it.
+    ///
+    /// # Errors
+    /// What is wrong with the request's grammar.
     pub fn choose(
         &mut self,
         job: &mut Job,

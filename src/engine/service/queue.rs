@@ -70,6 +70,11 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Queues a request, whose events go to `events`.
+    ///
+    /// # Errors
+    /// [`Refusal`] while the model is loading, once it failed or is about to end, or if no place is
+    /// left.
     pub fn submit(&self, request: Request, events: UnboundedSender<Event>) -> Result<(), Refusal> {
         let mut state = self.lock();
         if let Phase::Failed(reason) = &state.phase {

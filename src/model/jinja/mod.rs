@@ -30,6 +30,9 @@ pub use python_text::from_json;
 use python_text::{as_float, text};
 
 /// Jinja with the settings, functions and Python methods that transformers gives to templates.
+///
+/// # Errors
+/// Never of these settings; minijinja's builder has one.
 pub fn environment() -> Result<Environment<'static>, Error> {
     let mut environment = Environment::new();
     environment.set_syntax(

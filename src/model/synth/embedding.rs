@@ -2,7 +2,7 @@
 
 use super::random::Stream;
 use super::regions::Regions;
-use super::topics::Topics;
+use super::topics::{Topics, log_frequency};
 use super::{SynthError, TOKENIZER_SIZE};
 
 /// The first elements of every embedding. The head adds the log-frequency of tokens there, so that
@@ -67,15 +67,4 @@ impl Embedding {
 fn weight_of_subject(token: usize) -> f32 {
     let rarest = log_frequency(TOKENIZER_SIZE - 1);
     ((rarest - log_frequency(token)) / 2.0).exp().min(1.0)
-}
-
-/// Zipf's law over the tokens of the tokenizer, which lists them by frequency after the single
-/// bytes; others, which have no text, are never generated.
-pub fn log_frequency(token: usize) -> f32 {
-    const FIRST_WORD: usize = 259;
-    match token {
-        TOKENIZER_SIZE.. => -40.0,
-        FIRST_WORD.. => -((10 + token - FIRST_WORD) as f32 / 10.0).ln(),
-        _ => log_frequency(1000),
-    }
 }

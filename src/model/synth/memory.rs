@@ -12,7 +12,7 @@
 use super::codes::{Given, ONE, ZERO, code_rms, nearest};
 use super::embedding::{CONSTANT, CONSTANTS};
 use super::weights::{Maker, RowKind, SILU_RMS};
-use crate::backend::DeltaNetShape;
+use crate::backend::{DeltaNetShape, MixerKind, ModelShape};
 
 /// How much of the memory a token replaces: every other head this, the others that.
 const BETA: [f64; 2] = [0.02, 0.005];
@@ -34,9 +34,11 @@ fn value_dim(net: &DeltaNetShape) -> usize {
     key_heads(net) * value_heads_per_key(net) * net.value_head_dim
 }
 
-/// Whether there are heads enough for it.
-pub fn can_remember(net: &DeltaNetShape) -> bool {
-    key_heads(net) > 0
+/// The first layer with a delta net, if that has heads enough to remember.
+pub fn remembering_layer(shape: &ModelShape) -> Option<usize> {
+    let mut mixers = shape.mixers.iter();
+    let first = mixers.position(|mixer| *mixer == MixerKind::GatedDeltaNet);
+    first.filter(|_| key_heads(&shape.delta_net) > 0)
 }
 
 impl Maker<'_> {

@@ -40,7 +40,8 @@ impl Spec {
     pub fn weights(&self) -> Result<Vec<Weight>, SynthError> {
         let config = self.config()?;
         let depth = self.depth.unwrap_or(config.shape.num_layers());
-        weights::weights(&config, depth, self.seed, self.locality)
+        let remembers = memory::remembering_layer(&config.shape);
+        weights::weights(&config, depth, self.seed, self.locality, remembers)
     }
 
     /// The model in memory, whose tensors are made when they are read: planning reads only the headers,
@@ -67,6 +68,9 @@ impl Spec {
 
     /// A small model whose router picks what the first layers of this one pick: same embeddings
     /// and routers, but few layers, narrow experts and the tokenizer's vocabulary.
+    ///
+    /// # Errors
+    /// A spec whose config.json would be wrong.
     pub fn probe(&self) -> Result<Spec, SpecError> {
         let config = self.config()?;
         let layers = config.shape.num_layers();

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use super::embedding::log_frequency;
 use super::random::Stream;
 use super::{SynthError, TOKENIZER_SIZE};
 use crate::formats::Checkpoint;
@@ -71,5 +70,16 @@ fn subtract_mean(rows: &mut [f32]) {
     }
     for row in rows.chunks_exact_mut(TRAINED) {
         row.iter_mut().zip(mean).for_each(|(v, m)| *v -= m / total);
+    }
+}
+
+/// Zipf's law over the tokens of the tokenizer, which lists them by frequency after the single
+/// bytes; others, which have no text, are never generated.
+pub fn log_frequency(token: usize) -> f32 {
+    const FIRST_WORD: usize = 259;
+    match token {
+        TOKENIZER_SIZE.. => -40.0,
+        FIRST_WORD.. => -((10 + token - FIRST_WORD) as f32 / 10.0).ln(),
+        _ => log_frequency(1000),
     }
 }

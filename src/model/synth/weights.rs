@@ -17,10 +17,11 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::codes::{Codes, Given, PIECE, ZERO, code_rms};
-use super::embedding::{CONSTANT, CONSTANTS, Embedding, SUBJECT_VARIANCE, log_frequency};
+use super::embedding::{CONSTANT, CONSTANTS, Embedding, SUBJECT_VARIANCE};
 use super::random::Stream;
 use super::regions::{Reading, Regions};
-use super::{SynthError, TOKENIZER_SIZE, memory};
+use super::topics::log_frequency;
+use super::{SynthError, TOKENIZER_SIZE};
 use crate::backend::{DeltaNetShape, MixerKind, ModelShape};
 use crate::formats::Dtype;
 use crate::formats::nf4::dynamic_map::DYNAMIC_MAP;
@@ -192,6 +193,7 @@ impl Rows {
 /// what the family does not have.
 ///
 /// - `depth`: layers of the whole model, where `config` is of the first few of it
+/// - `remembers`: the layer whose delta net [remembers](super::memory) the text
 ///
 /// # Errors
 /// If this build has no built-in model.
@@ -200,6 +202,7 @@ pub fn weights(
     depth: usize,
     seed: u64,
     locality: f64,
+    remembers: Option<usize>,
 ) -> Result<Vec<Weight>, SynthError> {
     let shape = &config.shape;
     let mut maker = Maker {
@@ -208,9 +211,7 @@ pub fn weights(
         seed,
         locality,
         regions: Regions::new(shape.hidden_size),
-        remembers: (shape.mixers.iter())
-            .position(|mixer| *mixer == MixerKind::GatedDeltaNet)
-            .filter(|_| memory::can_remember(&shape.delta_net)),
+        remembers,
         written_std: (RESIDUAL_VARIANCE / (3.0 * depth as f64)).sqrt(),
         quant_map: le_bytes(&CODE_BOOK),
         nested_quant_map: le_bytes(&*DYNAMIC_MAP),

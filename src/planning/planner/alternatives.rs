@@ -57,6 +57,9 @@ impl Planner<'_> {
                 b.ctx_tokens = tokens;
             }));
         }
+        if base.sequences > 1 {
+            all.push(with("one sequence".into(), &|b| b.sequences = 1));
+        }
         all.push(with("no expert in VRAM".into(), &|b| b.most_slots = 0));
         all
     }
@@ -75,9 +78,9 @@ impl Planner<'_> {
     pub(super) fn budget_curve(&self) -> Vec<BudgetPoint> {
         let request = &self.request;
         let f = request.footprint;
-        let base = self.budget();
+        let contexts = [request.sequences, request.ctx_tokens];
         let each = |kv: KvDtype| {
-            let of_head = move |&head| smallest_bytes(f, base.ctx_tokens, kv, head);
+            let of_head = move |&head| smallest_bytes(f, contexts, kv, head);
             request.heads.iter().map(of_head)
         };
         let fits = request.kv_dtypes.iter().flat_map(|&kv| each(kv));

@@ -44,6 +44,8 @@ pub struct PlanRequest<'a> {
     /// None: RAM holds all experts.
     pub ram_budget_bytes: Option<u64>,
     pub ctx_tokens: u64,
+    /// Sequences in VRAM at once, of `ctx_tokens` each; at least one.
+    pub sequences: u64,
     /// Types of the KV cache to choose among; at least one.
     pub kv_dtypes: &'a [KvDtype],
     /// Places of the output matrix to choose among; at least one.
@@ -124,6 +126,7 @@ pub struct Planner<'a> {
 struct Budget {
     vram_bytes: u64,
     ctx_tokens: u64,
+    sequences: u64,
     kv_dtypes: Vec<KvDtype>,
     heads: Vec<Tier>,
     /// Slots at most, whatever the memory.
@@ -144,6 +147,7 @@ impl<'a> Planner<'a> {
     /// If RAM cannot hold what it must, the machine is none, or the routing is of another model.
     pub fn new(request: &PlanRequest<'a>) -> Result<Self, PlanError> {
         assert!(!request.kv_dtypes.is_empty() && !request.heads.is_empty());
+        assert!(request.sequences > 0);
         let f = request.footprint;
         request.hardware.check()?;
         let fitted = fit(request)?;
@@ -174,6 +178,8 @@ impl<'a> Planner<'a> {
         let kv_bytes = request
             .ctx_tokens
             .saturating_mul(f.kv_bytes_per_token(choice.kv_dtype));
+        let others = (request.sequences - 1)
+            .saturating_mul(f.sequence_bytes(request.ctx_tokens, choice.kv_dtype));
         let fill = |(&n, hottest): (&usize, &Vec<u16>)| fitted.policy.fill(n, hottest);
         let validation = fitted.split.as_ref().map(|split| {
             split.validate(
@@ -197,7 +203,8 @@ impl<'a> Planner<'a> {
             head: choice.head,
             expert_bytes: f.expert_bytes,
             num_experts: f.num_experts,
-            memory: memory_table(f, kv_bytes, choice.head, slots, self.in_ram),
+            sequences: request.sequences,
+            memory: memory_table(f, kv_bytes, others, choice.head, slots, self.in_ram),
             policy: fitted.policy,
             throttle: fitted.throttle,
             layers: choice.slots.iter().zip(&fitted.hottest).map(fill).collect(),
@@ -218,6 +225,7 @@ impl<'a> Planner<'a> {
         Budget {
             vram_bytes: self.request.vram_budget_bytes,
             ctx_tokens: self.request.ctx_tokens,
+            sequences: self.request.sequences,
             kv_dtypes: self.request.kv_dtypes.to_vec(),
             heads: self.request.heads.to_vec(),
             most_slots: self.request.footprint.total_experts(),
@@ -243,10 +251,8 @@ impl<'a> Planner<'a> {
 
     fn with(&self, budget: &Budget, kv_dtype: KvDtype, head: Tier) -> Option<Choice> {
         let f = self.request.footprint;
-        let free =
-            budget
-                .vram_bytes
-                .checked_sub(smallest_bytes(f, budget.ctx_tokens, kv_dtype, head))?;
+        let contexts = [budget.sequences, budget.ctx_tokens];
+        let free = (budget.vram_bytes).checked_sub(smallest_bytes(f, contexts, kv_dtype, head))?;
         let capacity = (free / f.expert_bytes.max(1)).min(budget.most_slots as u64) as usize;
         let choice = self.decoded(
             budget,
@@ -317,12 +323,12 @@ impl<'a> Planner<'a> {
             let heads = |kv: KvDtype| budget.heads.iter().map(move |&head| (kv, head));
             budget.kv_dtypes.iter().flat_map(move |&kv| heads(kv))
         };
-        let smallest = choices().map(|(kv, head)| smallest_bytes(f, budget.ctx_tokens, kv, head));
+        let needs = |tokens, kv, head| smallest_bytes(f, [budget.sequences, tokens], kv, head);
+        let smallest = choices().map(|(kv, head)| needs(budget.ctx_tokens, kv, head));
         let longest = choices().filter_map(|(kv, head)| {
-            let for_kv = budget
-                .vram_bytes
-                .checked_sub(smallest_bytes(f, 0, kv, head))?;
-            let tokens = for_kv / f.kv_bytes_per_token(kv).max(1);
+            let for_kv = budget.vram_bytes.checked_sub(needs(0, kv, head))?;
+            let token_bytes = budget.sequences * f.kv_bytes_per_token(kv);
+            let tokens = for_kv / token_bytes.max(1);
             (tokens > 0).then_some(tokens)
         });
         PlanError::DoesNotFit {
@@ -334,14 +340,20 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// Bytes without a single expert slot.
-fn smallest_bytes(f: &Footprint, ctx_tokens: u64, kv_dtype: KvDtype, head: Tier) -> u64 {
+/// Bytes without a single expert slot; the first sequence's states are among what is fixed.
+fn smallest_bytes(
+    f: &Footprint,
+    [sequences, ctx_tokens]: [u64; 2],
+    kv_dtype: KvDtype,
+    head: Tier,
+) -> u64 {
     let fixed = match head {
         Tier::Vram => f.fixed_vram_bytes(),
         Tier::Ram | Tier::Disk => f.fixed_vram_bytes_without_head(),
     };
     let kv_bytes = ctx_tokens.saturating_mul(f.kv_bytes_per_token(kv_dtype));
-    fixed.saturating_add(kv_bytes)
+    let others = (sequences - 1).saturating_mul(f.sequence_bytes(ctx_tokens, kv_dtype));
+    fixed.saturating_add(kv_bytes).saturating_add(others)
 }
 
 /// Time of a layer's experts by its slots; misses alone where no GPU would make use of hits.
@@ -406,10 +418,11 @@ fn experts_in_ram(request: &PlanRequest) -> Result<u64, PlanError> {
     Ok(all.min((budget_bytes - fixed) / f.expert_bytes.max(1)))
 }
 
-/// Every byte by component and tier.
+/// Every byte by component and tier; `others`: of the sequences beside the first.
 fn memory_table(
     f: &Footprint,
     kv_bytes: u64,
+    others: u64,
     head: Tier,
     slots: usize,
     in_ram: u64,
@@ -433,6 +446,10 @@ fn memory_table(
         item("embedding", Tier::Ram, f.embedding_bytes),
         item("experts", Tier::Ram, in_ram * f.expert_bytes),
     ];
+    if others > 0 {
+        let row = item("other sequences", Tier::Vram, others);
+        memory.insert(memory.len() - 5, row);
+    }
     if on_disk > 0 {
         memory.push(item("experts", Tier::Disk, on_disk * f.expert_bytes));
     }

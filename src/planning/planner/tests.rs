@@ -16,6 +16,7 @@ fn request<'a>(footprint: &'a Footprint, hardware: &'a Hardware) -> PlanRequest<
         vram_budget_bytes: 14_000_000_000,
         ram_budget_bytes: None,
         ctx_tokens: 8192,
+        sequences: 1,
         kv_dtypes: &[KvDtype::F16],
         heads: &[Tier::Vram],
         policy: None,
@@ -134,7 +135,7 @@ fn what_does_not_fit_names_the_smallest_budget_that_does() {
     assert_eq!(
         message,
         "plan needs at least 2.4 GiB of GPU memory for 4k tokens of context, \
-         the budget is 1.0 GiB; give --vram 2.43GiB or more"
+         the budget is 1.0 GiB; give --vram 2.44GiB or more"
     );
     assert!(with(3 << 30, u64::MAX).is_err());
 }
@@ -165,7 +166,7 @@ fn experts_beyond_the_ram_budget_are_on_disk_and_cost_time() {
 fn a_trace_chooses_the_policy_and_validates_it_on_held_out_documents() {
     let trace = synthetic(3, 16, 4, 9, 90);
     let (f, laptop) = (small(), Hardware::laptop_4090());
-    let smallest = smallest_bytes(&f, 8192, KvDtype::F16, Tier::Vram);
+    let smallest = smallest_bytes(&f, [1, 8192], KvDtype::F16, Tier::Vram);
     let plan = plan(&PlanRequest {
         vram_budget_bytes: smallest + f.experts_bytes() / 2,
         routing: RoutingSource::Trace(&trace),
@@ -405,7 +406,7 @@ fn a_plan_holds_the_curve_of_its_surroundings() {
 fn the_run_time_cache_hits_exactly_as_often_as_the_plan_simulated() {
     let trace = synthetic(3, 16, 4, 9, 90);
     let (f, laptop) = (small(), Hardware::laptop_4090());
-    let smallest = smallest_bytes(&f, 8192, KvDtype::F16, Tier::Vram);
+    let smallest = smallest_bytes(&f, [1, 8192], KvDtype::F16, Tier::Vram);
     let plan = plan(&PlanRequest {
         vram_budget_bytes: smallest + f.experts_bytes() / 2,
         routing: RoutingSource::Trace(&trace),
@@ -438,7 +439,7 @@ fn the_first_slots_are_left_empty_rather_than_predict_slower() {
     let (f, laptop) = (qwen3_next_80b(), Hardware::laptop_4090());
     let base = request(&f, &laptop);
     let planner = Planner::new(&base).unwrap();
-    let smallest = smallest_bytes(&f, base.ctx_tokens, KvDtype::F16, Tier::Vram);
+    let smallest = smallest_bytes(&f, [1, base.ctx_tokens], KvDtype::F16, Tier::Vram);
     for step in [1, 13, 480] {
         let budgets = (0..100).map(|i| smallest + i * step * f.expert_bytes);
         let points = planner.sweep(budgets);
@@ -486,4 +487,49 @@ fn with_room_for_all_experts_a_gpu_holds_them_all_and_hands_nothing_over() {
         ..request(&f, &h100)
     });
     assert_eq!(small.unwrap().total_slots(), f.total_experts());
+}
+
+#[test]
+fn sequences_beside_the_first_are_a_row_and_take_expert_slots() {
+    let (f, laptop) = (qwen3_next_80b(), Hardware::laptop_4090());
+    let of = |sequences, vram_budget_bytes| {
+        plan(&PlanRequest {
+            sequences,
+            vram_budget_bytes,
+            ctx_tokens: 32 << 10,
+            ..request(&f, &laptop)
+        })
+    };
+    let [one, four] = [1, 4].map(|n| of(n, 14_000_000_000).unwrap());
+    assert_eq!((one.sequences, four.sequences), (1, 4));
+    let others = |placement: &Placement| {
+        let mut rows = placement.memory.iter();
+        let row = rows.find(|item| item.component == "other sequences");
+        row.map(|item| item.bytes)
+    };
+    // 24 KiB of keys and values a token, and 79 MiB of states each.
+    let each = f.sequence_bytes(32 << 10, KvDtype::F16);
+    assert_eq!((others(&one), others(&four)), (None, Some(3 * each)));
+    let fewer = (3 * each).div_ceil(f.expert_bytes) as usize;
+    let gone = one.total_slots() - four.total_slots();
+    assert!((fewer - 1..=fewer).contains(&gone), "{gone} of {fewer}");
+    assert!(four.bytes_in(Tier::Vram) <= 14_000_000_000);
+    assert!(four.decode.tok_s < one.decode.tok_s);
+
+    let PlanError::DoesNotFit {
+        smallest_bytes,
+        largest_ctx_tokens,
+        ..
+    } = of(4, 3_500_000_000).unwrap_err()
+    else {
+        panic!()
+    };
+    assert!(of(4, smallest_bytes).is_ok() && of(4, smallest_bytes - 1).is_err());
+    let fits = plan(&PlanRequest {
+        sequences: 4,
+        vram_budget_bytes: 3_500_000_000,
+        ctx_tokens: largest_ctx_tokens.unwrap(),
+        ..request(&f, &laptop)
+    });
+    assert!(fits.is_ok());
 }

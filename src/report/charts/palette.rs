@@ -18,7 +18,7 @@ pub fn series(index: usize) -> &'static str {
 
 /// What memory and time go to, with its colour in every chart: what belongs together has one hue, the
 /// lighter the less of the work is the GPU's.
-const COMPONENTS: [(&str, usize, f64); 19] = [
+const COMPONENTS: [(&str, usize, f64); 20] = [
     ("expert slots", 0, 0.9),
     ("experts in VRAM", 0, 0.9),
     ("experts", 0, 0.55),
@@ -31,6 +31,7 @@ const COMPONENTS: [(&str, usize, f64); 19] = [
     ("kv cache", 2, 0.85),
     ("delta-net state", 2, 0.55),
     ("conv state", 2, 0.3),
+    ("other sequences", 2, 0.7),
     ("lm_head", 4, 0.9),
     ("embedding", 4, 0.5),
     ("CUDA context", 6, 0.85),

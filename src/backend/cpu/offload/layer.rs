@@ -135,6 +135,9 @@ impl Step<'_> {
     }
 
     /// Whether there are the experts that are asked for.
+    ///
+    /// # Errors
+    /// If an id is beyond the layer's experts, or more are requested than may be.
     pub fn check(&self, layer: usize) -> Result<()> {
         let count = self.requests.experts(layer).len();
         for token in 0..self.tokens {

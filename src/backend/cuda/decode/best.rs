@@ -22,6 +22,10 @@ pub struct BestBuffers {
 }
 
 impl BestBuffers {
+    /// Buffers for a vocabulary of `vocab_size`.
+    ///
+    /// # Errors
+    /// If memory is short on either side.
     pub fn new(
         device: &Device,
         arena: &mut Arena,
@@ -39,6 +43,9 @@ impl BestBuffers {
     }
 
     /// Finds the best of each row of `logits`, `[tokens, vocab_size]`, and brings them to the host.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn record(&self, logits: u64, tokens: usize, stream: &Stream) -> Result<()> {
         let vocab_size = self.vocab_size;
         // SAFETY: arguments are those of the kernel; buffers have the sizes it asks for and live as
@@ -67,6 +74,9 @@ impl BestBuffers {
 impl Decode {
     /// The best logits of a token of the last step, if it was to find them; all of them where more than
     /// the best one is `wanted` and too many are equally good.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn best(
         &mut self,
         model: &Model,

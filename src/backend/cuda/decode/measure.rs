@@ -19,6 +19,9 @@ impl Decode {
     ///
     /// Beside each other in a step they overlap a little; alone, small ones show what a launch
     /// costs. The sequence that steps are of is not the same afterwards.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn kernel_times(
         &mut self,
         model: &Model,
@@ -41,6 +44,9 @@ impl Decode {
 
     /// Microseconds on the GPU of a step's kernels of these names, all of them if none is given. They run
     /// in a step's order, and wait for no CPU.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn time_kernels(&self, model: &Model, states: &StateLayout, only: &[&str]) -> Result<f64> {
         let kind = Kind {
             tokens: 1,
@@ -57,6 +63,9 @@ impl Decode {
 
     /// Microseconds of one kernel that has little to do, in a row of them in a graph; by itself, or as in
     /// a step, where it starts while the one before it ends.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn kernel_node_us(&self, model: &Model, overlap: bool) -> Result<f64> {
         let row = || (0..IN_A_ROW).try_for_each(|_| self.record_signal(model, 0, overlap));
         let graph = model.stream.capture(row)?;
@@ -64,6 +73,9 @@ impl Decode {
     }
 
     /// Microseconds of the output head on the device.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn head_us(&self, model: &Model) -> Result<f64> {
         let graph = (model.stream).capture(|| self.record_head(model, self.hidden, 1))?;
         self.time_graph(model, &graph)

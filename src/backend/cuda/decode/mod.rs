@@ -149,6 +149,11 @@ pub struct Model {
 }
 
 impl Decode {
+    /// Buffers for steps of a model of this shape, whose routed and shared experts lie as `layouts`
+    /// say.
+    ///
+    /// # Errors
+    /// If memory is short on either side.
     pub fn new(
         device: &Device,
         arena: &mut Arena,
@@ -218,6 +223,9 @@ impl Decode {
 
     /// Of `m` missing experts, the GPU reads `split[m]` over PCIe instead of leaving them to the
     /// CPU.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn set_split(&mut self, split: &[i32], stream: &Stream) -> Result<()> {
         assert_eq!(split.len(), self.split_host.len());
         self.split_host.copy_from_slice(split);
@@ -229,6 +237,9 @@ impl Decode {
 
     /// Has routers look a layer ahead, so that the CPU can fetch what it will probably have to
     /// compute while the GPU runs the mixer in between.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn look_ahead(&mut self, on: bool, device: &Device) -> Result<()> {
         self.forget_graphs();
         self.side = match on {
@@ -425,6 +436,9 @@ impl Decode {
     }
 
     /// Logits of the residual stream at device address `hidden`, `[D]`; waits.
+    ///
+    /// # Errors
+    /// If the driver or a worker reports one.
     pub fn head_of(&mut self, model: &Model, offload: &mut Offload, hidden: u64) -> Result<&[f32]> {
         self.record_head(model, hidden, 1)?;
         self.fetch_logits(model, offload, 1)?;
@@ -432,6 +446,9 @@ impl Decode {
     }
 
     /// Brings all logits of the last head, of its first tokens; waits.
+    ///
+    /// # Errors
+    /// If the driver or a worker reports one.
     pub fn fetch_logits(
         &mut self,
         model: &Model,

@@ -8,40 +8,16 @@
 //! instead of the old ones when they are given back: as many copies, one more if a slot was empty.
 
 use super::super::Cuda;
-use super::Group;
 use super::chunk::{Chunk, Parts};
-use crate::backend::{OnAdmission, Result, Routing, SlotChange};
+use super::{Admission, Admitting, Group};
+use crate::backend::{Result, Routing};
 use crate::planning::Offer;
-
-/// A slot's new expert.
-pub struct Admission {
-    change: SlotChange,
-    /// Among the slots of all layers
-    slot: usize,
-    /// Whether the slot is used as workspace, so that nothing was copied
-    is_workspace: bool,
-}
-
-/// The changes of slots in one chunk.
-pub struct Admitting<'a> {
-    on_admission: &'a mut OnAdmission<'a>,
-    pub admissions: Vec<Admission>,
-    /// Experts of the present layer and their slots, in the order of their places aside
-    pub kept: Vec<(usize, usize)>,
-}
-
-impl<'a> Admitting<'a> {
-    pub fn new(on_admission: &'a mut OnAdmission<'a>) -> Self {
-        Admitting {
-            on_admission,
-            admissions: Vec::new(),
-            kept: Vec::new(),
-        }
-    }
-}
 
 impl Chunk<'_> {
     /// Waits until the layer's routing is on the host, tells of it, and asks for changes.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn ask(&self, layer: usize, groups: &[Group], admitting: &mut Admitting<'_>) -> Result<()> {
         let Parts { prefill, model, .. } = self.cuda;
         prefill.routed.synchronize()?;
@@ -97,6 +73,9 @@ impl Chunk<'_> {
     }
 
     /// Keeps aside what a ring buffer holds of new experts.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn keep(
         &self,
         group: &Group,
@@ -120,6 +99,9 @@ impl Chunk<'_> {
 
     /// Moves an expert that lies whole at `from` into the slot that is to have it, if there is one. Kernels
     /// that read what was there are launched already.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn move_whole(&self, expert: usize, from: u64, admitting: &Admitting<'_>) -> Result<()> {
         let model = &self.cuda.model;
         let bytes = model.store.layout.blob_bytes as usize;
@@ -132,6 +114,9 @@ impl Chunk<'_> {
     }
 
     /// Moves what was kept into its slots, behind the kernels that read what was there.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn move_in(&self, admitting: &Admitting<'_>) -> Result<()> {
         let model = &self.cuda.model;
         let bytes = model.store.layout.blob_bytes as usize;

@@ -8,8 +8,7 @@ use super::super::slots::Slots;
 use super::super::state::{LayerState, StatePool};
 use super::super::variants;
 use super::super::weights::Mixer;
-use super::admission::Admitting;
-use super::{Group, Prefill, RING};
+use super::{Admitting, Group, Prefill, RING};
 use crate::backend::Result;
 use crate::planning::Precision;
 use crate::planning::execution::{Streaming, Workspace};
@@ -81,6 +80,10 @@ impl Chunk<'_> {
         self.cuda.prefill.facts.multiprocessors as usize
     }
 
+    /// Adds a kernel to the chunk's stream, and waits for it where kernels are timed.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn launch(&self, kernel: &'static str, geometry: Geometry, args: Args) -> Result<()> {
         let stream = &self.cuda.model.stream;
         // SAFETY: arguments are those of the kernels in `kernels/`, in order; addresses are in the
@@ -98,6 +101,10 @@ impl Chunk<'_> {
         Ok(())
     }
 
+    /// All layers of the chunk; `groups`: of each layer.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn run(
         &self,
         groups: &[Vec<Group>],
@@ -113,6 +120,9 @@ impl Chunk<'_> {
     }
 
     /// Brings the embeddings, and lets copies start: the workspace is ours.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn begin(&self) -> Result<()> {
         let cuda = self.cuda;
         let stream = &cuda.model.stream;
@@ -129,6 +139,9 @@ impl Chunk<'_> {
     }
 
     /// `x`, or its norm, as two f16 and a scale per row; the norm also in f32 if asked for.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     #[allow(clippy::too_many_arguments)]
     pub fn split(
         &self,
@@ -169,6 +182,9 @@ impl Chunk<'_> {
     }
 
     /// `hidden += mixer(rms_norm(hidden))`
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn mixer(&self, index: usize) -> Result<()> {
         let cuda = self.cuda;
         let p = self.places;
@@ -287,6 +303,9 @@ impl Chunk<'_> {
     }
 
     /// `normed = rms_norm(hidden)`: what a layer's experts and their router get.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn expert_norm(&self, index: usize) -> Result<()> {
         let cuda = self.cuda;
         let p = self.places;
@@ -304,6 +323,9 @@ impl Chunk<'_> {
     }
 
     /// Router and choice of a layer, which are on their way to the host then.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn route(&self, index: usize) -> Result<()> {
         let cuda = self.cuda;
         let p = self.places;

@@ -4,14 +4,9 @@ use super::super::device::args;
 use super::super::{geometry, variants};
 use super::chunk::Chunk;
 use crate::backend::Result;
-use crate::planning::Precision;
 
 /// Fewer tokens are faster one after the other.
 const FEWEST_TOKENS: usize = 48;
-
-/// In either precision of the prompt: with one f16 per key and query an earlier form of these kernels changed
-/// greedy tokens of a golden on an H200.
-const PRECISION: Precision = Precision::Exact;
 
 /// Tokens whose scratch memory stays in the GPU's L2 between the two kernels.
 const RANGE_TOKENS: usize = 2048;
@@ -19,6 +14,9 @@ const RANGE_TOKENS: usize = 2048;
 impl Chunk<'_> {
     /// `out = ` the outputs for q, k, v, decay and beta of the chunk's tokens; `memory`: the state before and
     /// after it. Scratch memory is that of the block's later activations.
+    ///
+    /// # Errors
+    /// If the driver reports one.
     pub fn delta_rule(&self, inputs: [u64; 5], memory: u64, out: u64) -> Result<()> {
         let prefill = &self.cuda.prefill;
         let s = &self.cuda.model.shape.delta_net;
@@ -28,9 +26,9 @@ impl Chunk<'_> {
         let places = &self.places;
         let scratch = self.at(places.gated);
         let scratch_bytes = places.wide_scale - places.gated;
-        let chunk_bytes = geometry::delta_scratch_bytes(s, PRECISION);
+        let chunk_bytes = geometry::delta_scratch_bytes(s);
         let range = (scratch_bytes / chunk_bytes * geometry::DELTA_CHUNK).min(RANGE_TOKENS);
-        let fits = variants::prefill_delta_chunks(s, range, PRECISION, &prefill.facts).is_some();
+        let fits = variants::prefill_delta_chunks(s, range, &prefill.facts).is_some();
         if !fits || range == 0 || self.tokens < FEWEST_TOKENS {
             let tokens = self.tokens as i32;
             return self.launch(
@@ -43,9 +41,8 @@ impl Chunk<'_> {
         }
         for first in (0..self.tokens).step_by(range) {
             let tokens = range.min(self.tokens - first);
-            let [prepare, chunks] =
-                variants::prefill_delta_chunks(s, tokens, PRECISION, &prefill.facts)
-                    .expect("shared memory does not depend on the number of tokens");
+            let [prepare, chunks] = variants::prefill_delta_chunks(s, tokens, &prefill.facts)
+                .expect("shared memory does not depend on the number of tokens");
             let (first, tokens) = (first as i32, tokens as i32);
             self.launch(
                 prepare.name,

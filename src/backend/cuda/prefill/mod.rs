@@ -24,14 +24,15 @@ use super::abi::ExpertLayout;
 use super::device::{Buffer, Device, DeviceFacts, Event, Pinned, Stream};
 use super::store::{ExpertStore, Held};
 use super::weights::DenseWeights;
-use crate::backend::{BackendError, Executor, ModelShape, OnAdmission, Result, Routing};
+use crate::backend::{
+    BackendError, Executor, ModelShape, OnAdmission, Result, Routing, SlotChange,
+};
 use crate::planning::Offer;
 use crate::planning::execution::{
     GROUP_EXPERTS, PICKED_RING, PrefillPlan, PrefillSettings, PrefillSizes, RING_GROUPS as RING,
     Streaming, Workspace, WorkspaceMemory, prefill_plan,
 };
 use crate::planning::sharing::ShareRates;
-use admission::{Admission, Admitting};
 use chunk::{Chunk, Parts};
 use picked::PickedHost;
 
@@ -120,7 +121,38 @@ struct Group {
     ring: Option<[usize; 2]>,
 }
 
+/// A slot's new expert.
+pub struct Admission {
+    change: SlotChange,
+    /// Among the slots of all layers
+    slot: usize,
+    /// Whether the slot is used as workspace, so that nothing was copied
+    is_workspace: bool,
+}
+
+/// The changes of slots in one chunk.
+pub struct Admitting<'a> {
+    on_admission: &'a mut OnAdmission<'a>,
+    pub admissions: Vec<Admission>,
+    /// Experts of the present layer and their slots, in the order of their places aside
+    pub kept: Vec<(usize, usize)>,
+}
+
+impl<'a> Admitting<'a> {
+    pub fn new(on_admission: &'a mut OnAdmission<'a>) -> Self {
+        Admitting {
+            on_admission,
+            admissions: Vec::new(),
+            kept: Vec::new(),
+        }
+    }
+}
+
 impl Prefill {
+    /// Buffers and tables for the prompts of a model.
+    ///
+    /// # Errors
+    /// If memory is short on either side.
     pub fn new(
         device: &Device,
         shape: &ModelShape,
@@ -190,6 +222,9 @@ impl Prefill {
     }
 
     /// Takes memory of its own for the workspace, or gives it back.
+    ///
+    /// # Errors
+    /// If the device's memory is short.
     pub fn set_workspace(
         &mut self,
         memory: WorkspaceMemory,

@@ -9,7 +9,7 @@
 use super::super::abi::{HostArray, HostArrays};
 use super::super::device::{Device, Pinned, args};
 use super::super::{geometry, variants};
-use super::admission::Admitting;
+use super::Admitting;
 use super::chunk::{Chunk, Parts};
 use super::lists::{Division, HostLists, Lists, make_lists};
 use crate::backend::cpu::offload::Offload;
@@ -28,6 +28,10 @@ pub struct PickedHost {
 }
 
 impl PickedHost {
+    /// Lists of chunks of up to `tokens`.
+    ///
+    /// # Errors
+    /// If memory that can be pinned is short.
     pub fn new(device: &Device, shape: &ModelShape, tokens: usize) -> Result<Self> {
         Ok(PickedHost {
             tokens,

@@ -1,13 +1,14 @@
 //! The real driver, through cudarc, loaded at run time: a binary with kernels starts without it.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_void};
+use std::ffi::{CString, c_void};
 use std::ptr;
 use std::sync::Mutex;
 
 use cudarc::driver::sys::{self, CUresult};
 
-use super::device::{Args, DeviceFacts, Driver, Geometry, HOPPER, Handle};
+use super::facts::{check, device_count, facts, parameter_sizes};
+use super::{Args, DeviceFacts, Driver, Geometry, HOPPER, Handle};
 use crate::backend::{BackendError, Result};
 
 mod fatbins {
@@ -39,40 +40,6 @@ unsafe impl Send for Function {}
 unsafe impl Send for Gpu {}
 // SAFETY: as above; the table of functions has its lock.
 unsafe impl Sync for Gpu {}
-
-/// An error of the driver's, in its own words.
-fn check(result: CUresult, what: &str) -> Result<()> {
-    if result == CUresult::CUDA_SUCCESS {
-        return Ok(());
-    }
-    let mut text = ptr::null();
-    // SAFETY: the driver stores the address of a static string, or leaves null.
-    let described = unsafe { sys::cuGetErrorString(result, &mut text) };
-    let reason = if described == CUresult::CUDA_SUCCESS && !text.is_null() {
-        // SAFETY: a C string that lives as long as the driver.
-        unsafe { CStr::from_ptr(text) }
-            .to_string_lossy()
-            .into_owned()
-    } else {
-        format!("{result:?}")
-    };
-    Err(BackendError::Other(format!("CUDA: {what}: {reason}")))
-}
-
-/// Number of GPUs; `None` without a driver.
-pub fn device_count() -> Option<usize> {
-    // SAFETY: only looks whether the library loads.
-    if !unsafe { sys::is_culib_present() } {
-        return None;
-    }
-    let mut count = 0;
-    // SAFETY: the library is there; both calls only write what they are given.
-    let found = unsafe {
-        sys::cuInit(0) == CUresult::CUDA_SUCCESS
-            && sys::cuDeviceGetCount(&mut count) == CUresult::CUDA_SUCCESS
-    };
-    found.then_some(count as usize)
-}
 
 impl Gpu {
     /// GPU `index`.
@@ -181,57 +148,6 @@ impl Gpu {
         functions.insert(name, (function, allowed, sizes));
         Ok(function.0)
     }
-}
-
-/// Bytes of each parameter of a kernel.
-fn parameter_sizes(function: sys::CUfunction) -> Vec<usize> {
-    let mut sizes = Vec::new();
-    loop {
-        let (mut offset, mut size) = (0, 0);
-        // SAFETY: the function is loaded, outputs are ours; beyond the last it is an error.
-        let found =
-            unsafe { sys::cuFuncGetParamInfo(function, sizes.len(), &mut offset, &mut size) };
-        if found != CUresult::CUDA_SUCCESS {
-            return sizes;
-        }
-        sizes.push(size);
-    }
-}
-
-fn facts(device: sys::CUdevice) -> Result<DeviceFacts> {
-    use sys::CUdevice_attribute as Attribute;
-    let attribute = |a| -> Result<u32> {
-        let mut value = 0;
-        check(
-            // SAFETY: the device exists.
-            unsafe { sys::cuDeviceGetAttribute(&mut value, a, device) },
-            "read attributes",
-        )?;
-        Ok(value as u32)
-    };
-    let mut name = [0u8; 256];
-    let mut total_bytes = 0;
-    // SAFETY: the buffer is as long as said.
-    unsafe {
-        check(
-            sys::cuDeviceGetName(name.as_mut_ptr().cast(), name.len() as i32, device),
-            "read the name",
-        )?;
-        check(
-            sys::cuDeviceTotalMem_v2(&mut total_bytes, device),
-            "read the size",
-        )?;
-    }
-    let name = CStr::from_bytes_until_nul(&name).unwrap_or_default();
-    Ok(DeviceFacts {
-        name: name.to_string_lossy().into_owned(),
-        total_bytes: total_bytes as u64,
-        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        compute_capability: (
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
-            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
-        ),
-    })
 }
 
 impl Drop for Gpu {

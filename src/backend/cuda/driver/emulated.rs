@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::device::{Args, DeviceFacts, Driver, Geometry, Handle};
+use super::{Args, DeviceFacts, Driver, Geometry, Handle};
 use crate::backend::{BackendError, Result};
 
 /// Device memory is aligned as the real one is.
