@@ -54,6 +54,10 @@ npm_packages() {
   (cd "$scratch" && npm install --silent --no-audit --no-fund --prefix "$scratch" "$@")
 }
 
+# Of servers that want one.
+key=sk-of-the-conformance-check
+printf '%s\n' "$key" >"$scratch/keys"
+
 failed=()
 run() {
   local name=$1
@@ -84,8 +88,11 @@ if wants langchain; then
 fi
 if wants schemathesis; then
   python_packages schemathesis
+  start_server --max-queue 512 --ctx 2k --api-key-file "$scratch/keys"
   run schemathesis "$scratch/venv/bin/schemathesis" run "$url/openapi.json" --max-examples 40 --exclude-path /moectl/live \
+    --request-timeout 120 -H "authorization: Bearer $key" \
     --checks not_a_server_error,response_schema_conformance,content_type_conformance,status_code_conformance
+  start_server --max-queue 512 --ctx 8k
 fi
 if wants schema; then
   description=${OPENAI_OPENAPI:-$scratch/openai-openapi/openapi.json}
@@ -97,8 +104,6 @@ if wants schema; then
 fi
 if wants llama; then
   # Two at once: one with a key, and one with a small context and a listed origin.
-  key=sk-of-the-conformance-check
-  printf '%s\n' "$key" >"$scratch/keys"
   start_server --api-key-file "$scratch/keys"
   keyed=$server keyed_url=$url server=
   start_server --ctx 2k --cors-origin http://web.example

@@ -153,10 +153,9 @@ fn object(app: &App, fields: Fields<'_>, sampling: &SamplingParams) -> ApiResult
         "tools": or("tools", json!([])),
         "top_p": sampling.top_p,
         "truncation": "disabled",
-        "usage": null,
         "metadata": or("metadata", json!({})),
     });
-    // A string or nothing: null is not in OpenAI's schema.
+    // A string or nothing, as usage before the end: null is not in OpenAI's schema.
     if let Some(user) = fields.text("user")? {
         object["user"] = user.into();
     }
