@@ -29,7 +29,7 @@ start_server() {
     wait "$server" || true
   fi
   local log=$scratch/server.log
-  rm -f "$log"
+  : >"$log"
   "$moectl" serve --port 0 "$@" >"$log" 2>"$scratch/server.err" &
   server=$!
   for _ in $(seq 100); do
