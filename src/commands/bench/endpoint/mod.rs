@@ -41,7 +41,7 @@ pub struct EndpointArgs {
     #[arg(
         long,
         value_name = "URL",
-        conflicts_with_all = ["against", "against_binary", "against_flags", "cache_state", "continuation", "hardware"]
+        conflicts_with_all = ["against", "against_binary", "against_flags", "cache_state", "continuation", "hardware", "parallel"]
     )]
     pub endpoint: Option<String>,
     /// Clients at once, one level after the other
