@@ -3,7 +3,10 @@
 # asked for (OPENAI_PYTHON=3.57.0 ...). Needs python3 with pip and, for the agents, npm.
 #
 #   scripts/conformance.sh                   # everything
-#   scripts/conformance.sh openai anthropic  # some: openai anthropic langchain schemathesis npm agents soak
+#   scripts/conformance.sh openai anthropic  # some: openai anthropic langchain schemathesis schema llama soak npm agents
+#
+# Without the network but for packages: all but `schema`, which clones openai/openai-openapi, unless
+# OPENAI_OPENAPI names its openapi.json. SOAK_SECONDS=600 for a soak of ten minutes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +15,7 @@ checks=$root/scripts/conformance
 scratch=${CONFORMANCE_SCRATCH:-$root/target/conformance}
 moectl=${MOECTL:-$root/target/release/moectl}
 wanted=("$@")
-[[ ${#wanted[@]} -gt 0 ]] || wanted=(openai anthropic langchain schemathesis npm agents soak)
+[[ ${#wanted[@]} -gt 0 ]] || wanted=(openai anthropic langchain schemathesis schema llama soak npm agents)
 mkdir -p "$scratch"
 server=
 trap '[[ -z $server ]] || kill "$server" 2>/dev/null || true' EXIT
@@ -26,6 +29,7 @@ start_server() {
     wait "$server" || true
   fi
   local log=$scratch/server.log
+  : >"$log"
   "$moectl" serve --port 0 "$@" >"$log" 2>"$scratch/server.err" &
   server=$!
   for _ in $(seq 100); do
@@ -50,6 +54,10 @@ npm_packages() {
   (cd "$scratch" && npm install --silent --no-audit --no-fund --prefix "$scratch" "$@")
 }
 
+# Of servers that want one.
+key=sk-of-the-conformance-check
+printf '%s\n' "$key" >"$scratch/keys"
+
 failed=()
 run() {
   local name=$1
@@ -69,13 +77,40 @@ if wants anthropic; then
 fi
 if wants langchain; then
   python_packages langchain-openai langchain-tests pytest-asyncio
-  run langchain env SERVER="$url" "$scratch/venv/bin/python" -m pytest -q -p no:cacheprovider \
-    -o asyncio_mode=auto -o asyncio_default_test_loop_scope=session "$checks/langchain_standard.py"
+  langchain() {
+    env SERVER="$url" MODEL="$1" "$scratch/venv/bin/python" -m pytest -q -rxXs -p no:cacheprovider \
+      -o asyncio_mode=auto -o asyncio_default_test_loop_scope=session "$checks/langchain_standard.py"
+  }
+  run langchain langchain tiny
+  start_server --script "$checks/langchain.json"
+  run langchain-scripted langchain script
+  start_server --max-queue 512 --ctx 8k
 fi
 if wants schemathesis; then
   python_packages schemathesis
+  start_server --max-queue 512 --ctx 2k --api-key-file "$scratch/keys"
   run schemathesis "$scratch/venv/bin/schemathesis" run "$url/openapi.json" --max-examples 40 --exclude-path /moectl/live \
+    --request-timeout 120 -H "authorization: Bearer $key" \
     --checks not_a_server_error,response_schema_conformance,content_type_conformance,status_code_conformance
+  start_server --max-queue 512 --ctx 8k
+fi
+if wants schema; then
+  description=${OPENAI_OPENAPI:-$scratch/openai-openapi/openapi.json}
+  if [[ ! -f $description ]]; then
+    git clone --quiet --depth 1 https://github.com/openai/openai-openapi "$scratch/openai-openapi"
+  fi
+  python_packages jsonschema
+  run schema "$scratch/venv/bin/python" "$checks/openai_schema.py" "$url" "$description"
+fi
+if wants llama; then
+  # Two at once: one with a key, and one with a small context and a listed origin.
+  start_server --api-key-file "$scratch/keys"
+  keyed=$server keyed_url=$url server=
+  start_server --ctx 2k --cors-origin http://web.example
+  run llama python3 "$checks/llama_cpp_cases.py" "$url" "$keyed_url" "$key"
+  kill "$keyed"
+  wait "$keyed" || true
+  start_server --max-queue 512 --ctx 8k
 fi
 if wants soak; then
   run soak python3 "$checks/soak.py" "$url" "${SOAK_SECONDS:-60}" 200

@@ -4,6 +4,8 @@
 
 #[path = "gpu/admission.rs"]
 mod admission;
+#[path = "gpu/budget.rs"]
+mod budget;
 #[path = "cli/program.rs"]
 mod program;
 

@@ -357,6 +357,15 @@ pub trait ExpertSlots {
     /// # Errors
     /// If the driver reports one.
     fn change(&mut self, changes: &[SlotChange]) -> Result<()>;
+
+    /// Another ceiling for everything this process holds on the GPU. Slots that were
+    /// [placed](ExpertSlots::place) are empty afterwards, to be placed again; sequences stay. The number
+    /// of slots there is room for.
+    ///
+    /// # Errors
+    /// [`BackendError::DoesNotFit`] if what must be there needs more; the old ceiling and the old slots
+    /// are then in force again.
+    fn set_budget(&mut self, vram_bytes: u64) -> Result<usize>;
 }
 
 /// What this process holds on a GPU, by the driver's figure.

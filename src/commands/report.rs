@@ -256,6 +256,16 @@ pub(super) fn of_bench(
     Ok(write_report(&inputs, folder)?)
 }
 
+/// The report of a server: as [`of_bench`], without what is known of a model here alone.
+pub(super) fn of_endpoint(folder: &Path, run: &Document<RunBody>) -> anyhow::Result<Vec<PathBuf>> {
+    let inputs = ReportInputs {
+        title: "moectl bench".into(),
+        runs: vec![named("this run", run)],
+        ..ReportInputs::default()
+    };
+    Ok(write_report(&inputs, folder)?)
+}
+
 /// Where the files are.
 pub(super) fn list(folder: &Path, files: &[PathBuf]) -> String {
     let names = files.iter().filter_map(|file| file.file_name()?.to_str());

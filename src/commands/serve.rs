@@ -17,6 +17,7 @@ use crate::engine::TextModel;
 use crate::engine::experts::ExpertManager;
 use crate::engine::service::script::{Script, serve_script};
 use crate::engine::service::{Jobs, ManagerSource, Phase, ServeOptions, Service, serve_sessions};
+use crate::hardware::allocator;
 use crate::model::Source;
 use crate::planning::PolicyConfig;
 use crate::planning::units::{parse_bytes, parse_tokens};
@@ -143,6 +144,7 @@ const SAVE_EVERY: Duration = Duration::from_secs(300);
 /// # Errors
 /// Bad flags, a model that cannot be read, an address that cannot be listened on.
 pub fn execute(args: ServeArgs, console: &Console) -> anyhow::Result<()> {
+    allocator::use_few_arenas();
     flags::check(&args.compute, GpuFlags::Place, console)?;
     let keys = keys(&args.access)?;
     if keys.is_empty() && args.socket.is_none() && !is_loopback(&args.host) {

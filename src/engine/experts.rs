@@ -24,6 +24,7 @@ const CHANGES_AT_ONCE: usize = 64;
 pub struct ExpertManager {
     cache: ExpertCache,
     config: PolicyConfig,
+    throttle: Throttle,
     /// `[layer]` as the placement has them
     layers: Vec<LayerSlots>,
     changes: Vec<SlotChange>,
@@ -67,6 +68,7 @@ impl ExpertManager {
             at_first: in_slots(&cache, layers.len(), num_experts),
             cache,
             config,
+            throttle,
             layers: layers.to_vec(),
             changes: Vec::new(),
             admitted: vec![false; layers.len()],
@@ -87,6 +89,49 @@ impl ExpertManager {
         self.at_first = in_slots(&self.cache, self.layers.len(), num_experts);
         self.start = state.clone();
         Ok(())
+    }
+
+    /// The same policy on another number of slots, shared out as these are. They begin with what is in
+    /// slots now and then what was picked most; what the policy recorded is forgotten.
+    ///
+    /// - `picks`: `[layer][expert]`, of the router so far
+    #[must_use]
+    pub fn resized(&self, slots: usize, picks: &[Vec<u64>]) -> Self {
+        let num_experts = self.at_first.first().map_or(0, Vec::len);
+        let all = self.total_slots().max(1);
+        let (mut before, mut given) = (0, 0);
+        let layers: Vec<LayerSlots> = (self.layers.iter().enumerate())
+            .map(|(layer, old)| {
+                before += old.slots;
+                // Rounded over the sum, so that the layers' slots add up.
+                let wanted = (before * slots / all).saturating_sub(given);
+                given += wanted;
+                let hottest = self.hottest(layer, picks.get(layer).map_or(&[], Vec::as_slice));
+                self.config.fill(wanted.min(num_experts), &hottest)
+            })
+            .collect();
+        let mut resized = ExpertManager::new(self.config, num_experts, &layers, self.throttle);
+        resized.stopped.clone_from(&self.stopped);
+        resized
+    }
+
+    /// The experts of `layer` that are in slots, the most picked first, then the others that were picked.
+    fn hottest(&self, layer: usize, picks: &[u64]) -> Vec<u16> {
+        let picked = |expert: u16| picks.get(usize::from(expert)).copied().unwrap_or(0);
+        let mut inside: Vec<u16> = self
+            .cache
+            .contents(layer)
+            .iter()
+            .flatten()
+            .copied()
+            .collect();
+        let others = (0..picks.len()).map(|expert| expert as u16);
+        let others = others.filter(|expert| picked(*expert) > 0 && !inside.contains(expert));
+        let mut others: Vec<u16> = others.collect();
+        let by_picks = |expert: &u16| (std::cmp::Reverse(picked(*expert)), *expert);
+        inside.sort_by_key(by_picks);
+        others.sort_by_key(by_picks);
+        [inside, others].concat()
     }
 
     /// Forgets what it recorded since the start, but not its counts.
@@ -267,6 +312,31 @@ impl Engine {
         };
         let fitting = slots.place(&manager.contents())?;
         self.experts = Some(manager);
+        Ok(Some(fitting))
+    }
+
+    /// Another ceiling for what the process holds on the GPU: slots go, or are added, and sequences stay.
+    /// How many slots there are then; `None` without a GPU.
+    ///
+    /// - `picks`: `[layer][expert]` of the router so far, for what new slots begin with
+    ///
+    /// # Errors
+    /// If what must be on the GPU needs more than that; everything is then as it was.
+    pub fn set_vram_budget(
+        &mut self,
+        vram_bytes: u64,
+        picks: &[Vec<u64>],
+    ) -> Result<Option<usize>> {
+        let Some(slots) = self.executor.expert_slots() else {
+            return Ok(None);
+        };
+        let room = slots.set_budget(vram_bytes)?;
+        let Some(manager) = &mut self.experts else {
+            return Ok(Some(room));
+        };
+        let resized = manager.resized(room, picks);
+        let fitting = slots.place(&resized.contents())?;
+        *manager = resized;
         Ok(Some(fitting))
     }
 

@@ -3,6 +3,7 @@
 //! A leaf: knows no model and no file format. Nothing here fails: a fact that cannot be read is
 //! absent, and a machine without a GPU or without Linux is still described.
 
+pub mod allocator;
 pub mod cores;
 pub mod cpu;
 pub mod disk;

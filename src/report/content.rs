@@ -70,6 +70,7 @@ pub fn after_charts(inputs: &ReportInputs) -> Vec<Section> {
         return Vec::new();
     }
     let mut sections = Vec::new();
+    sections.extend(super::served::section(runs));
     sections.extend(comparison(runs));
     sections.extend(prediction(runs));
     sections.extend(memory(runs));
@@ -114,7 +115,9 @@ pub fn labels(runs: &[Run]) -> Vec<String> {
         }
         all.push(format!("{name}: executed on {}", labels.executed_on));
         all.extend(labels.notes.iter().map(|note| format!("{name}: {note}")));
-        all.extend(run.body.contexts.iter().filter_map(|context| {
+        // Of a server, a length is what its own tokens came to.
+        let cut = (run.body.contexts.iter()).filter(|_| run.body.endpoint.is_none());
+        all.extend(cut.filter_map(|context| {
             let ran = context.ran_tokens()?;
             let asked = units::tokens(context.context_tokens);
             Some(format!(

@@ -230,6 +230,7 @@ mod tests {
             decode_split: None,
             gpu_energy_j: Some(10.0),
             output_sha256: String::new(),
+            cached_tokens: None,
         }
     }
 

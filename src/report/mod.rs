@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod names;
 pub mod rank;
 pub mod record;
+pub mod served;
 pub mod stats;
 pub mod svg;
 pub mod tables;
@@ -126,6 +127,9 @@ pub fn write_report(inputs: &ReportInputs, folder: &Path) -> Result<Vec<PathBuf>
         files.write("samples.csv", &tables::samples(&inputs.runs)?)?;
         if inputs.runs.iter().any(|run| run.body.monitor.is_some()) {
             files.write("monitor.csv", &tables::monitor(&inputs.runs)?)?;
+        }
+        if inputs.runs.iter().any(|run| run.body.endpoint.is_some()) {
+            files.write("requests.csv", &tables::requests(&inputs.runs)?)?;
         }
     }
     for chart in &charts {

@@ -22,6 +22,20 @@ pub struct RunBody {
     pub quality: Option<Quality>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub monitor: Option<MonitorRecord>,
+    /// Who was measured, if it was a server; hardware and software are then those of its client.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<EndpointFacts>,
+}
+
+/// A server that was measured over HTTP.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EndpointFacts {
+    pub url: String,
+    /// Its `server` header, where it sends one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
+    /// Whether it was asked to go on past the end of a text, so that all answers are equally long.
+    pub ignore_eos: bool,
 }
 
 /// What must be said beside every number of the run.
@@ -84,7 +98,11 @@ pub struct ContextRun {
     /// Prompt and generated tokens together; in records of before 2026-12 as asked for, where the text
     /// may have run out earlier ([`ContextRun::ran_tokens`]).
     pub context_tokens: usize,
+    /// One after the other.
     pub repetitions: Vec<Repetition>,
+    /// The same with several requests at once, of a server.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub concurrent: Vec<ConcurrentRun>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prediction: Option<Prediction>,
     /// [`prediction_error`] of decode, of the median.
@@ -101,6 +119,19 @@ pub struct ContextRun {
     pub bytes_read_per_token: Option<u64>,
 }
 
+/// Requests of several clients, each of which sends its next one when the last is answered.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ConcurrentRun {
+    /// Clients.
+    pub concurrency: usize,
+    /// From the first request sent to the last token of the last answer.
+    pub wall_ms: f64,
+    pub requests: Vec<Repetition>,
+    /// Requests that were refused or broke off; they are not among `requests`.
+    #[serde(default)]
+    pub failed: usize,
+}
+
 /// One prompt, prefilled and continued.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Repetition {
@@ -109,7 +140,8 @@ pub struct Repetition {
     pub generated_tokens: usize,
     /// From the prompt's ids to the first generated token.
     pub ttft_ms: f64,
-    /// Time between tokens: `generated_tokens - 1` samples.
+    /// Time between tokens: `generated_tokens - 1` samples, or fewer where a server sends several tokens
+    /// in one event.
     pub itl_ms: Vec<f64>,
     pub prefill_tok_s: f64,
     pub decode_tok_s: f64,
@@ -122,6 +154,9 @@ pub struct Repetition {
     pub gpu_energy_j: Option<f64>,
     /// SHA-256 over the generated ids as little-endian u32; with a continuation of text, over its ids.
     pub output_sha256: String,
+    /// Of the prompt's tokens, those that the server had computed before, as it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cached_tokens: Option<usize>,
 }
 
 /// Means over decode steps, seen from the CPU that drives the GPU; the four parts follow each other.

@@ -2,6 +2,7 @@
 
 use super::Run;
 use super::metrics::METRICS;
+use super::served::levels;
 
 /// One row per sample; `index` counts tokens within a repetition for `itl_ms`, else it is empty.
 ///
@@ -87,6 +88,43 @@ pub fn summary(runs: &[Run]) -> csv::Result<Vec<u8>> {
                     &s.mad.to_string(),
                     &s.min.to_string(),
                     &s.max.to_string(),
+                ])?;
+            }
+        }
+    }
+    finish(out)
+}
+
+/// One row per request to a server, by how many there were at once.
+pub fn requests(runs: &[Run]) -> csv::Result<Vec<u8>> {
+    let mut out = csv::Writer::from_writer(Vec::new());
+    out.write_record([
+        "run",
+        "context_tokens",
+        "concurrency",
+        "request",
+        "prompt_tokens",
+        "cached_tokens",
+        "generated_tokens",
+        "ttft_ms",
+        "e2e_ms",
+        "decode_tok_s",
+    ])?;
+    for run in runs.iter().filter(|run| run.body.endpoint.is_some()) {
+        for level in run.body.contexts.iter().flat_map(levels) {
+            for (i, request) in level.requests.iter().enumerate() {
+                let cached = request.cached_tokens.map(|tokens| tokens.to_string());
+                out.write_record([
+                    run.name.clone(),
+                    level.context_tokens.to_string(),
+                    level.concurrency.to_string(),
+                    i.to_string(),
+                    request.prompt_tokens.to_string(),
+                    cached.unwrap_or_default(),
+                    request.generated_tokens.to_string(),
+                    request.ttft_ms.to_string(),
+                    request.e2e_ms.to_string(),
+                    request.decode_tok_s.to_string(),
                 ])?;
             }
         }

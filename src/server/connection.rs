@@ -92,7 +92,11 @@ pub async fn serve(
 ) {
     let places = Arc::new(Semaphore::new(limits.connections));
     loop {
-        let place = places.clone().acquire_owned().await;
+        // Also while all places are taken: an end does not wait for one of them.
+        let place = tokio::select! {
+            place = places.clone().acquire_owned() => place,
+            _ = stop.wait_for(|stop| *stop) => break,
+        };
         let place = place.expect("the semaphore is never closed");
         let stream = tokio::select! {
             stream = listener.accept() => stream,

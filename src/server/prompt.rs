@@ -40,6 +40,8 @@ pub struct Conversation {
     pub variables: Map<String, Value>,
     /// The last message is the beginning of the answer
     pub continues: bool,
+    /// The prompt ends with the last message, without the beginning of an answer
+    pub closed: bool,
 }
 
 /// How a model writes calls.
@@ -122,7 +124,7 @@ impl Prompts {
         let inputs = TemplateInputs {
             tools: tools.as_ref(),
             variables: Some(&conversation.variables),
-            add_generation_prompt: true,
+            add_generation_prompt: conversation.continues || !conversation.closed,
             ..TemplateInputs::default()
         };
         let rendered = template.render_with(&messages, &inputs);

@@ -56,6 +56,7 @@ pub fn run(name: &str, contexts: &[usize], speed: f64, seed: u64) -> Run {
                 reference_perplexity: 8.409,
             }),
             monitor: Some(monitor(&mut rng)),
+            endpoint: None,
         },
     }
 }
@@ -66,6 +67,7 @@ fn context(tokens: usize, speed: f64, rng: &mut ChaCha8Rng) -> ContextRun {
     let mut context = ContextRun {
         context_tokens: tokens,
         repetitions,
+        concurrent: vec![],
         prediction: Some(Prediction {
             decode_tok_s: 1e3 / (token_ms * 0.94),
             prefill_tok_s: Some(2000.0),
@@ -125,6 +127,7 @@ fn repetition(tokens: usize, token_ms: f64, rng: &mut ChaCha8Rng) -> Repetition 
         decode_split: None,
         gpu_energy_j: Some(310.0),
         output_sha256: "cd".repeat(32),
+        cached_tokens: None,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::client::{built_in, reply, scripted, user};
+use crate::client::{TestServer, built_in, built_in_service, reply, scripted, user};
 
 #[test]
 fn models_and_health_say_what_is_served() {
@@ -47,6 +47,32 @@ fn text_becomes_ids_and_ids_the_same_text() {
             .status,
         400
     );
+}
+
+#[test]
+fn a_template_may_leave_the_answer_open_closed_or_begun() {
+    let messages = json!([
+        { "role": "user", "content": "Hi" }, { "role": "assistant", "content": "Hel" },
+    ]);
+    let prompt = |more: Value| {
+        let mut body = json!({ "messages": messages });
+        body.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        built_in().post("/apply-template", &body)
+    };
+    let text = |more| prompt(more).json()["prompt"].as_str().unwrap().to_owned();
+    let open = text(json!({}));
+    assert!(
+        open.ends_with("Hel<|im_end|>\n<|im_start|>assistant\n"),
+        "{open}"
+    );
+    let closed = text(json!({ "add_generation_prompt": false }));
+    assert!(closed.ends_with("Hel<|im_end|>\n"), "{closed}");
+    let begun = json!({ "add_generation_prompt": false, "continue_final_message": true });
+    assert!(text(begun).ends_with("<|im_start|>assistant\nHel"));
+    let both = json!({ "add_generation_prompt": true, "continue_final_message": true });
+    assert_eq!(prompt(both).status, 400);
 }
 
 #[test]
@@ -268,6 +294,36 @@ fn changes_of_the_cache_need_a_key_and_a_cache() {
     assert_eq!(change(json!({ "policy": "fifo-of-none" })).status, 400);
     assert_eq!(change(json!({ "freeze": true, "save": true })).status, 400);
     assert_eq!(change(json!({})).status, 400);
+}
+
+#[test]
+fn a_budget_of_gpu_memory_needs_a_key_a_size_and_a_gpu() {
+    let size = json!({ "vram": "10G" });
+    assert_eq!(built_in().post("/moectl/budget", &size).status, 403);
+    let server = TestServer::start(built_in_service(), |options| {
+        options.keys = moectl::server::guard::Keys::new(["k".to_owned()]);
+    });
+    let change = |body: &Value| {
+        let headers = [("x-api-key", "k")];
+        let body = body.to_string();
+        server.request("POST", "/moectl/budget", &headers, body.as_bytes())
+    };
+    for wrong in [
+        json!({}),
+        json!({ "vram": "10 elephants" }),
+        json!({ "vram": "10" }),
+        json!({ "vram": -1 }),
+        json!({ "vram": 1.5 }),
+        json!({ "vram": [] }),
+    ] {
+        assert_eq!(change(&wrong).status, 400, "{wrong}");
+    }
+    for right in [size, json!({ "vram": 10_u64 << 30 })] {
+        let refused = change(&right);
+        assert_eq!(refused.status, 409);
+        let message = refused.json()["error"]["message"].to_string();
+        assert!(message.contains("no GPU"), "{message}");
+    }
 }
 
 #[test]

@@ -348,6 +348,7 @@ fn no_combination_of_odd_fields_is_a_server_error() {
         "/detokenize",
         "/apply-template",
         "/moectl/policy",
+        "/moectl/budget",
     ];
     let values = odd_values();
     let mut state = 1u64;

@@ -60,7 +60,16 @@ fn text() -> Arc<TextModel> {
 
 /// The built-in model, loaded once per test that wants a server of its own.
 pub fn built_in_service() -> Service {
-    Service::start(8, |jobs| {
+    built_in_service_with_queue(8)
+}
+
+pub fn built_in_service_with_queue(max_waiting: usize) -> Service {
+    built_in_service_of(max_waiting, 2, 2048)
+}
+
+/// With so many sequences of so many tokens.
+pub fn built_in_service_of(max_waiting: usize, sequences: usize, tokens: usize) -> Service {
+    Service::start(max_waiting, move |jobs| {
         let source = Source::resolve(None).unwrap();
         let options = LoadOptions {
             backend: BackendChoice::Cpu,
@@ -69,11 +78,13 @@ pub fn built_in_service() -> Service {
             gpu: GpuOptions::default(),
             kv_dtype: None,
             progress: &|_, _| {},
-            max_tokens: 2048,
+            max_tokens: tokens,
         };
         let mut engine = Engine::load(&source, &options).map_err(|e| e.to_string())?;
-        engine.reserve(2, 2048).map_err(|e| e.to_string())?;
-        serve_sessions(engine, 2048, ServeOptions::default(), &jobs);
+        engine
+            .reserve(sequences, tokens)
+            .map_err(|e| e.to_string())?;
+        serve_sessions(engine, tokens, ServeOptions::default(), &jobs);
         Ok(())
     })
 }

@@ -3,8 +3,13 @@
 
 mod apis;
 mod attacks;
+mod bench_endpoint;
 mod client;
+mod fuzz;
 mod generation;
 mod manners;
+mod prefix;
+mod privacy;
 mod sessions;
+mod soak;
 mod tools;

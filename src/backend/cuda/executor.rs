@@ -291,6 +291,10 @@ impl ExpertSlots for Cuda {
     fn change(&mut self, changes: &[SlotChange]) -> Result<()> {
         self.change_slots(changes)
     }
+
+    fn set_budget(&mut self, vram_bytes: u64) -> Result<usize> {
+        self.refill_within(vram_bytes)
+    }
 }
 
 impl DeviceMemory for Cuda {

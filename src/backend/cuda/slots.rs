@@ -142,6 +142,26 @@ impl Cuda {
         Ok(self.slots.layers.iter().map(|&(_, count)| count).sum())
     }
 
+    /// Fills the slots anew under another budget; placed ones stay empty, as many as fit. The number of
+    /// slots there are then.
+    pub(super) fn refill_within(&mut self, vram_bytes: u64) -> Result<usize> {
+        self.copies.synchronize()?;
+        let shape = &self.model.shape;
+        let all = vec![vec![None; shape.moe.num_experts]; shape.num_layers()];
+        let old_budget = self.options.vram_bytes.replace(vram_bytes);
+        let old_residency = self.options.residency.clone();
+        if matches!(old_residency, Residency::Slots(_)) {
+            self.options.residency = Residency::Slots(all);
+        }
+        if let Err(error) = self.fill_slots() {
+            self.options.vram_bytes = old_budget;
+            self.options.residency = old_residency;
+            self.fill_slots()?;
+            return Err(error);
+        }
+        Ok(self.model.store.num_slots())
+    }
+
     /// Starts copies into slots; changes of slots that did not fit are passed over.
     pub(super) fn change_slots(&mut self, changes: &[SlotChange]) -> Result<()> {
         if !changes.is_empty() {

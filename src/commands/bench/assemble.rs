@@ -140,6 +140,7 @@ impl Results<'_> {
             memory,
             quality: self.quality.clone().filter(|_| i == 0),
             monitor: Some(self.monitor.clone()).filter(|_| i == 0),
+            endpoint: None,
         };
         Ok(Document::new(RUN, Some(engine.model_id().clone()), body))
     }
@@ -191,8 +192,8 @@ fn memory(placement: &Placement, monitor: &MonitorRecord, on_gpu: bool) -> Memor
     }
 }
 
-fn software(engine: &Engine) -> SoftwareFacts {
-    let backend = engine.backend();
+/// Of this build.
+pub fn this_program() -> SoftwareFacts {
     SoftwareFacts {
         moectl_version: env!("CARGO_PKG_VERSION").into(),
         features: [("tiny-moe", cfg!(feature = "tiny-moe"))]
@@ -202,9 +203,17 @@ fn software(engine: &Engine) -> SoftwareFacts {
             .collect(),
         target: env!("MOECTL_TARGET").into(),
         rustc_version: env!("MOECTL_RUSTC").into(),
+        ..SoftwareFacts::default()
+    }
+}
+
+fn software(engine: &Engine) -> SoftwareFacts {
+    let backend = engine.backend();
+    SoftwareFacts {
         backend: backend.name,
         kernels: backend.kernels,
         threads: backend.threads,
+        ..this_program()
     }
 }
 

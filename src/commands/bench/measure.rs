@@ -254,6 +254,7 @@ fn repeat(
         decode_split: times.filter(|t| t.steps > 0).map(split_of),
         gpu_energy_j: None,
         output_sha256: format!("{:x}", hash.finalize()),
+        cached_tokens: None,
     })
 }
 

@@ -2,6 +2,7 @@
 
 mod against;
 mod assemble;
+mod endpoint;
 mod gpu;
 mod measure;
 mod pace;
@@ -14,7 +15,7 @@ mod text;
 mod turns;
 mod variants;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -58,7 +59,8 @@ Examples:
   moectl bench --placement placement.json --against static,none
   moectl bench --placement placement.json --ctx 4k --parallel 1,2,4
   moectl bench --against-binary old/moectl --fail-above 5%
-  moectl bench --against-flags '--cpu-precision int8'")]
+  moectl bench --against-flags '--cpu-precision int8'
+  moectl bench --endpoint http://127.0.0.1:8080 --concurrency 1,4,16")]
 pub struct BenchArgs {
     /// Corpus the prompts are cut from [default: the built-in long documents]
     #[arg(value_name = "CORPUS.jsonl")]
@@ -154,6 +156,8 @@ pub struct BenchArgs {
     #[arg(short, long, value_name = "FOLDER", default_value = FOLDER)]
     output: PathBuf,
     #[command(flatten)]
+    endpoint: endpoint::EndpointArgs,
+    #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
     compute: ComputeArgs,
@@ -186,6 +190,9 @@ const TIME_LIMIT: Duration = Duration::from_secs(6 * 60);
 pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     check(&args)?;
     let form = Form::take(&mut args);
+    if let Some(url) = &args.endpoint.endpoint {
+        return endpoint::execute(&args, url, form, console);
+    }
     if args.against_binary.is_some() || args.against_flags.is_some() {
         if form != Form::Table {
             let reason = "-o json, csv and md print what one build does; name a folder instead";
@@ -259,12 +266,7 @@ pub fn execute(mut args: BenchArgs, console: &Console) -> anyhow::Result<()> {
     };
     let written = results.write(measured.contexts)?;
     match form.file() {
-        Some(name) => {
-            let path = args.output.join(name);
-            let text =
-                std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-            console.result(text.trim_end())?;
-        }
+        Some(name) => print_file(&args.output.join(name), console)?,
         None => print(
             &written,
             &variants,
@@ -445,6 +447,13 @@ impl Form {
             Form::Markdown => Some("report.md"),
         }
     }
+}
+
+/// A file of the report, as it is.
+fn print_file(path: &Path, console: &Console) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    console.result(text.trim_end())?;
+    Ok(())
 }
 
 fn print(

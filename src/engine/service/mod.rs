@@ -208,6 +208,8 @@ pub enum CacheChange {
     Reload,
     /// Write the state to the file of `--cache-state`
     Save,
+    /// Another ceiling for what the process holds on the GPU, in bytes; sequences stay
+    Budget(u64),
 }
 
 /// What the model's thread answers between tokens.

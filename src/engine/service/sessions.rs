@@ -553,6 +553,13 @@ impl Controls for Worker {
     fn change(&mut self, change: &CacheChange) -> Result<(), String> {
         let policy = match change {
             CacheChange::Save => return self.save(),
+            CacheChange::Budget(bytes) => {
+                let slots = self.engine.set_vram_budget(*bytes, &self.picks);
+                return match slots.map_err(text_of)? {
+                    Some(_) => Ok(()),
+                    None => Err("no GPU takes part, so there is no budget to change".into()),
+                };
+            }
             CacheChange::Freeze(frozen) => {
                 return match self.engine.experts_mut() {
                     Some(experts) => {

@@ -6,6 +6,7 @@
 mod axis;
 mod budget;
 mod compare;
+mod concurrency;
 mod domains;
 mod heatmap;
 mod latency;
@@ -21,6 +22,7 @@ use super::{Run, units};
 
 pub use budget::{BudgetCurve, BudgetSample, budget};
 pub use compare::compare;
+pub use concurrency::concurrency;
 pub use domains::{DomainMaps, DomainPicks, domains};
 pub use heatmap::{RouterPicks, heatmap};
 pub use latency::latency;
@@ -50,10 +52,10 @@ impl Chart {
 
 /// All charts the runs have data for, in reading order.
 pub fn of_runs(runs: &[Run]) -> Vec<Chart> {
-    [throughput, latency, memory, resources, prediction, compare]
-        .into_iter()
-        .filter_map(|draw| draw(runs))
-        .collect()
+    let mut charts = concurrency(runs);
+    let single = [throughput, latency, memory, resources, prediction, compare];
+    charts.extend(single.into_iter().filter_map(|draw| draw(runs)));
+    charts
 }
 
 const WIDTH: f64 = 960.0;

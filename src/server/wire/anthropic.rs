@@ -104,6 +104,7 @@ fn read(body: &Map<String, Value>) -> ApiResult<Asked> {
             tools,
             variables,
             continues,
+            closed: false,
         },
         choice,
         one_call,

@@ -60,12 +60,20 @@ pub fn conversation(body: &Map<String, Value>) -> ApiResult<Conversation> {
     let last_is_answer = messages
         .last()
         .is_some_and(|last| last["role"] == "assistant");
-    let continues = fields.bool("continue_final_message")?.unwrap_or(false) && last_is_answer;
+    let opens = fields.bool("add_generation_prompt")?;
+    let continues = fields.bool("continue_final_message")?.unwrap_or(false);
+    if continues && opens == Some(true) {
+        return Err(fields.wrong(
+            "add_generation_prompt",
+            "false beside continue_final_message",
+        ));
+    }
     Ok(Conversation {
         messages,
         tools: messages_in::tools(fields)?,
         variables: params::template_variables(fields)?,
-        continues,
+        continues: continues && last_is_answer,
+        closed: opens == Some(false),
     })
 }
 

@@ -12,6 +12,7 @@ use super::read_call;
 use crate::engine::service::{CacheChange, ExpertsReport};
 use crate::hardware::monitor::resident_bytes;
 use crate::planning::PolicyConfig;
+use crate::planning::units::parse_budget;
 use crate::server::App;
 use crate::server::error::{ApiError, ApiResult};
 use crate::server::fields::Fields;
@@ -108,22 +109,66 @@ pub async fn policy(State(app): State<Arc<App>>, request: Request) -> Response {
 }
 
 async fn change(app: &App, request: Request) -> ApiResult<()> {
-    if app.options.keys.is_empty() {
-        return Err(ApiError::forbidden(
-            "changes need a key: start the server with --api-key or --api-key-file",
-        ));
-    }
+    needs_key(app)?;
     let call = read_call(app, request).await?;
     let change = read_change(Fields::new(&call.body))?;
     app.facts()?;
     match app.service.change(change).await {
         Some(Ok(())) => Ok(()),
-        Some(Err(reason)) => Err(ApiError::new(
-            StatusCode::CONFLICT,
-            "invalid_request_error",
-            reason,
-        )),
+        Some(Err(reason)) => Err(conflict(reason)),
         None => Err(ApiError::unavailable("the model's thread has ended")),
+    }
+}
+
+/// `POST /moectl/budget`: `{"vram": "10G"}`, another ceiling for what the process holds on the GPU.
+/// Slots shrink or grow at once, between two tokens; requests in work go on.
+pub async fn budget(State(app): State<Arc<App>>, request: Request) -> Response {
+    match change_budget(&app, request).await {
+        Ok(answer) => Json(answer).into_response(),
+        Err(error) => error.respond("/moectl/budget"),
+    }
+}
+
+async fn change_budget(app: &App, request: Request) -> ApiResult<Value> {
+    needs_key(app)?;
+    let call = read_call(app, request).await?;
+    let fields = Fields::new(&call.body);
+    let bytes = match fields.get("vram") {
+        Some(Value::String(text)) => parse_budget(text)
+            .map_err(|error| ApiError::invalid("vram", format!("vram: {error}")))?,
+        _ => fields
+            .integer("vram", 1..=i64::MAX)?
+            .ok_or_else(|| fields.wrong("vram", "a size such as \"10G\", or bytes"))?
+            as u64,
+    };
+    app.facts()?;
+    let asked = app.service.ask(move |controls| {
+        let changed = controls.change(&CacheChange::Budget(bytes));
+        changed.map(|()| controls.experts())
+    });
+    let report = match asked.await {
+        Some(Ok(report)) => report,
+        Some(Err(reason)) => return Err(conflict(reason)),
+        None => return Err(ApiError::unavailable("the model's thread has ended")),
+    };
+    Ok(json!({
+        "status": "ok",
+        "vram_budget_bytes": bytes,
+        "vram_bytes": report.vram_bytes,
+        "slots": report.residents.iter().map(Vec::len).sum::<usize>(),
+    }))
+}
+
+fn conflict(reason: String) -> ApiError {
+    ApiError::new(StatusCode::CONFLICT, "invalid_request_error", reason)
+}
+
+fn needs_key(app: &App) -> ApiResult<()> {
+    match app.options.keys.is_empty() {
+        true => Err(ApiError::forbidden(
+            "changes need a key: start the server with --api-key or --api-key-file",
+        )),
+        false => Ok(()),
     }
 }
 

@@ -45,6 +45,7 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/moectl/experts", get(experts::experts))
         .route("/moectl/plan", get(experts::plan))
         .route("/moectl/policy", post(experts::policy))
+        .route("/moectl/budget", post(experts::budget))
         .route("/moectl/live", get(experts::live))
         .route("/tokenize", post(text::tokenize))
         .route("/detokenize", post(text::detokenize))

@@ -99,6 +99,7 @@ fn prepare(app: &App, call: &Call) -> ApiResult<(Answer, HashMap<String, ToolKin
         tools,
         variables,
         continues: false,
+        closed: false,
     };
     let prompt = app.prompts.of_chat(&app.text, &conversation)?;
     let max_tokens = fields.integer("max_output_tokens", 1..=i64::MAX)?;
@@ -130,7 +131,7 @@ fn prepare(app: &App, call: &Call) -> ApiResult<(Answer, HashMap<String, ToolKin
 /// The response object as the request fixes it.
 fn object(app: &App, fields: Fields<'_>, sampling: &SamplingParams) -> ApiResult<Value> {
     let or = |field: &str, other: Value| fields.get(field).cloned().unwrap_or(other);
-    Ok(json!({
+    let mut object = json!({
         "id": new_id("resp_"),
         "object": "response",
         "created_at": unix_time(),
@@ -152,10 +153,13 @@ fn object(app: &App, fields: Fields<'_>, sampling: &SamplingParams) -> ApiResult
         "tools": or("tools", json!([])),
         "top_p": sampling.top_p,
         "truncation": "disabled",
-        "usage": null,
-        "user": null,
         "metadata": or("metadata", json!({})),
-    }))
+    });
+    // A string or nothing, as usage before the end: null is not in OpenAI's schema.
+    if let Some(user) = fields.text("user")? {
+        object["user"] = user.into();
+    }
+    Ok(object)
 }
 
 fn tools(fields: Fields<'_>) -> ApiResult<Tools> {
@@ -314,7 +318,7 @@ fn add_call(messages: &mut Vec<Value>, call: Value) {
 fn usage(usage: Usage, reasoning_tokens: usize) -> Value {
     json!({
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": { "cached_tokens": usage.cached_tokens },
+        "input_tokens_details": { "cached_tokens": usage.cached_tokens, "cache_write_tokens": 0 },
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": { "reasoning_tokens": reasoning_tokens },
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
