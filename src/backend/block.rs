@@ -11,6 +11,7 @@ use super::{
     Backend, BackendError, BackendFacts, LoadRates, MixerKind, ModelShape, NextLogits, Result,
     Routing, SlotChange,
 };
+use crate::planning::Offer;
 
 /// Sequences on a [`Backend`], all in RAM.
 pub struct BlockExecutor<B: Backend> {
