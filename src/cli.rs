@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use crate::backend::KvDtype;
 use crate::backend::cpu::CpuPrecision;
 use crate::commands::{
-    bench, completions, doctor, plan, profile, pull, quantize, report, run, serve, synth,
+    bench, check, completions, doctor, plan, profile, pull, quantize, report, run, serve, synth,
 };
 use crate::engine::{BackendChoice, GpuOptions, Residency};
 use crate::planning::execution::PrefillSettings;
@@ -57,6 +57,7 @@ pub enum Command {
     /// Write a checkpoint with random weights, to try a machine on
     Synth(synth::SynthArgs),
     Pull(pull::PullArgs),
+    Check(check::CheckArgs),
     Completions(completions::CompletionsArgs),
     Man(completions::ManArgs),
 }

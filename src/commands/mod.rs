@@ -1,6 +1,7 @@
 //! The verbs: flags and flow of each. Results go to stdout, everything else to stderr.
 
 pub mod bench;
+pub mod check;
 pub mod completions;
 pub mod doctor;
 pub mod plan;
@@ -76,6 +77,7 @@ pub fn execute(cli: Cli) -> anyhow::Result<()> {
         Command::Doctor(args) => doctor::execute(args, &console),
         Command::Quantize(args) => quantize::execute(args, &console),
         Command::Synth(args) => synth::execute(args, &console),
+        Command::Check(args) => check::execute(&args, &console),
         Command::Pull(args) => pull::execute(&args, &console),
         Command::Completions(args) => completions::completions(&args),
         Command::Man(args) => completions::man(&args),

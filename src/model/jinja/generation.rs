@@ -1,8 +1,11 @@
-//! A template's source as minijinja can take it: newlines as Jinja2 reads them, and the
-//! `generation` block of transformers, which marks what the assistant says and changes no text.
+//! A template's source as minijinja can take it: newlines as Jinja2 reads them, expressions as
+//! [`expression`] writes them, and the `generation` block of transformers, which marks what the
+//! assistant says and changes no text.
 //!
 //! In transformers the block is a call block: names that are set inside stay inside. So they do in
 //! a `with` block, which takes its place.
+
+use super::expression;
 
 /// The source with every newline as `\n`, and `generation` blocks as `with` blocks.
 ///
@@ -23,9 +26,10 @@ pub fn prepare(source: &str) -> String {
         };
         // Without an end, it is the parser's to say so.
         let (tag, after) = tag.split_at(length.unwrap_or(tag.len()));
-        let replacement = match tag.starts_with("{%") {
-            true => block_tag(tag, &mut raw),
-            false => None,
+        let replacement = match tag.as_bytes().get(1) {
+            Some(b'%') => block_tag(tag, &mut raw),
+            Some(b'{') if !raw => rewritten(tag, "{{", "}}", expression::printed),
+            _ => None,
         };
         match replacement {
             Some(replacement) => out.push_str(&replacement),
@@ -80,9 +84,42 @@ fn block_tag(tag: &str, raw: &mut bool) -> Option<String> {
         }
         ("generation", false) => "with",
         ("endgeneration", false) => "endwith",
-        _ => return None,
+        (_, true) => return None,
+        (statement, false) => {
+            let keyword = statement.split(|c: char| !c.is_alphanumeric()).next()?;
+            let write: fn(&str) -> Option<String> = match keyword {
+                "if" | "elif" => expression::condition,
+                "for" => expression::loop_header,
+                "set" => expression::assignment,
+                _ => return None,
+            };
+            let inside = |inside: &str| {
+                let rest = inside.trim_start().strip_prefix(keyword)?;
+                Some(format!("{keyword} {}", write(rest)?))
+            };
+            return rewritten(tag, "{%", "%}", inside);
+        }
     };
     Some(tag.replacen(name, replacement, 1))
+}
+
+/// The tag with what is inside of it written anew; on as many lines, so that errors name the right one.
+fn rewritten(
+    tag: &str,
+    open: &str,
+    close: &str,
+    write: impl Fn(&str) -> Option<String>,
+) -> Option<String> {
+    let inner = tag.strip_prefix(open)?.strip_suffix(close)?;
+    let inside = inner.strip_prefix(['-', '+']).unwrap_or(inner);
+    let before = &inner[..inner.len() - inside.len()];
+    let content = inside.strip_suffix(['-', '+']).unwrap_or(inside);
+    let after = &inside[content.len()..];
+    let lines = "\n".repeat(inner.matches('\n').count());
+    Some(format!(
+        "{open}{before} {}{lines} {after}{close}",
+        write(content)?
+    ))
 }
 
 #[cfg(test)]
@@ -98,15 +135,15 @@ mod tests {
             ),
             (
                 "{{ '{% generation %}' }}{# {% generation %} #}",
-                "{{ '{% generation %}' }}{# {% generation %} #}",
+                "{{ \"{% generation %}\" }}{# {% generation %} #}",
             ),
             (
                 "{% raw %}{% generation %}{{ '{% endraw %}{% generation %}",
                 "{% raw +%}{% generation %}{{ '{% endraw %}{% with %}",
             ),
             (
-                "{% if x == '%}' %}{%+generation%}",
-                "{% if x == '%}' %}{%+with%}",
+                "{% if x\n== '%}' %}{%+generation%}",
+                "{% if (x == \"%}\")\n %}{%+with%}",
             ),
             ("a\r\nb\rc\n{% generation", "a\nb\nc\n{% generation"),
         ] {
