@@ -7,6 +7,7 @@
 //! Source: jinja2 3.1.6, `parser.py`.
 
 use super::lexer::{Token, tokens};
+use super::methods::is_method;
 
 /// Filters that stand for operators.
 pub const REMAINDER: &str = "__remainder";
@@ -15,6 +16,10 @@ pub const NEGATIVE: &str = "__negative";
 pub const SLICE: &str = "__slice";
 /// `a[b]`, unless `b` is a text written out
 pub const ITEM: &str = "__item";
+/// `a.b` where `b` is the name of a method that is not called
+pub const ATTRIBUTE: &str = "__attribute";
+/// `a ** b`
+pub const POWER: &str = "__power";
 /// What a loop goes through
 pub const EACH: &str = "__each";
 
@@ -93,6 +98,11 @@ impl<'a> Parser<'a> {
 
     fn is_name(&self, name: &str) -> bool {
         matches!(self.peek(), Some(Token::Name(found)) if *found == name)
+    }
+
+    /// Whether the token after the next one is that operator.
+    fn is_after(&self, operator: &str) -> bool {
+        matches!(self.tokens.get(self.at + 1), Some(Token::Operator(found)) if *found == operator)
     }
 
     fn eat(&mut self, operator: &str) -> bool {
@@ -181,19 +191,19 @@ impl<'a> Parser<'a> {
     }
 
     fn or(&mut self) -> Option<String> {
-        let mut found = self.and()?;
+        let mut parts = vec![self.and()?];
         while self.eat_name("or") {
-            found = format!("({found} or {})", self.and()?);
+            parts.push(self.and()?);
         }
-        Some(found)
+        Some(chain(parts, " or "))
     }
 
     fn and(&mut self) -> Option<String> {
-        let mut found = self.not()?;
+        let mut parts = vec![self.not()?];
         while self.eat_name("and") {
-            found = format!("({found} and {})", self.not()?);
+            parts.push(self.not()?);
         }
-        Some(found)
+        Some(chain(parts, " and "))
     }
 
     fn not(&mut self) -> Option<String> {
@@ -234,13 +244,13 @@ impl<'a> Parser<'a> {
     }
 
     fn sum(&mut self) -> Option<String> {
-        let mut found = self.joined()?;
+        let mut parts = vec![self.joined()?];
         while let Some(Token::Operator(operator @ ("+" | "-"))) = self.peek() {
             let operator = *operator;
             self.at += 1;
-            found = format!("({found} {operator} {})", self.joined()?);
+            parts.push(format!("{operator} {}", self.joined()?));
         }
-        Some(found)
+        Some(chain(parts, " "))
     }
 
     fn joined(&mut self) -> Option<String> {
@@ -248,13 +258,10 @@ impl<'a> Parser<'a> {
         while self.eat("~") {
             parts.push(self.product()?);
         }
-        Some(match &parts[..] {
-            [one] => one.clone(),
-            parts => {
-                let texts: Vec<String> = parts.iter().map(|p| format!("{p}|string")).collect();
-                format!("({})", texts.join(" ~ "))
-            }
-        })
+        if parts.len() > 1 {
+            parts.iter_mut().for_each(|part| part.push_str("|string"));
+        }
+        Some(chain(parts, " ~ "))
     }
 
     fn product(&mut self) -> Option<String> {
@@ -275,7 +282,7 @@ impl<'a> Parser<'a> {
     fn power(&mut self) -> Option<String> {
         let mut found = self.unary(true)?;
         while self.eat("**") {
-            found = format!("({found} ** {})", self.unary(true)?);
+            found = format!("({found}|{POWER}({}))", self.unary(true)?);
         }
         Some(found)
     }
@@ -373,6 +380,9 @@ impl<'a> Parser<'a> {
         loop {
             if self.eat(".") {
                 found = match self.peek()?.clone() {
+                    Token::Name(name) if is_method(name) && !self.is_after("(") => {
+                        format!("({found}|{ATTRIBUTE}(\"{name}\"))")
+                    }
                     Token::Name(name) => format!("{found}.{name}"),
                     Token::Integer(index) => format!("({found}|{ITEM}({index}))"),
                     _ => return None,
@@ -489,6 +499,15 @@ impl<'a> Parser<'a> {
             }
         };
         Some(format!("({of} is {not}{name}{arguments})"))
+    }
+}
+
+/// Operands of one precedence, from left to right: in one pair of parentheses, since the engine limits how
+/// deep they may nest.
+fn chain(parts: Vec<String>, operator: &str) -> String {
+    match &parts[..] {
+        [one] => one.clone(),
+        parts => format!("({})", parts.join(operator)),
     }
 }
 

@@ -5,12 +5,17 @@
 //! In transformers the block is a call block: names that are set inside stay inside. So they do in
 //! a `with` block, which takes its place.
 
+use minijinja::{Error, ErrorKind};
+
 use super::expression;
 
 /// The source with every newline as `\n`, and `generation` blocks as `with` blocks.
 ///
 /// The newline after `{% raw %}` is kept, as Jinja2 keeps it in spite of `trim_blocks`.
-pub fn prepare(source: &str) -> String {
+///
+/// # Errors
+/// If an expression has more operators than [`MOST_OPERATORS`].
+pub fn prepare(source: &str) -> Result<String, Error> {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");
     let mut out = String::with_capacity(source.len());
     let mut rest = source.as_str();
@@ -26,6 +31,14 @@ pub fn prepare(source: &str) -> String {
         };
         // Without an end, it is the parser's to say so.
         let (tag, after) = tag.split_at(length.unwrap_or(tag.len()));
+        let is_expression = tag.len() > 1 && !raw && !tag.starts_with("{#");
+        if is_expression && operators(tag) > MOST_OPERATORS {
+            let line = 1 + out.matches('\n').count();
+            let detail = format!(
+                "line {line}: an expression of more than {MOST_OPERATORS} operators is not supported"
+            );
+            return Err(Error::new(ErrorKind::SyntaxError, detail));
+        }
         let replacement = match tag.as_bytes().get(1) {
             Some(b'%') => block_tag(tag, &mut raw),
             Some(b'{') if !raw => rewritten(tag, "{{", "}}", expression::printed),
@@ -43,7 +56,30 @@ pub fn prepare(source: &str) -> String {
         }
         rest = after;
     }
-    out + rest
+    Ok(out + rest)
+}
+
+/// The engine compiles an expression by recursion, as deep as it has operators in a row.
+const MOST_OPERATORS: usize = 500;
+
+/// How many operators a tag has, beside the texts in it.
+fn operators(tag: &str) -> usize {
+    let mut outside = String::new();
+    let mut quote = None;
+    let mut characters = tag.chars();
+    while let Some(c) = characters.next() {
+        match (quote, c) {
+            (Some(_), '\\') => drop(characters.next()),
+            (Some(open), c) if open == c => quote = None,
+            (Some(_), _) => {}
+            (None, '"' | '\'') => quote = Some(c),
+            (None, c) => outside.push(c),
+        }
+    }
+    let signs = outside.matches(['-', '+', '*', '/', '%', '~', '|', '<', '>', '=']);
+    let words = outside.split(|c: char| !c.is_alphanumeric());
+    let words = words.filter(|word| ["not", "and", "or", "in", "is", "if"].contains(word));
+    signs.count() + words.count()
 }
 
 /// Bytes of `tag` up to the end of `close`, which may stand in strings.
@@ -147,7 +183,18 @@ mod tests {
             ),
             ("a\r\nb\rc\n{% generation", "a\nb\nc\n{% generation"),
         ] {
-            assert_eq!(prepare(source), expected);
+            assert_eq!(prepare(source).unwrap(), expected);
         }
+    }
+
+    /// The engine would overflow its stack.
+    #[test]
+    fn expressions_without_an_end_are_refused() {
+        for operators in ["-", "not ", "1 ~ ", "1 + "] {
+            let source = format!("a\n{{{{ {}1 }}}}", operators.repeat(20_000));
+            let error = prepare(&source).unwrap_err();
+            assert!(error.to_string().contains("line 2"), "{error}");
+        }
+        assert!(prepare(&format!("{{# {} #}}", "-".repeat(5000))).is_ok());
     }
 }

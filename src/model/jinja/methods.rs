@@ -1,12 +1,122 @@
 //! Methods of Python's str, dict and list, as far as a sandboxed template may call them: those that
 //! change a list or a dict are refused there, too.
 
-use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
+use std::fmt;
+use std::sync::Arc;
+
+use minijinja::value::{Kwargs, Object, ObjectRepr, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
-use super::python_objects::DictView;
+use super::python_objects::{DictView, is_namespace};
 use super::python_text::text as python_text;
+
+/// Methods of str.
+const OF_TEXT: [&str; 47] = [
+    "capitalize",
+    "casefold",
+    "center",
+    "count",
+    "encode",
+    "endswith",
+    "expandtabs",
+    "find",
+    "format",
+    "format_map",
+    "index",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "isidentifier",
+    "islower",
+    "isnumeric",
+    "isprintable",
+    "isspace",
+    "istitle",
+    "isupper",
+    "join",
+    "ljust",
+    "lower",
+    "lstrip",
+    "maketrans",
+    "partition",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "rfind",
+    "rindex",
+    "rjust",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "translate",
+    "upper",
+    "zfill",
+];
+/// Methods of list; a tuple has the first two.
+const OF_LIST: [&str; 11] = [
+    "count", "index", "append", "clear", "copy", "extend", "insert", "pop", "remove", "reverse",
+    "sort",
+];
+/// Methods of dict.
+const OF_DICT: [&str; 11] = [
+    "clear",
+    "copy",
+    "fromkeys",
+    "get",
+    "items",
+    "keys",
+    "pop",
+    "popitem",
+    "setdefault",
+    "update",
+    "values",
+];
+
+/// Whether something has a method of that name.
+pub fn is_method(name: &str) -> bool {
+    OF_TEXT.contains(&name) || OF_LIST.contains(&name) || OF_DICT.contains(&name)
+}
+
+/// `value.name`: the method where there is one of that name, even of a dict that has such a key.
+///
+/// # Errors
+/// If the value is undefined.
+pub fn attribute(value: &Value, name: &str) -> Result<Value, Error> {
+    let methods: &[&str] = match value.kind() {
+        ValueKind::String => &OF_TEXT,
+        ValueKind::Seq if value.downcast_object_ref::<Tuple>().is_some() => &OF_LIST[..2],
+        ValueKind::Seq => &OF_LIST,
+        ValueKind::Map if !is_namespace(value) && !value.is_kwargs() => &OF_DICT,
+        _ => &[],
+    };
+    match methods.contains(&name) {
+        true => Ok(Value::from_object(Method(name.to_owned()))),
+        false => value.get_attr(name),
+    }
+}
+
+/// A method that is not called: there, true, and not for anything else.
+#[derive(Debug)]
+struct Method(String);
+
+impl Object for Method {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
+
+    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "<built-in method {}>", self.0)
+    }
+}
 
 /// Calls `method` of `value`, which has none of that name by itself.
 ///
@@ -57,7 +167,7 @@ fn list_method(value: &Value, method: &str, args: &[Value]) -> Result<Option<Val
 }
 
 fn dict_method(value: &Value, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {
-    if super::python_objects::is_namespace(value) {
+    if is_namespace(value) {
         return Ok(None);
     }
     let view = |method, items: Result<Vec<Value>, Error>| {

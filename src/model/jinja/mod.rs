@@ -6,9 +6,9 @@
 //!
 //! `scripts/compare_text.py` compares both over every template that packages ship and over a grid of
 //! expressions. What it leaves: no `varargs` and `kwargs` in macros, no `wordwrap`, `xmlattr`, `urlize`,
-//! `random` and `pprint` of long values, which are errors; methods are not attributes (`x.strip is
-//! defined`), what filters make lazily can be indexed and is written as a list, a text marked as safe
-//! escapes nothing that is added to it, powers that are complex numbers are not.
+//! `random`, complex numbers and `pprint` of long values, which are errors; what filters make lazily can
+//! be indexed and is written as a list, a text marked as safe escapes nothing that is added to it,
+//! characters by name (`\N{...}`) stay as they are.
 //!
 //! Source: jinja2 3.1.6, transformers 4.57.6 `utils/chat_template_utils.py`. Recorded renderings:
 //! `tests/data/text/jinja.json`, by `scripts/goldens/make_templates.py`.

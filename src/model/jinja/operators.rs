@@ -4,13 +4,18 @@ use minijinja::formatting::{FormatStyle, format};
 use minijinja::value::{Tuple, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 
-use super::expression::{EACH, ITEM, NEGATIVE, POSITIVE, REMAINDER, SLICE};
+use super::expression::{ATTRIBUTE, EACH, ITEM, NEGATIVE, POSITIVE, POWER, REMAINDER, SLICE};
+use super::methods::attribute;
 use super::python_objects::slice;
 use super::python_text::as_float;
 
 pub fn add_to(environment: &mut Environment) {
     environment.add_filter(REMAINDER, remainder);
     environment.add_filter(ITEM, item);
+    environment.add_filter(ATTRIBUTE, |value: &Value, name: String| {
+        attribute(value, &name)
+    });
+    environment.add_filter(POWER, power);
     environment.add_filter(EACH, |value: Value| match value.is_none() {
         true => {
             let detail = "none cannot be gone through";
@@ -62,6 +67,32 @@ fn item(value: &Value, key: Value) -> Result<Value, Error> {
         ValueKind::Iterable => Ok(Value::UNDEFINED),
         _ if by_place && as_float(&key).is_some() => Ok(Value::UNDEFINED),
         _ => value.get_item(&key),
+    }
+}
+
+/// `base ** exponent`.
+///
+/// # Errors
+/// If the result is a complex number, or has more digits than any prompt needs.
+fn power(base: &Value, exponent: &Value) -> Result<Value, Error> {
+    let invalid = |detail: &'static str| Error::new(ErrorKind::InvalidOperation, detail);
+    if let (Some(base), Some(exponent)) = (integer(base), integer(exponent))
+        && exponent >= 0
+    {
+        let found = u32::try_from(exponent)
+            .ok()
+            .and_then(|n| base.checked_pow(n));
+        return found
+            .map(Value::from)
+            .ok_or_else(|| invalid("a power beyond 38 digits"));
+    }
+    let (base, exponent) = (number(base)?, number(exponent)?);
+    let found = base.powf(exponent);
+    match found.is_finite() || !base.is_finite() || !exponent.is_finite() {
+        true => Ok(Value::from(found)),
+        false if base == 0.0 => Err(invalid("zero to a negative power")),
+        false if found.is_nan() => Err(invalid("a power that is a complex number")),
+        false => Err(invalid("a power beyond all floats")),
     }
 }
 
