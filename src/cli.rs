@@ -9,7 +9,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use crate::commands::args::OutputArgs;
 use crate::commands::console::Console;
 use crate::commands::{
-    bench, completions, doctor, plan, profile, pull, quantize, report, run, serve, synth,
+    bench, check, completions, doctor, plan, profile, pull, quantize, report, run, serve, synth,
 };
 
 /// Runs large mixture-of-experts language models on one small GPU plus system RAM, and tells
@@ -51,6 +51,7 @@ pub enum Command {
     /// Write a checkpoint with random weights, to try a machine on
     Synth(synth::SynthArgs),
     Pull(pull::PullArgs),
+    Check(check::CheckArgs),
     Completions(completions::CompletionsArgs),
     Man(completions::ManArgs),
 }
@@ -84,6 +85,7 @@ impl Cli {
             Command::Quantize(args) => quantize::execute(args, &console),
             Command::Synth(args) => synth::execute(args, &console),
             Command::Pull(args) => pull::execute(&args, &console),
+            Command::Check(args) => check::execute(&args, &console),
             Command::Completions(args) => completions::completions(&args, Cli::command()),
             Command::Man(args) => completions::man(&args, Cli::command()),
         }

@@ -60,6 +60,16 @@
 //!   ([`planning::hardware`]), and so does every plan made from it.
 //! - An estimate is never shown as a measurement, nor synthetic data without the word.
 //!
+//! # Families of models
+//!
+//! A family is a [`model::families`] file: what its config class defaults to, what its tensors are called,
+//! and in which of a few ways its blocks differ (norms, gates, shared expert, layout of a delta net).
+//! Backends know none of them: [`model::weights`] gives every family the blocks of Qwen3-Next. Of the
+//! commit that added the second and the third family, counted with `git show --numstat`, some 430 lines
+//! outside of `model/families` are theirs: 189 gather rows of stored matrices ([`formats::gathered`]), 147
+//! load, 39 make synthetic ones, 35 read config.json, 20 are in backends: 215 a family, beside a JSON
+//! shape of 55 lines.
+//!
 //! # Absent on purpose
 //!
 //! Training, other quantisations than NF4, several GPUs, a chat page.

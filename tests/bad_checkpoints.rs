@@ -267,19 +267,22 @@ fn impossible_tensors_are_refused_by_name() {
     );
 }
 
+/// As Python's JSON reader has it, and with it every program that wrote such a file.
 #[test]
-fn a_name_that_is_there_twice_is_refused() {
-    let header = r#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
-    let bytes = [
-        &(header.len() as u64).to_le_bytes(),
-        header.as_bytes(),
-        &[0; 2],
-    ]
-    .concat();
-    assert_eq!(
-        open(bytes).unwrap_err(),
-        "m.safetensors: tensor `a` is there twice"
-    );
+fn of_a_name_that_is_there_twice_the_last_counts() {
+    let one = r#""a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
+    let two = r#""a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}"#;
+    let open_both = |first: &str, second: &str| {
+        let header = format!("{{{first},{second}}}");
+        let length = (header.len() as u64).to_le_bytes();
+        open([&length, header.as_bytes(), &[0; 2]].concat())
+    };
+    let checkpoint = open_both(one, two).unwrap();
+    assert_eq!(checkpoint.tensor("a").unwrap().shape, [2]);
+    assert_eq!(checkpoint.names().count(), 1);
+    assert!(open_both(two, two).is_ok());
+    let error = open_both(two, one).unwrap_err();
+    assert!(error.contains("2 bytes of data, expected 1"), "{error}");
 }
 
 #[test]

@@ -18,8 +18,9 @@ use support::*;
 /// Largest difference of a logit. Keys and values are f16: 0.02% off each, which the random weights
 /// of the goldens magnify.
 const TOLERANCE: f32 = 5e-3;
-/// Every layer of this family attends, over keys and values that a GPU keeps in f16.
-const TOLERANCE_ALL_ATTENTION: f32 = 1e-2;
+/// Beyond what f16 keys and values alone do to a logit in transformers, where that was recorded: in a
+/// model whose every layer attends it is more than [`TOLERANCE`].
+const TOLERANCE_BESIDE_KV: f32 = 1e-3;
 
 fn cuda(device: &Device, options: CudaOptions, model: &(ModelShape, ModelWeights)) -> One<Cuda> {
     let (shape, weights) = (model.0.clone(), &model.1);
@@ -92,10 +93,7 @@ fn logits_routing_and_greedy_tokens_equal_transformers() {
             if diff > worst {
                 (worst, worst_name) = (diff, what.clone());
             }
-            let bound = match golden.name.starts_with("qwen3_moe") {
-                true => TOLERANCE_ALL_ATTENTION,
-                false => TOLERANCE,
-            };
+            let bound = TOLERANCE.max(prompt.kv_f16 + TOLERANCE_BESIDE_KV);
             assert!(diff <= bound, "{what}: logits differ by {diff}");
             for (layer, routing) in routing.iter().enumerate() {
                 let ids = golden.i32s(&format!("router.{}.{layer}.idx", prompt.name));

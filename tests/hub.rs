@@ -278,7 +278,12 @@ fn cache_and_token_are_found_as_huggingface_hub_finds_them() {
     ] {
         let hub = Hub::start();
         let mut variables = variables;
-        variables.push(("HF_HUB_CACHE", &cache));
+        // What transformers calls it counts before what the hub's own library does.
+        let (name, other) = match variables.len() {
+            1 => ("TRANSFORMERS_CACHE", "HF_HUB_CACHE"),
+            _ => ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"),
+        };
+        variables.extend([(name, &*cache), (other, "/nowhere")]);
         hub.run(&sandbox, "org/name", &variables).ok();
         for request in hub.requests.lock().unwrap().iter() {
             let found = request.headers.get("authorization").map(String::as_str);

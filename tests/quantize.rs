@@ -79,6 +79,17 @@ fn tiny_a_becomes_what_transformers_writes() {
 }
 
 #[test]
+fn other_families_become_what_bitsandbytes_makes_of_each_linear() {
+    for family in ["qwen3_moe", "qwen3_5_moe"] {
+        let scratch = tempfile::tempdir().unwrap();
+        let dst = scratch.path().join("nf4");
+        let source = golden(&format!("{family}/bf16"));
+        quantize(&source, &dst, &QuantizeOptions::default()).unwrap();
+        assert_same_tensors(&dst, &golden(&format!("{family}/nf4")));
+    }
+}
+
+#[test]
 fn skip_list_is_read_as_transformers_4_57_reads_it() {
     let scratch = tempfile::tempdir().unwrap();
     let dst = scratch.path().join("nf4");

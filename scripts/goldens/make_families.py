@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
 """Golden data of other families and of scaled rotary embedding, made with the real libraries.
 
-    pip install transformers==5.24.0 torch==2.15.0
+    pip install transformers==5.24.0 torch==2.15.0 bitsandbytes==0.50.2
     python make_families.py ../../tests/data/goldens
 
 Writes `yarn/`, whose weights are those of `tiny-c/bf16`, `qwen3_5_moe/` and `qwen3_moe/`. As in make_goldens.py
 weights are random by seed, results are in f32, single threaded, and greedy tokens go past the end.
+
+The folders `nf4` are the `bf16` ones with each Linear quantized by bitsandbytes, expert by expert, as
+transformers 4.57 does where a family's experts are Linears. transformers 5.24, which computes the results, cannot
+read such a file: it gets what bitsandbytes makes of the codes again, in f32.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -17,9 +20,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import bitsandbytes.functional as bnbf
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    DynamicCache,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
@@ -28,57 +33,75 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from shared import NEW_TOKENS, init_weights, rng, write_json
+
 torch.set_num_threads(1)
-NEW_TOKENS = 32
 PROMPTS = {"len3": 3, "len66": 66, "len130": 130}
 
 
-def rng(*key):
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+def quantized(name, weight):
+    """The tensors of a weight in NF4, and what bitsandbytes makes of them in f32."""
+    packed, state = bnbf.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    absmax = bnbf.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    back = torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, 64, "nf4", list(weight.shape), torch.float32)
+    parts = {name: packed}
+    for key, value in state.as_dict(packed=True).items():
+        parts[f"{name}.{key}"] = value
+    return parts, back
 
 
-def write_json(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def init_weights(model, seed):
-    """As in make_goldens.py: logits and router scores that differ, decays of all speeds."""
-    with torch.no_grad():
-        for name, p in model.state_dict().items():
-            g = rng(seed, name)
-            normal = lambda std, mean=0.0: torch.randn(p.shape, generator=g) * std + mean
-            uniform = lambda lo, hi: torch.rand(p.shape, generator=g) * (hi - lo) + lo
-            fan = p.shape[-1] ** -0.5
-            if name.endswith("embed_tokens.weight"):
-                w = normal(1.0)
-            elif name.endswith("lm_head.weight"):
-                w = normal(3.0 * fan)
-            elif name.endswith("A_log"):
-                w = torch.log(uniform(0.02, 3.0))
-            elif name.endswith("dt_bias"):
-                w = uniform(-5.0, 0.5)
-            elif name.endswith("conv1d.weight"):
-                w = normal(0.45)
-            elif name.endswith("linear_attn.norm.weight"):
-                w = normal(0.1, 1.0)
-            elif name.endswith("norm.weight"):
-                w = normal(0.15)
-            elif name.endswith("mlp.gate.weight"):
-                w = normal(2.0 * fan)
-            elif "o_proj" in name or "out_proj" in name or "down_proj" in name:
-                w = normal(0.8 * fan)
-            elif "q_proj" in name or "k_proj" in name:
-                w = normal(1.2 * fan)
-            else:
-                w = normal(1.3 * fan)
-            p.copy_(w.to(p.dtype))
+def is_linear(name, weight):
+    """What transformers 4.57 makes 4-bit, but for the output matrix and the router."""
+    kept = ("lm_head.weight", "embed_tokens.weight", "mlp.gate.weight")
+    return weight.dim() == 2 and name.endswith(".weight") and not name.endswith(kept)
 
 
 @torch.no_grad()
-def record(model, folder, layout, vocab):
-    """Runs the prompts; writes golden/LAYOUT-f32.safetensors and golden/manifest.json."""
+def nf4(model, folder, vocab, attends_everywhere=False):
+    """The checkpoint `bf16` of the folder as `nf4`, per expert, and its results."""
+    weights, by_model = {}, model.state_dict()
+    for name, stored in load_file(str(folder / "bf16" / "model.safetensors")).items():
+        prefix, _, last = name.rpartition(".")
+        if last in ("gate_up_proj", "down_proj") and stored.dim() == 3:
+            parts = ["gate_proj", "up_proj"] if last == "gate_up_proj" else ["down_proj"]
+            singles = {f"{prefix}.{expert}.{part}.weight": rows.contiguous()
+                       for expert, both in enumerate(stored) for part, rows in zip(parts, both.chunk(len(parts)))}
+        else:
+            singles = {name: stored}
+        for single, weight in singles.items():
+            if not is_linear(single, weight):
+                weights[single] = weight.clone()
+                continue
+            tensors, back = quantized(single, weight)
+            weights |= {key: value.clone() for key, value in tensors.items()}
+            inner = single.replace("model.language_model.", "model.", 1)
+            before, _, after = inner.partition(".experts.")
+            if not after:
+                by_model[inner].copy_(back)
+                continue
+            expert, projection, _ = after.split(".")
+            fused = by_model[f"{before}.experts.{'down_proj' if projection == 'down_proj' else 'gate_up_proj'}"][int(expert)]
+            rows = back.shape[0]
+            fused[rows:].copy_(back) if projection == "up_proj" else fused[:rows].copy_(back)
+    (folder / "nf4").mkdir(parents=True, exist_ok=True)
+    save_file(weights, str(folder / "nf4" / "model.safetensors"), metadata={"format": "pt"})
+    config = json.loads((folder / "bf16" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                     "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head", "gate"]}
+    write_json(folder / "nf4" / "config.json", config)
+    record(model, folder, "nf4", vocab, attends_everywhere)
+
+
+class HalfCache(DynamicCache):
+    """Keys and values as a GPU keeps them: f16."""
+
+    def update(self, keys, values, *args, **kwargs):
+        return super().update(keys.half().float(), values.half().float(), *args, **kwargs)
+
+
+@torch.no_grad()
+def record(model, folder, layout, vocab, attends_everywhere=False):
+    """Runs the prompts; writes golden/LAYOUT-f32.safetensors, and adds to golden/manifest.json."""
     routers, results, modes, prompts = {}, {}, {}, {}
 
     def hook(layer):
@@ -106,12 +129,18 @@ def record(model, folder, layout, vocab):
             seen.append(greedy[-1])
         prompts[name] = {"ids": ids}
         modes[name] = {"greedy": greedy, "router_min_relative_gap": gap}
+        if attends_everywhere:
+            # How far f16 keys and values alone move a logit: no GPU that keeps them so can do better.
+            half = model(torch.tensor([ids]), past_key_values=HalfCache(config=model.config), use_cache=True).logits[0]
+            modes[name]["f16_keys_and_values_move_a_logit_by"] = (half - logits).abs().max().item()
     golden = folder / "golden"
     golden.mkdir(parents=True, exist_ok=True)
     results = {key: value.contiguous().clone() for key, value in results.items()}
     save_file(results, str(golden / f"{layout}-f32.safetensors"))
-    manifest = {"detail_prompt": "len3", "prompts": prompts, "modes": {f"{layout}/f32": modes}}
-    write_json(golden / "manifest.json", manifest)
+    path = golden / "manifest.json"
+    known = json.loads(path.read_text())["modes"] if path.is_file() else {}
+    manifest = {"detail_prompt": "len3", "prompts": prompts, "modes": {**known, f"{layout}/f32": modes}}
+    write_json(path, manifest)
 
 
 def yarn(out):
@@ -165,7 +194,8 @@ def qwen3_moe(out):
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", **config,
         "torch_dtype": "bfloat16",
     })
-    record(model, folder, "bf16", config["vocab_size"])
+    record(model, folder, "bf16", config["vocab_size"], attends_everywhere=True)
+    nf4(model, folder, config["vocab_size"], attends_everywhere=True)
 
 
 def qwen3_5_moe(out):
@@ -201,6 +231,7 @@ def qwen3_5_moe(out):
         "text_config": {**text, "model_type": "qwen3_5_moe_text", "dtype": "bfloat16"},
     })
     record(model, folder, "bf16", text["vocab_size"])
+    nf4(model, folder, text["vocab_size"])
 
 
 if __name__ == "__main__":

@@ -284,7 +284,8 @@ pub fn place(
 }
 
 /// The experts of `placement` under the policy of the flags or its own. A placement that knows no
-/// experts, because it was made without a profile, leaves them as they are.
+/// experts, because it was made without a profile, leaves them as they are where none ever moves, and
+/// else begins with any: an expert in a slot is better than none.
 pub fn manager(compute: &ComputeArgs, placement: &Placement) -> Option<ExpertManager> {
     let policy = compute.policy.unwrap_or(placement.policy);
     let knows_experts = (placement.layers.iter())
@@ -292,11 +293,13 @@ pub fn manager(compute: &ComputeArgs, placement: &Placement) -> Option<ExpertMan
     if compute.cpu_moe || (!policy.is_dynamic() && !knows_experts) {
         return None;
     }
+    let any: Vec<u16> = (0..placement.num_experts).map(|e| e as u16).collect();
     // Another policy pins other experts of the same order.
     let layers: Vec<LayerSlots> = (placement.layers.iter())
         .map(|layer| {
             let hottest = [&layer.pinned_experts[..], &layer.initial_experts].concat();
             match compute.policy {
+                _ if !knows_experts => policy.fill(layer.slots, &any),
                 Some(policy) => policy.fill(layer.slots, &hottest),
                 None => layer.clone(),
             }

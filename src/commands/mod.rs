@@ -5,6 +5,7 @@
 
 pub mod args;
 pub mod bench;
+pub mod check;
 pub mod completions;
 pub mod console;
 pub mod doctor;

@@ -8,6 +8,7 @@ use super::console::{Console, Unit};
 use crate::hardware::disk;
 use crate::model::Source;
 use crate::model::source::TEXT_FILES;
+use crate::model::tokenizer_files::OPTIONAL_FILES;
 use crate::planning::units::show_bytes;
 
 /// Fetch a model from the Hugging Face hub
@@ -82,7 +83,7 @@ pub fn execute(args: &PullArgs, console: &Console) -> anyhow::Result<()> {
         .into());
     }
     if !args.dry_run {
-        for file in TEXT_FILES.into_iter().chain(["chat_template.jinja"]) {
+        for file in TEXT_FILES.into_iter().chain(OPTIONAL_FILES) {
             source.read(file)?;
         }
         let bar = console.progress("pull", bytes, Unit::Bytes);

@@ -29,6 +29,7 @@ use crate::hardware::GpuProbe;
 use crate::model::weights;
 use crate::model::{
     ChatError, GenerationConfigError, ModelConfig, Source, SourceError, Tokenizer, TokenizerError,
+    TokenizerFilesError,
 };
 use crate::planning::execution::PrefillSettings;
 use experts::ExpertManager;
@@ -142,6 +143,8 @@ pub enum EngineError {
     Backend(#[from] BackendError),
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    TokenizerFiles(#[from] TokenizerFilesError),
     #[error(transparent)]
     Chat(#[from] ChatError),
     #[error(transparent)]

@@ -6,7 +6,7 @@ use super::{EngineError, Result};
 use crate::formats::corpus::Content;
 use crate::model::{
     ChatError, ChatTemplate, GenerationConfig, GenerationConfigError, Message, Source,
-    TemplateInputs, Tokenizer,
+    TemplateInputs, Tokenizer, TokenizerFiles,
 };
 
 /// What a model needs to read and write text, without its weights.
@@ -26,18 +26,17 @@ impl TextModel {
     /// # Errors
     /// Files that are missing or damaged.
     pub fn load(source: &Source) -> Result<Self> {
-        let tokenizer_config = source.read("tokenizer_config.json")?;
-        let tokenizer_config = tokenizer_config.as_deref();
-        let template = source.read("chat_template.jinja")?;
-        let tokenizer =
-            Tokenizer::from_bytes(&source.read_required("tokenizer.json")?, tokenizer_config)?;
+        let tokenizer = source.read_required("tokenizer.json")?;
+        let files = TokenizerFiles::read(&tokenizer, |file| source.read(file))?;
+        let config = files.config.as_deref();
+        let tokenizer = Tokenizer::from_bytes(&tokenizer, config)?;
         let generation_config = GenerationConfig::from_bytes(
             source.read("generation_config.json")?.as_deref(),
             &source.read_required("config.json")?,
         );
         Ok(TextModel {
             tokenizer,
-            chat_template: ChatTemplate::from_bytes(tokenizer_config, template.as_deref())
+            chat_template: ChatTemplate::from_bytes(config, files.chat_template.as_deref())
                 .map_err(Arc::new),
             generation_config: generation_config.map_err(Arc::new),
             location: source.location(),

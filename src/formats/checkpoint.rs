@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
@@ -29,6 +30,8 @@ pub struct Checkpoint {
     shards: Vec<Shard>,
     /// Sorted by name.
     entries: Vec<Entry>,
+    /// Of each entry, whether somebody looked at its bytes
+    viewed: Vec<AtomicBool>,
     /// What the index promises and no shard holds: tensor to shard. Harmless until it is asked for:
     /// an index may be of a checkpoint from which this one was made.
     absent: BTreeMap<String, String>,
@@ -57,7 +60,7 @@ impl Checkpoint {
         if single.is_file() {
             let mut builder = Builder::new(single.display().to_string());
             builder.add(&single, map(&single)?)?;
-            builder.finish()
+            Ok(builder.finish())
         } else if index.is_file() {
             let promised = read_index(&index)?;
             let files: BTreeSet<&String> = promised.values().collect();
@@ -73,7 +76,7 @@ impl Checkpoint {
                 }
                 builder.add(&path, map(&path)?)?;
             }
-            let mut checkpoint = builder.finish()?;
+            let mut checkpoint = builder.finish();
             let mut absent = promised;
             absent.retain(|name, _| !checkpoint.contains(name));
             checkpoint.absent = absent;
@@ -94,7 +97,7 @@ impl Checkpoint {
     pub fn from_bytes(location: &str, bytes: Bytes) -> Result<Self, FormatError> {
         let mut builder = Builder::new(location.into());
         builder.add(Path::new(location), bytes)?;
-        builder.finish()
+        Ok(builder.finish())
     }
 
     /// The files that a shard index names, without opening them.
@@ -121,7 +124,17 @@ impl Checkpoint {
 
     /// The tensor of that name, if there is one.
     pub fn get(&self, name: &str) -> Option<Tensor> {
-        self.find(name).map(|e| self.view(e))
+        self.find(name).map(|at| self.view(at))
+    }
+
+    /// Every tensor, and whether it was taken out so far: what a model was made of, and what nobody
+    /// asked for. Of each its name, dtype, shape and bytes in the file.
+    pub fn inventory(&self) -> impl Iterator<Item = (&str, Dtype, Vec<usize>, u64, bool)> {
+        self.entries.iter().zip(&self.viewed).map(|(e, viewed)| {
+            let bytes = e.range().len() as u64;
+            let viewed = viewed.load(Ordering::Relaxed);
+            (self.name(e), e.dtype, e.shape().collect(), bytes, viewed)
+        })
     }
 
     /// The tensor of that name.
@@ -301,15 +314,14 @@ impl Checkpoint {
         e.name(&self.shards[usize::from(e.shard)])
     }
 
-    fn find(&self, name: &str) -> Option<&Entry> {
-        let at = self
-            .entries
-            .binary_search_by(|e| self.name(e).cmp(name))
-            .ok()?;
-        Some(&self.entries[at])
+    fn find(&self, name: &str) -> Option<usize> {
+        let found = (self.entries).binary_search_by(|e| self.name(e).cmp(name));
+        found.ok()
     }
 
-    fn view(&self, e: &Entry) -> Tensor {
+    fn view(&self, at: usize) -> Tensor {
+        let e = &self.entries[at];
+        self.viewed[at].store(true, Ordering::Relaxed);
         Tensor {
             dtype: e.dtype,
             shape: e.shape().collect(),
@@ -362,7 +374,7 @@ impl Builder {
         Ok(())
     }
 
-    fn finish(self) -> Result<Checkpoint, FormatError> {
+    fn finish(self) -> Checkpoint {
         let Builder {
             location,
             shards,
@@ -371,21 +383,14 @@ impl Builder {
         let name = |e: &Entry| e.name(&shards[usize::from(e.shard)]);
         // The last shard's first, which is the one that stays.
         entries.sort_unstable_by(|a, b| name(a).cmp(name(b)).then(b.shard.cmp(&a.shard)));
-        let twice = |p: &&[Entry]| name(&p[0]) == name(&p[1]) && p[0].shard == p[1].shard;
-        if let Some(pair) = entries.windows(2).find(twice) {
-            let reason = format!("tensor `{}` is there twice", name(&pair[0]));
-            return Err(FormatError::Index {
-                path: location.into(),
-                reason,
-            });
-        }
         entries.dedup_by(|later, first| name(later) == name(first));
-        Ok(Checkpoint {
+        Checkpoint {
             location,
             shards,
+            viewed: entries.iter().map(|_| AtomicBool::new(false)).collect(),
             entries,
             absent: BTreeMap::new(),
-        })
+        }
     }
 }
 

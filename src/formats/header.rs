@@ -121,8 +121,17 @@ pub fn read(path: &Path, file: &Bytes, shard: u16) -> Result<(Shard, Vec<Entry>)
         data: file.clone(),
         escaped_names,
     };
+    keep_the_last_of_each_name(&shard, &mut entries);
     check_cover(&shard, &mut entries, 8 + length, data_len).map_err(invalid)?;
     Ok((shard, entries))
+}
+
+/// Of equal keys the last counts, in Python's JSON and in the reference implementation.
+fn keep_the_last_of_each_name(shard: &Shard, entries: &mut Vec<Entry>) {
+    // Stable; in most files they are in order already.
+    entries.sort_by(|a, b| a.name(shard).cmp(b.name(shard)));
+    entries.reverse();
+    entries.dedup_by(|earlier, last| earlier.name(shard) == last.name(shard));
 }
 
 /// The tensors must cover the data without overlap or gap: nothing hides in such a file.

@@ -55,6 +55,37 @@ fn quote_not_finite(json: &[u8]) -> Cow<'_, [u8]> {
     Cow::Owned(out)
 }
 
+/// A finite f64 as Python's `repr`: shortest digits that round-trip, exponent below 1e-4 or from 1e16.
+pub fn python_float(v: f64) -> String {
+    let plain = v == 0.0 || (1e-4..1e16).contains(&v.abs());
+    let shortest = if plain {
+        format!("{v:?}")
+    } else {
+        format!("{v:e}")
+    };
+    // Where two decimals are equally near, Python's last digit is the even one; so is that of
+    // Rust's formatting to a precision, but not of its shortest.
+    let digits = shortest.split('e').next().expect("split gives one part");
+    let precision = digits.split_once('.').map_or(0, |(_, d)| d.len());
+    let even = if plain {
+        format!("{v:.precision$}")
+    } else {
+        format!("{v:.precision$e}")
+    };
+    let text = if even.parse() == Ok(v) {
+        even
+    } else {
+        shortest
+    };
+    match text.split_once('e') {
+        None => text,
+        Some((mantissa, exponent)) => {
+            let sign = if exponent.starts_with('-') { '-' } else { '+' };
+            format!("{mantissa}e{sign}{:0>2}", exponent.trim_start_matches('-'))
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -85,6 +116,25 @@ mod tests {
     fn what_is_not_json_is_refused() {
         for text in ["", "{", "Nan", "{\"a\": NaNa}", "\"NaN", "{\"a\\"] {
             assert!(from_slice::<Value>(text.as_bytes()).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn floats_are_spelled_as_python_spells_them() {
+        for (v, expected) in [
+            (0.186_359_405_517_578_13, "0.18635940551757812"),
+            (0.1027882918715477, "0.1027882918715477"),
+            (1.0, "1.0"),
+            (0.0, "0.0"),
+            (7.76416015625, "7.76416015625"),
+            (9.999999747378752e-05, "9.999999747378752e-05"),
+            (0.0001, "0.0001"),
+            (1e15 + 0.25, "1000000000000000.2"),
+            (1e16, "1e+16"),
+            (1.5e300, "1.5e+300"),
+            (-2.5e-7, "-2.5e-07"),
+        ] {
+            assert_eq!(python_float(v), expected);
         }
     }
 }

@@ -107,7 +107,7 @@ impl ChatTemplate {
 
         let mut environment = jinja::environment()?;
         for (name, source) in templates {
-            environment.add_template_owned(name, jinja::prepare(&source))?;
+            environment.add_template_owned(name, jinja::prepare(&source)?)?;
         }
         let special_tokens = config.template_variables().into_iter();
         Ok(Some(ChatTemplate {

@@ -74,7 +74,7 @@ impl Suppressed {
 
 /// Fields of transformers' `GenerationConfig` that change which tokens are generated and are not
 /// carried out, with the number that changes nothing.
-const UNHEEDED: [(&str, f64); 20] = [
+const UNHEEDED: [(&str, f64); 24] = [
     ("diversity_penalty", 0.0),
     ("encoder_no_repeat_ngram_size", 0.0),
     ("encoder_repetition_penalty", 1.0),
@@ -85,6 +85,9 @@ const UNHEEDED: [(&str, f64); 20] = [
     ("forced_bos_token_id", f64::NAN),
     ("forced_eos_token_id", f64::NAN),
     ("guidance_scale", 1.0),
+    ("max_length", 20.0),
+    ("max_new_tokens", f64::NAN),
+    ("max_time", f64::NAN),
     ("min_length", 0.0),
     ("min_new_tokens", 0.0),
     ("no_repeat_ngram_size", 0.0),
@@ -92,6 +95,7 @@ const UNHEEDED: [(&str, f64); 20] = [
     ("penalty_alpha", 0.0),
     ("sequence_bias", f64::NAN),
     ("stop_strings", f64::NAN),
+    ("token_healing", f64::NAN),
     ("top_h", 1.0),
     ("typical_p", 1.0),
     ("watermarking_config", f64::NAN),
@@ -129,7 +133,8 @@ impl File {
     fn unheeded(&self) -> Vec<(&'static str, Value)> {
         let set = UNHEEDED.iter().filter_map(|&(field, off)| {
             let value = self.others.get(field)?;
-            let is_off = value.is_null() || value.as_f64() == Some(off);
+            let is_off =
+                value.is_null() || *value == Value::Bool(false) || value.as_f64() == Some(off);
             (!is_off).then(|| (field, value.clone()))
         });
         set.collect()

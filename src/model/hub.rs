@@ -391,10 +391,19 @@ fn home() -> PathBuf {
     cache.join("huggingface")
 }
 
+/// The variables that name the cache, the one that counts most first: those of transformers, which it
+/// heeds up to 4.57, then those of huggingface_hub.
+const CACHE_VARIABLES: [&str; 5] = [
+    "TRANSFORMERS_CACHE",
+    "PYTORCH_TRANSFORMERS_CACHE",
+    "PYTORCH_PRETRAINED_BERT_CACHE",
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+];
+
 fn cache_folder() -> PathBuf {
-    folder_variable("HF_HUB_CACHE")
-        .or_else(|| folder_variable("HUGGINGFACE_HUB_CACHE"))
-        .unwrap_or_else(|| home().join("hub"))
+    let named = CACHE_VARIABLES.into_iter().find_map(folder_variable);
+    named.unwrap_or_else(|| home().join("hub"))
 }
 
 /// The user's token: of the environment, else the one that `hf auth login` saved.

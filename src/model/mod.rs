@@ -12,6 +12,7 @@ pub mod source;
 pub mod synth;
 pub mod tokenizer;
 mod tokenizer_config;
+pub mod tokenizer_files;
 pub mod weights;
 
 pub use chat::{ChatError, ChatTemplate, Message, TemplateInputs};
@@ -19,3 +20,4 @@ pub use config::{ConfigError, ModelConfig};
 pub use generation_config::{GenerationConfig, GenerationConfigError, Suppressed};
 pub use source::{Source, SourceError};
 pub use tokenizer::{Tokenizer, TokenizerError};
+pub use tokenizer_files::{TokenizerFiles, TokenizerFilesError};

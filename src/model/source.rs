@@ -214,6 +214,21 @@ impl Source {
         }
     }
 
+    /// The folder that the files lie in, as far as they are on this machine.
+    ///
+    /// # Errors
+    /// If the hub cannot say which commit is meant.
+    pub fn folder(&self) -> Result<Option<PathBuf>, SourceError> {
+        match &self.files {
+            Files::Folder(folder) => Ok(Some(folder.clone())),
+            Files::Hub(hub) => {
+                let config = hub.find("config.json", true)?;
+                Ok(config.and_then(|path| path.parent().map(Path::to_path_buf)))
+            }
+            Files::Builtin | Files::Synthetic(_) => Ok(None),
+        }
+    }
+
     /// How other files refer to this model, by its weights where they are at hand.
     ///
     /// # Errors

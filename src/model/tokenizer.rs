@@ -6,9 +6,10 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 use thiserror::Error;
-use tokenizers::DecoderWrapper;
+use tokenizers::{DecoderWrapper, PreTokenizerWrapper};
 
 use super::tokenizer_config::TokenizerConfig;
 use crate::formats::json;
@@ -52,8 +53,7 @@ impl Tokenizer {
         tokenizer_json: &[u8],
         tokenizer_config_json: Option<&[u8]>,
     ) -> Result<Self, TokenizerError> {
-        let mut inner =
-            tokenizers::Tokenizer::from_bytes(tokenizer_json).map_err(TokenizerError::Tokenizer)?;
+        let mut inner = parse(tokenizer_json)?;
         inner
             .with_truncation(None)
             .map_err(TokenizerError::Tokenizer)?;
@@ -71,6 +71,11 @@ impl Tokenizer {
             Some(bytes) => json::from_slice(bytes).map_err(TokenizerError::Config)?,
             None => TokenizerConfig::default(),
         };
+        // As transformers has it: of a pre-tokenizer that is nothing else, this file decides.
+        if let Some(PreTokenizerWrapper::ByteLevel(found)) = inner.get_pre_tokenizer() {
+            let found = found.add_prefix_space(config.add_prefix_space());
+            inner.with_pre_tokenizer(Some(found));
+        }
         inner
             .add_tokens(config.added_tokens())
             .map_err(TokenizerError::Tokenizer)?;
@@ -165,6 +170,21 @@ impl Tokenizer {
     /// The `eos_token` of tokenizer_config.json; generation_config.json may name others.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos_id
+    }
+}
+
+/// The library's tokenizer of tokenizer.json.
+///
+/// What is not JSON, and some of what is, makes the library panic in parts that it parses again.
+fn parse(tokenizer_json: &[u8]) -> Result<tokenizers::Tokenizer, TokenizerError> {
+    serde_json::from_slice::<IgnoredAny>(tokenizer_json)
+        .map_err(|error| TokenizerError::Tokenizer(Box::new(error)))?;
+    let parse = || tokenizers::Tokenizer::from_bytes(tokenizer_json);
+    match catch_unwind(parse) {
+        Ok(parsed) => parsed.map_err(TokenizerError::Tokenizer),
+        Err(_) => Err(TokenizerError::Tokenizer(
+            "a part of it is not of any form that is known".into(),
+        )),
     }
 }
 

@@ -16,6 +16,7 @@ pub(super) struct TokenizerConfig {
     #[serde(default, deserialize_with = "null_is_default")]
     added_tokens_decoder: BTreeMap<u32, TokenFields>,
     split_special_tokens: Option<bool>,
+    add_prefix_space: Option<bool>,
     bos_token: Option<SpecialToken>,
     eos_token: Option<SpecialToken>,
     unk_token: Option<SpecialToken>,
@@ -140,6 +141,11 @@ impl TokenizerConfig {
     /// Special tokens written out in a text are text.
     pub fn split_special_tokens(&self) -> bool {
         self.split_special_tokens.unwrap_or(false)
+    }
+
+    /// A text begins with a space more.
+    pub fn add_prefix_space(&self) -> bool {
+        self.add_prefix_space.unwrap_or(false)
     }
 
     pub fn eos_token(&self) -> Option<&str> {

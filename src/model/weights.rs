@@ -42,6 +42,23 @@ pub fn load(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<ModelWeight
     })
 }
 
+/// Every part of the model that cannot be loaded, and why: one error for the embedding, the output
+/// matrix, the last norm and each layer.
+pub fn problems(checkpoint: &Checkpoint, config: &ModelConfig) -> Vec<FormatError> {
+    let (vocab, hidden) = (config.shape.vocab_size, config.shape.hidden_size);
+    let prefix = prefix(checkpoint, config);
+    let matrix = |name: &str| checkpoint.matrix(name, vocab, hidden).err();
+    let mut found = Vec::new();
+    found.extend(matrix(&format!("{prefix}.embed_tokens.weight")));
+    if !config.tie_word_embeddings {
+        found.extend(matrix("lm_head.weight"));
+    }
+    found.extend(load_norm(checkpoint, config, &format!("{prefix}.norm.weight"), hidden).err());
+    let layer = |i| load_layer(checkpoint, config, i, &format!("{prefix}.layers.{i}")).err();
+    found.extend((0..config.shape.num_layers()).filter_map(layer));
+    found
+}
+
 /// What names of the text model begin with: that of the family, or the plain one of a checkpoint that
 /// has nothing beside text.
 fn prefix<'a>(checkpoint: &Checkpoint, config: &'a ModelConfig) -> &'a str {

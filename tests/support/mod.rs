@@ -43,6 +43,8 @@ pub struct Prompt {
     pub greedy: Vec<u32>,
     /// Smallest relative gap at the router's top-k boundary.
     pub router_gap: f64,
+    /// By how much f16 keys and values alone move a logit in transformers; zero where nobody recorded it
+    pub kv_f16: f32,
 }
 
 /// Below this relative gap at the router's boundary, either expert is right.
@@ -88,7 +90,9 @@ pub const F32_GOLDENS: &[(&str, &str)] = &[
     ("tiny-c", "nf4-fused"),
     ("yarn", "bf16"),
     ("qwen3_5_moe", "bf16"),
+    ("qwen3_5_moe", "nf4"),
     ("qwen3_moe", "bf16"),
+    ("qwen3_moe", "nf4"),
 ];
 
 pub fn golden(model: &str, layout: &str) -> Golden {
@@ -123,6 +127,9 @@ pub fn golden(model: &str, layout: &str) -> Golden {
                 ids: ids(&prompt["ids"]),
                 greedy: ids(&facts["greedy"]),
                 router_gap: facts["router_min_relative_gap"].as_f64().unwrap(),
+                kv_f16: facts["f16_keys_and_values_move_a_logit_by"]
+                    .as_f64()
+                    .unwrap_or(0.0) as f32,
             }
         })
         .collect();

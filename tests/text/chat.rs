@@ -185,8 +185,8 @@ fn a_template_that_fails_says_where() {
             "chat template line 1: invalid operation: undefined is not JSON serializable",
         ),
         (
-            "{{ strftime_now('%!') }}",
-            "chat template line 1: invalid operation: strftime_now: format `%!` is not valid",
+            "{{ strftime_now('%10d') }}",
+            "chat template line 1: invalid operation: strftime_now: format `%10d` is not valid",
         ),
     ] {
         let error = from_source(source)

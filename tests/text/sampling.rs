@@ -397,11 +397,14 @@ fn suppressed_tokens_are_never_drawn() {
 #[test]
 fn fields_that_transformers_obeys_and_we_do_not_are_said() {
     let config = br#"{"no_repeat_ngram_size": 3, "num_beams": 1, "typical_p": 1.0, "min_length": 0,
-        "guidance_scale": null, "transformers_version": "5"}"#;
+        "guidance_scale": null, "transformers_version": "5", "max_length": 20, "max_new_tokens": 64,
+        "token_healing": false}"#;
     let config = GenerationConfig::from_bytes(Some(config), b"{}").unwrap();
     let notes: Vec<String> = config.notes().collect();
     assert_eq!(
         notes,
-        ["note: generation_config.json: no_repeat_ngram_size is 3, which is not carried out"]
+        ["max_new_tokens is 64", "no_repeat_ngram_size is 3"].map(|field| format!(
+            "note: generation_config.json: {field}, which is not carried out"
+        ))
     );
 }

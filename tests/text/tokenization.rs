@@ -195,3 +195,23 @@ fn a_long_run_of_spaces_does_not_end_the_search_for_words() {
     // Pairs of spaces, the odd one, then each word with the space before it.
     assert_eq!(ids[ids.len() - 7..], [96, 94, 94, 87, 94, 94, 88]);
 }
+
+/// transformers gives the pre-tokenizer its own setting, whatever tokenizer.json says.
+#[test]
+fn the_space_before_a_text_is_as_tokenizer_config_json_says() {
+    let mut file = json("tests/data/goldens/tiny-c/nf4/tokenizer.json");
+    file["pre_tokenizer"] = json!({
+        "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": false, "use_regex": true,
+    });
+    let file = file.to_string();
+    for (config, expected) in [
+        (None, "the"),
+        (Some(r#"{"add_prefix_space": null}"#), "the"),
+        (Some(r#"{"add_prefix_space": true}"#), " the"),
+    ] {
+        let config = config.map(str::as_bytes);
+        let tokenizer = Tokenizer::from_bytes(file.as_bytes(), config).unwrap();
+        let ids = tokenizer.encode("the").unwrap();
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), expected);
+    }
+}

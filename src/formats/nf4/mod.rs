@@ -21,6 +21,11 @@ pub const BLOCKSIZE: usize = 64;
 
 /// Every number of weights that bitsandbytes lets share a scale. 128 was its default on AMD CDNA
 /// until February 2026.
+///
+/// Where a row is shorter than a block, or no multiple of it, bitsandbytes 0.50.2 agrees with itself on
+/// a GPU only: its CPU kernel takes block `row * (cols / blocksize) + col / blocksize`, the first one's
+/// scale for all rows of a narrow matrix. Weights are read here as they were quantised, and as its CUDA
+/// kernels read them.
 pub const BLOCKSIZES: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
 
 /// Scales that share one scale of scales.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{BLOCKSIZES, NESTED_BLOCKSIZE};
 use crate::formats::FormatError;
+use crate::formats::json::python_float;
 
 /// Parsed quantisation state. Field order is the order bitsandbytes writes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -105,59 +106,5 @@ impl QuantState {
             );
         }
         out + "}"
-    }
-}
-
-/// An f64 as Python's `repr`: shortest digits that round-trip, exponent below 1e-4 or from 1e16.
-fn python_float(v: f64) -> String {
-    let plain = v == 0.0 || (1e-4..1e16).contains(&v.abs());
-    let shortest = if plain {
-        format!("{v:?}")
-    } else {
-        format!("{v:e}")
-    };
-    // Where two decimals are equally near, Python's last digit is the even one; so is that of
-    // Rust's formatting to a precision, but not of its shortest.
-    let digits = shortest.split('e').next().expect("split gives one part");
-    let precision = digits.split_once('.').map_or(0, |(_, d)| d.len());
-    let even = if plain {
-        format!("{v:.precision$}")
-    } else {
-        format!("{v:.precision$e}")
-    };
-    let text = if even.parse() == Ok(v) {
-        even
-    } else {
-        shortest
-    };
-    match text.split_once('e') {
-        None => text,
-        Some((mantissa, exponent)) => {
-            let sign = if exponent.starts_with('-') { '-' } else { '+' };
-            format!("{mantissa}e{sign}{:0>2}", exponent.trim_start_matches('-'))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn offsets_are_spelled_as_python_spells_them() {
-        for (v, expected) in [
-            (0.186_359_405_517_578_13, "0.18635940551757812"),
-            (0.1027882918715477, "0.1027882918715477"),
-            (1.0, "1.0"),
-            (0.0, "0.0"),
-            (7.76416015625, "7.76416015625"),
-            (9.999999747378752e-05, "9.999999747378752e-05"),
-            (0.0001, "0.0001"),
-            (1e16, "1e+16"),
-            (1.5e300, "1.5e+300"),
-            (-2.5e-7, "-2.5e-07"),
-        ] {
-            assert_eq!(python_float(v), expected);
-        }
     }
 }

@@ -2,11 +2,13 @@
 
 use minijinja::formatting::FormatStyle;
 use minijinja::value::{Kwargs, Rest, ValueKind};
-
-use minijinja::{Environment, Error, Value, filters};
+use minijinja::{Environment, Error, Value};
 
 use super::methods::pad;
-use super::python_text::{as_float, float_value, plain, text};
+use super::operators::{integer, number, written};
+use super::ordering::path;
+use super::python_objects::is_namespace;
+use super::python_text::{as_float, text};
 
 pub fn add_to(environment: &mut Environment) {
     environment.add_filter("string", |value: &Value| text(value));
@@ -15,7 +17,10 @@ pub fn add_to(environment: &mut Environment) {
     }
     environment.add_filter("int", int);
     environment.add_filter("float", float);
-    environment.add_filter("abs", |value: &Value| filters::abs(plain(value)));
+    environment.add_filter("abs", |value: &Value| match integer(value) {
+        Some(n) => Ok(Value::from(n.abs())),
+        None => number(value).map(|x| Value::from(x.abs())),
+    });
     environment.add_filter("round", round);
     environment.add_filter("format", format);
     environment.add_filter("sum", sum);
@@ -23,14 +28,55 @@ pub fn add_to(environment: &mut Environment) {
     environment.add_filter("center", |value: &Value, width: Option<i64>| {
         pad(&text(value), "center", width.unwrap_or(80), ' ')
     });
-    environment.add_filter("wordcount", wordcount);
-    environment.add_filter("filesizeformat", minijinja_contrib::filters::filesizeformat);
-    environment.add_filter("striptags", minijinja_contrib::filters::striptags);
-    environment.add_filter("truncate", truncate);
+    for name in ["default", "d"] {
+        environment.add_filter(name, default);
+    }
+    environment.add_filter("attr", attr);
+}
+
+/// The argument at that place, or of that name.
+///
+/// # Errors
+/// If the named one is of another type.
+pub fn argument(
+    positional: &[Value],
+    at: usize,
+    options: &Kwargs,
+    name: &str,
+) -> Result<Option<Value>, Error> {
+    match positional.get(at) {
+        Some(found) => Ok(Some(found.clone())),
+        None if options.has(name) => options.get(name).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// `value`, or `default_value` where it is undefined; with `boolean`, where it is false in Python's
+/// sense.
+fn default(value: &Value, positional: Rest<Value>, options: Kwargs) -> Result<Value, Error> {
+    let default = argument(&positional, 0, &options, "default_value")?;
+    let boolean = argument(&positional, 1, &options, "boolean")?;
+    options.assert_all_used()?;
+    let boolean = boolean.is_some_and(|boolean| boolean.is_true());
+    Ok(
+        match value.is_undefined() || (boolean && !value.is_true()) {
+            true => default.unwrap_or(Value::from("")),
+            false => value.clone(),
+        },
+    )
+}
+
+/// An attribute in Python's sense: keys of a dict are none.
+fn attr(value: &Value, name: String) -> Result<Value, Error> {
+    match (value.kind(), is_namespace(value)) {
+        (ValueKind::Undefined, _) => Err(Error::from(minijinja::ErrorKind::UndefinedError)),
+        (ValueKind::Map, false) => Ok(Value::UNDEFINED),
+        _ => value.get_attr(&name),
+    }
 }
 
 /// As markupsafe escapes HTML. The result is not marked as safe: nothing is escaped by itself here.
-fn escape(value: &Value) -> String {
+pub fn escape(value: &Value) -> String {
     let mut out = String::new();
     for c in text(value).chars() {
         match c {
@@ -102,7 +148,7 @@ fn float(value: &Value, default: Option<Value>, options: Kwargs) -> Result<Value
         ValueKind::String => value.as_str().and_then(|text| text.trim().parse().ok()),
         _ => None,
     };
-    let parsed = parsed.map(float_value);
+    let parsed = parsed.map(Value::from);
     Ok(parsed.or(default).unwrap_or(Value::from(0.0)))
 }
 
@@ -116,12 +162,19 @@ fn round(
     let precision = precision.or(options.get("precision")?).unwrap_or(0);
     let method = method.or(options.get("method")?).unwrap_or("common".into());
     options.assert_all_used()?;
-    let integer = value.kind() == ValueKind::Number && value.is_integer();
-    let x = f64::try_from(plain(value))?;
+    let whole = integer(value);
+    let x = number(value)?;
     let scale = 10f64.powi(precision);
     let rounded = match method.as_str() {
         // Python rounds the decimal digits of the exact value; so does formatting.
-        "common" if integer && precision >= 0 => return Ok(value.clone()),
+        "common" if precision >= 0 && whole.is_some() => {
+            return Ok(Value::from(whole.unwrap_or(0)));
+        }
+        "common" if whole.is_some() => {
+            let scale = 10i128.checked_pow(precision.unsigned_abs());
+            let rounded = scale.and_then(|scale| round_to(whole.unwrap_or(0), scale));
+            return Ok(Value::from(rounded.unwrap_or(0)));
+        }
         "common" if precision > 0 => {
             let digits = precision.min(340) as usize;
             format!("{x:.digits$}").parse().unwrap_or(x)
@@ -136,17 +189,28 @@ fn round(
             ));
         }
     };
-    Ok(float_value(rounded))
+    Ok(Value::from(rounded))
+}
+
+/// The multiple of `scale` next to `n`, of two the even one.
+fn round_to(n: i128, scale: i128) -> Option<i128> {
+    let (below, rest) = (n.div_euclid(scale), n.rem_euclid(scale));
+    let up = match (2 * rest).cmp(&scale) {
+        std::cmp::Ordering::Less => 0,
+        std::cmp::Ordering::Equal => below.rem_euclid(2),
+        std::cmp::Ordering::Greater => 1,
+    };
+    (below + up).checked_mul(scale)
 }
 
 /// `format % args`, with floats that any conversion takes.
 fn format(template: &str, args: Rest<Value>) -> Result<Value, Error> {
-    let args: Vec<Value> = args.0.iter().map(plain).collect();
+    let args = written(template, args.0);
     minijinja::formatting::format(FormatStyle::Printf, template, &args).map(Value::from)
 }
 
 /// Numbers added up: integers exactly, others as floats.
-fn sum(values: &Value, attribute: Option<String>, options: Kwargs) -> Result<Value, Error> {
+fn sum(values: &Value, attribute: Option<Value>, options: Kwargs) -> Result<Value, Error> {
     let attribute = attribute.or(options.get("attribute")?);
     let start: Option<Value> = options.get("start")?;
     options.assert_all_used()?;
@@ -154,9 +218,9 @@ fn sum(values: &Value, attribute: Option<String>, options: Kwargs) -> Result<Val
     let (mut whole, mut float, mut all_whole) = (0i128, 0.0, true);
     let values = values
         .try_iter()?
-        .map(|value| path(value, attribute.as_deref()));
+        .map(|value| path(value, attribute.as_ref()));
     for value in std::iter::once(Ok(start)).chain(values) {
-        let value = plain(&value?);
+        let value = value?;
         match i128::try_from(value.clone()) {
             Ok(n) if as_float(&value).is_none() => {
                 whole += n;
@@ -170,62 +234,23 @@ fn sum(values: &Value, attribute: Option<String>, options: Kwargs) -> Result<Val
     }
     Ok(match all_whole {
         true => Value::from(whole),
-        false => float_value(float),
+        false => Value::from(float),
     })
 }
 
-/// What `attribute`, `a.b.c`, is of the value; the value itself without one.
-fn path(value: Value, attribute: Option<&str>) -> Result<Value, Error> {
-    let mut parts = attribute
-        .into_iter()
-        .flat_map(|attribute| attribute.split('.'));
-    parts.try_fold(value, |value, part| value.get_attr(part))
-}
-
 /// The texts of the values with `separator` between them.
-fn join(values: &Value, separator: Option<String>, options: Kwargs) -> Result<String, Error> {
+fn join(
+    values: &Value,
+    separator: Option<String>,
+    attribute: Option<Value>,
+    options: Kwargs,
+) -> Result<String, Error> {
     let separator = separator.or(options.get("d")?).unwrap_or_default();
-    let attribute: Option<String> = options.get("attribute")?;
+    let attribute = attribute.or(options.get("attribute")?);
     options.assert_all_used()?;
     let texts: Vec<String> = values
         .try_iter()?
-        .map(|value| Ok(text(&path(value, attribute.as_deref())?)))
+        .map(|value| Ok(text(&path(value, attribute.as_ref())?)))
         .collect::<Result<_, Error>>()?;
     Ok(texts.join(&separator))
-}
-
-/// At most `length` characters, and up to `leeway` more before anything is cut; whole words unless
-/// `killwords`.
-fn truncate(
-    text: &str,
-    length: Option<usize>,
-    killwords: Option<bool>,
-    end: Option<String>,
-    options: Kwargs,
-) -> Result<String, Error> {
-    let length = length.or(options.get("length")?).unwrap_or(255);
-    let killwords = killwords.or(options.get("killwords")?).unwrap_or(false);
-    let end = end.or(options.get("end")?).unwrap_or("...".into());
-    let leeway: Option<usize> = options.get("leeway")?;
-    let leeway = leeway.unwrap_or(5);
-    options.assert_all_used()?;
-    if text.chars().count() <= length + leeway {
-        return Ok(text.to_owned());
-    }
-    let room = length.saturating_sub(end.chars().count());
-    let cut: String = text.chars().take(room).collect();
-    let cut = match cut.rsplit_once(' ') {
-        Some((words, _)) if !killwords => words,
-        _ => &cut,
-    };
-    Ok(cut.to_owned() + &end)
-}
-
-/// Runs of letters, digits and underscores.
-fn wordcount(value: &Value) -> usize {
-    let text = text(value);
-    let is_word = |c: char| c.is_alphanumeric() || c == '_';
-    text.split(|c| !is_word(c))
-        .filter(|word| !word.is_empty())
-        .count()
 }

@@ -1,11 +1,122 @@
 //! Methods of Python's str, dict and list, as far as a sandboxed template may call them: those that
 //! change a list or a dict are refused there, too.
 
-use minijinja::value::{Kwargs, Tuple, ValueKind, from_args};
+use std::fmt;
+use std::sync::Arc;
+
+use minijinja::value::{Kwargs, Object, ObjectRepr, Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 use minijinja_contrib::pycompat;
 
-use super::python_text::plain;
+use super::python_objects::{DictView, is_namespace};
+use super::python_text::text as python_text;
+
+/// Methods of str.
+const OF_TEXT: [&str; 47] = [
+    "capitalize",
+    "casefold",
+    "center",
+    "count",
+    "encode",
+    "endswith",
+    "expandtabs",
+    "find",
+    "format",
+    "format_map",
+    "index",
+    "isalnum",
+    "isalpha",
+    "isascii",
+    "isdecimal",
+    "isdigit",
+    "isidentifier",
+    "islower",
+    "isnumeric",
+    "isprintable",
+    "isspace",
+    "istitle",
+    "isupper",
+    "join",
+    "ljust",
+    "lower",
+    "lstrip",
+    "maketrans",
+    "partition",
+    "removeprefix",
+    "removesuffix",
+    "replace",
+    "rfind",
+    "rindex",
+    "rjust",
+    "rpartition",
+    "rsplit",
+    "rstrip",
+    "split",
+    "splitlines",
+    "startswith",
+    "strip",
+    "swapcase",
+    "title",
+    "translate",
+    "upper",
+    "zfill",
+];
+/// Methods of list; a tuple has the first two.
+const OF_LIST: [&str; 11] = [
+    "count", "index", "append", "clear", "copy", "extend", "insert", "pop", "remove", "reverse",
+    "sort",
+];
+/// Methods of dict.
+const OF_DICT: [&str; 11] = [
+    "clear",
+    "copy",
+    "fromkeys",
+    "get",
+    "items",
+    "keys",
+    "pop",
+    "popitem",
+    "setdefault",
+    "update",
+    "values",
+];
+
+/// Whether something has a method of that name.
+pub fn is_method(name: &str) -> bool {
+    OF_TEXT.contains(&name) || OF_LIST.contains(&name) || OF_DICT.contains(&name)
+}
+
+/// `value.name`: the method where there is one of that name, even of a dict that has such a key.
+///
+/// # Errors
+/// If the value is undefined.
+pub fn attribute(value: &Value, name: &str) -> Result<Value, Error> {
+    let methods: &[&str] = match value.kind() {
+        ValueKind::String => &OF_TEXT,
+        ValueKind::Seq if value.downcast_object_ref::<Tuple>().is_some() => &OF_LIST[..2],
+        ValueKind::Seq => &OF_LIST,
+        ValueKind::Map if !is_namespace(value) && !value.is_kwargs() => &OF_DICT,
+        _ => &[],
+    };
+    match methods.contains(&name) {
+        true => Ok(Value::from_object(Method(name.to_owned()))),
+        false => value.get_attr(name),
+    }
+}
+
+/// A method that is not called: there, true, and not for anything else.
+#[derive(Debug)]
+struct Method(String);
+
+impl Object for Method {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
+
+    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "<built-in method {}>", self.0)
+    }
+}
 
 /// Calls `method` of `value`, which has none of that name by itself.
 ///
@@ -20,24 +131,20 @@ pub fn call(
     let found = match value.kind() {
         ValueKind::String => {
             let text = value.as_str().unwrap_or_default();
-            match string_method(text, method, args)? {
-                Some(found) => Some(found),
-                None => search_method(text, method, args)?,
+            let methods = [string_method, letter_method, search_method];
+            let mut found = None;
+            for try_method in methods {
+                found = found.map_or_else(|| try_method(text, method, args), |f| Ok(Some(f)))?;
             }
+            found
         }
         ValueKind::Seq => list_method(value, method, args)?,
-        ValueKind::Map if method == "copy" => {
-            let () = from_args(args)?;
-            Some(value.clone())
-        }
+        ValueKind::Map => dict_method(value, method, args)?,
         _ => None,
     };
     match found {
         Some(found) => Ok(found),
-        None => {
-            let args: Vec<Value> = args.iter().map(plain).collect();
-            pycompat::unknown_method_callback(state, value, method, &args)
-        }
+        None => pycompat::unknown_method_callback(state, value, method, args),
     }
 }
 
@@ -54,6 +161,36 @@ fn list_method(value: &Value, method: &str, args: &[Value]) -> Result<Option<Val
         "copy" => {
             let () = from_args(args)?;
             Ok(Some(value.clone()))
+        }
+        _ => Ok(None),
+    }
+}
+
+fn dict_method(value: &Value, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+    if is_namespace(value) {
+        return Ok(None);
+    }
+    let view = |method, items: Result<Vec<Value>, Error>| {
+        let () = from_args(args)?;
+        Ok(Some(Value::from_object(DictView {
+            method,
+            items: items?,
+        })))
+    };
+    let keys = || value.try_iter();
+    match method {
+        "copy" => {
+            let () = from_args(args)?;
+            Ok(Some(value.clone()))
+        }
+        "keys" => view("keys", Ok(keys()?.collect())),
+        "values" => view("values", keys()?.map(|key| value.get_item(&key)).collect()),
+        "items" => {
+            let pair = |key: Value| {
+                let item = value.get_item(&key)?;
+                Ok(Value::from(Tuple::from([key, item])))
+            };
+            view("items", keys()?.map(pair).collect())
         }
         _ => Ok(None),
     }
@@ -118,42 +255,92 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
             let width = width - sign.len() as i64;
             Value::from(format!("{sign}{}", pad(digits, "rjust", width, '0')))
         }
-        "title" => {
-            let () = from_args(args)?;
-            Value::from(title(text))
+        "expandtabs" => {
+            let (size, options): (Option<usize>, Kwargs) = from_args(args)?;
+            let size = size.or(options.get("tabsize")?).unwrap_or(8);
+            options.assert_all_used()?;
+            Value::from(expand_tabs(text, size.min(1 << 16)))
         }
+        "join" => {
+            let (items,): (&Value,) = from_args(args)?;
+            let mut texts = Vec::new();
+            for item in items.try_iter()? {
+                match item.as_str() {
+                    Some(text) => texts.push(text.to_owned()),
+                    None => {
+                        let found = python_text(&item);
+                        return Err(invalid(format!("join: {found} is not a text")));
+                    }
+                }
+            }
+            Value::from(texts.join(text))
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(found))
+}
+
+/// Methods of str that change the case of letters, or ask what its characters are. They take nothing.
+fn letter_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+    let found = match method {
+        "title" => Value::from(title(text)),
         "swapcase" => {
-            let () = from_args(args)?;
-            let swap = |c: char| match c.is_uppercase() {
-                true => c.to_lowercase().collect::<String>(),
-                false => c.to_uppercase().collect(),
+            let swap = |c: char| match (c.is_uppercase(), c.is_lowercase()) {
+                (true, _) => c.to_lowercase().collect::<String>(),
+                (_, true) => c.to_uppercase().collect(),
+                _ => c.into(),
             };
             Value::from(text.chars().map(swap).collect::<String>())
         }
-        "casefold" => {
-            let () = from_args(args)?;
-            Value::from(text.to_lowercase().replace('ß', "ss").replace('ς', "σ"))
-        }
+        "casefold" => Value::from(text.to_lowercase().replace('ß', "ss").replace('ς', "σ")),
         "isdigit" | "isdecimal" => {
-            let () = from_args(args)?;
             let superscript = |c| method == "isdigit" && "²³¹⁰⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉".contains(c);
             // Decimal digits are numeric characters that stand for themselves in a number; letters
             // and fractions among the numeric ones are neither.
             let digit = |c: char| c.is_ascii_digit() || superscript(c) || is_decimal(c);
             Value::from(!text.is_empty() && text.chars().all(digit))
         }
-        "isspace" => {
-            let () = from_args(args)?;
-            Value::from(!text.is_empty() && text.chars().all(is_space))
-        }
+        "isspace" => Value::from(!text.is_empty() && text.chars().all(is_space)),
         "istitle" => {
-            let () = from_args(args)?;
             let cased = text.chars().any(|c| c.is_uppercase() || c.is_lowercase());
             Value::from(cased && title(text) == text)
         }
+        "capitalize" => Value::from(capitalize(text)),
+        "isprintable" => Value::from(text.chars().all(super::python_text::is_printable)),
+        "isidentifier" => {
+            let part = |c: char| c.is_alphanumeric() || c == '_';
+            let digit = |c: char| c.is_numeric();
+            Value::from(!text.is_empty() && text.chars().all(part) && !text.starts_with(digit))
+        }
         _ => return Ok(None),
     };
+    let () = from_args(args)?;
     Ok(Some(found))
+}
+
+/// Tabs as spaces up to the next multiple of `size` in the line.
+fn expand_tabs(text: &str, size: usize) -> String {
+    let mut out = String::new();
+    let mut column = 0;
+    for c in text.chars() {
+        match c {
+            '\t' if size > 0 => {
+                let missing = size - column % size;
+                out.extend(std::iter::repeat_n(' ', missing));
+                column += missing;
+            }
+            '\t' => {}
+            c => {
+                out.push(c);
+                column = if matches!(c, '\n' | '\r') {
+                    0
+                } else {
+                    column + 1
+                };
+            }
+        }
+    }
+    out
 }
 
 /// Methods of str that look for something, in all of it or in a slice.
@@ -239,12 +426,16 @@ fn split(text: &str, args: &[Value], from_end: bool) -> Result<Value, Error> {
     Ok(parts.into_iter().map(Value::from).collect())
 }
 
-/// The words of a text; what is left after `most` cuts keeps the spaces inside of it.
+/// The words of a text; what is left after `most` cuts keeps its spaces, but for those at the cut.
 fn words(text: &str, most: usize, from_end: bool) -> Vec<&str> {
     let mut parts = Vec::new();
-    let mut rest = text.trim_matches(is_space);
+    let mut rest = match from_end {
+        true => text.trim_end_matches(is_space),
+        false => text.trim_start_matches(is_space),
+    };
     while !rest.is_empty() {
         let cut = match from_end {
+            // What is left keeps the white space at its far end.
             _ if parts.len() == most => None,
             true => rest.rfind(is_space),
             false => rest.find(is_space),
@@ -268,7 +459,7 @@ fn words(text: &str, most: usize, from_end: bool) -> Vec<&str> {
 }
 
 /// The lines of a text by every line break that Python knows.
-fn lines(text: &str, keepends: bool) -> Vec<&str> {
+pub fn lines(text: &str, keepends: bool) -> Vec<&str> {
     let is_break = |c: char| {
         matches!(
             c,
@@ -308,22 +499,49 @@ pub fn pad(text: &str, method: &str, width: i64, fill: char) -> String {
     fill(left) + text + &fill(missing - left)
 }
 
-/// Every letter after a character that is none in upper case, the others in lower case.
-fn title(text: &str) -> String {
+/// The first letter in title case, the others in lower case.
+pub fn capitalize(text: &str) -> String {
+    let mut characters = text.chars();
+    let first = characters.next().map(title_case).unwrap_or_default();
+    first + &characters.as_str().to_lowercase()
+}
+
+/// Every letter after a character that is none in title case, the others in lower case.
+pub fn title(text: &str) -> String {
     let mut out = String::new();
     let mut in_word = false;
     for c in text.chars() {
         match in_word {
             true => out.extend(c.to_lowercase()),
-            false => out.extend(c.to_uppercase()),
+            false => out += &title_case(c),
         }
-        in_word = c.is_uppercase() || c.is_lowercase();
+        in_word = c.is_uppercase() || c.is_lowercase() || TITLE_CASE.contains(&c);
     }
     out
 }
 
+/// Letters that are two in one, the first of which is a capital.
+const TITLE_CASE: [char; 4] = ['\u{1c5}', '\u{1c8}', '\u{1cb}', '\u{1f2}'];
+
+/// A letter as the first of a word: its capital, of several letters in one the first one's.
+fn title_case(c: char) -> String {
+    let pair = match c {
+        '\u{1c4}'..='\u{1cc}' => Some(TITLE_CASE[(u32::from(c) as usize - 0x1c4) / 3]),
+        '\u{1f1}'..='\u{1f3}' => Some(TITLE_CASE[3]),
+        // Georgian capitals are for whole words.
+        '\u{10d0}'..='\u{10ff}' => Some(c),
+        _ => None,
+    };
+    if let Some(pair) = pair {
+        return pair.into();
+    }
+    let mut capitals = c.to_uppercase();
+    let first = capitals.next().map(String::from).unwrap_or_default();
+    first + &capitals.collect::<String>().to_lowercase()
+}
+
 /// `str.isspace`: Unicode's white space and the four separators of ASCII.
-fn is_space(c: char) -> bool {
+pub fn is_space(c: char) -> bool {
     c.is_whitespace() || matches!(c, '\x1c'..='\x1f')
 }
 

@@ -5,24 +5,37 @@
 
 use std::fmt::Write;
 
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind};
 use minijinja::{Error, ErrorKind, Value};
 
+use super::filters::argument;
 use super::python_text::{self, as_float};
 
 /// The `tojson` filter of transformers: `json.dumps` with `ensure_ascii=False` and no HTML escapes.
 ///
-/// Takes the keyword arguments `ensure_ascii`, `indent`, `separators` and `sort_keys`.
+/// Takes the arguments `ensure_ascii`, `indent`, `separators` and `sort_keys`, in this order or by name.
 ///
 /// # Errors
 /// If `value` holds something JSON has no form for, or an argument is unknown.
-pub fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<Value> = options.get("indent")?;
+pub fn tojson(value: &Value, positional: Rest<Value>, options: Kwargs) -> Result<String, Error> {
+    let given = |at, name| argument(&positional, at, &options, name);
+    let indent = given(1, "indent")?;
     let indent = indent.filter(|indent| !indent.is_none()).map(indentation);
     let indent = indent.transpose()?;
-    let separators: Option<Vec<String>> = options.get("separators")?;
-    let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
-    let sort_keys: Option<bool> = options.get("sort_keys")?;
+    let separators = given(2, "separators")?;
+    let separators = separators.filter(|separators| !separators.is_none());
+    let separators = separators.map(|pair| {
+        let texts = pair
+            .try_iter()?
+            .map(|text| text.as_str().map(str::to_owned));
+        let texts: Option<Vec<String>> = texts.collect();
+        texts.ok_or_else(|| invalid("separators must be a pair of strings".into()))
+    });
+    let separators: Option<Vec<String>> = separators.transpose()?;
+    // Python takes any value for a yes or no.
+    let is_true = |value: Option<Value>| value.is_some_and(|value| value.is_true());
+    let ensure_ascii = is_true(given(0, "ensure_ascii")?);
+    let sort_keys = is_true(given(3, "sort_keys")?);
     options.assert_all_used()?;
 
     let (item_separator, key_separator) = match separators.as_deref() {
@@ -38,8 +51,8 @@ pub fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
         key_separator,
         indent,
         depth: 0,
-        ensure_ascii: ensure_ascii.unwrap_or(false),
-        sort_keys: sort_keys.unwrap_or(false),
+        ensure_ascii,
+        sort_keys,
     };
     writer.value(value)?;
     Ok(writer.out)

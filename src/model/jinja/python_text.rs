@@ -1,11 +1,13 @@
 //! Values as Python writes them: `str`, `repr`, and the digits of floats.
 
-use std::fmt::{self, Write};
-use std::sync::Arc;
+use std::fmt::Write;
 
 use minijinja::Value;
-use minijinja::value::{DynObject, Object, ObjectRepr, ValueKind};
+use minijinja::value::{Tuple, ValueKind};
 use serde_json::Value as Json;
+
+use super::python_objects::{DictView, GroupTuple, Range, is_namespace};
+use crate::formats::json::python_float;
 
 /// A JSON value for a template; objects keep the order of their keys.
 pub fn from_json(value: &Json) -> Value {
@@ -15,7 +17,7 @@ pub fn from_json(value: &Json) -> Value {
         Json::Number(n) => match (n.as_i64(), n.as_u64()) {
             (Some(n), _) => Value::from(n),
             (None, Some(n)) => Value::from(n),
-            (None, None) => n.as_f64().map_or(Value::from(()), float_value),
+            (None, None) => n.as_f64().map_or(Value::from(()), Value::from),
         },
         Json::String(s) => Value::from(s.as_str()),
         Json::Array(items) => items.iter().map(from_json).collect(),
@@ -23,54 +25,11 @@ pub fn from_json(value: &Json) -> Value {
     }
 }
 
-/// A float for a template. Where minijinja would write other digits than Python, which matters in
-/// `~` and inside of lists, it is an object that writes itself.
-pub fn float_value(x: f64) -> Value {
-    let plain = x == 0.0 || (1e-4..1e16).contains(&x.abs());
-    match plain {
-        true => Value::from(x),
-        false => Value::from_object(PythonFloat(x)),
-    }
-}
-
-/// A float far from 1, which Python writes with an exponent.
-#[derive(Debug)]
-struct PythonFloat(f64);
-
-impl Object for PythonFloat {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Plain
-    }
-
-    fn is_true(self: &Arc<Self>) -> bool {
-        true
-    }
-
-    fn custom_cmp(self: &Arc<Self>, other: &DynObject) -> Option<std::cmp::Ordering> {
-        self.0.partial_cmp(&other.downcast_ref::<PythonFloat>()?.0)
-    }
-
-    fn render(self: &Arc<Self>, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&float(self.0))
-    }
-}
-
 /// The float that `value` is; `None` for integers and anything else.
 pub fn as_float(value: &Value) -> Option<f64> {
-    if let Some(float) = value.downcast_object_ref::<PythonFloat>() {
-        return Some(float.0);
-    }
     match value.kind() {
         ValueKind::Number if !value.is_integer() => f64::try_from(value.clone()).ok(),
         _ => None,
-    }
-}
-
-/// The same value for arithmetic: a plain number where it is a float of ours.
-pub fn plain(value: &Value) -> Value {
-    match value.downcast_object_ref::<PythonFloat>() {
-        Some(float) => Value::from(float.0),
-        None => value.clone(),
     }
 }
 
@@ -78,12 +37,16 @@ pub fn plain(value: &Value) -> Value {
 pub fn text(value: &Value) -> String {
     match value.kind() {
         ValueKind::String => value.as_str().unwrap_or_default().to_owned(),
-        _ => {
-            let mut out = String::new();
-            write(value, &mut out);
-            out
-        }
+        ValueKind::Undefined => String::new(),
+        _ => repr(value),
     }
+}
+
+/// `repr(value)`.
+pub fn repr(value: &Value) -> String {
+    let mut out = String::new();
+    write(value, &mut out);
+    out
 }
 
 /// Appends `repr(value)`.
@@ -92,50 +55,79 @@ fn write(value: &Value, out: &mut String) {
         out.push_str(&float(x));
         return;
     }
-    let object = value.as_object();
+    if let Some(range) = value.downcast_object_ref::<Range>() {
+        out.push_str(&range.text());
+        return;
+    }
+    if let Some(view) = value.downcast_object_ref::<DictView>() {
+        out.push_str(&format!("dict_{}(", view.method));
+        write_items('[', ']', view.items.iter().cloned(), out);
+        out.push(')');
+        return;
+    }
     match value.kind() {
         ValueKind::Seq => {
-            let tuple = value.downcast_object_ref::<minijinja::value::Tuple>();
-            let (open, close) = if tuple.is_some() {
-                ('(', ')')
-            } else {
-                ('[', ']')
-            };
-            out.push(open);
-            let items: Vec<Value> = value.try_iter().into_iter().flatten().collect();
-            for (i, item) in items.iter().enumerate() {
-                if i > 0 {
-                    out.push_str(", ");
+            let is_tuple = value.downcast_object_ref::<Tuple>().is_some()
+                || value.downcast_object_ref::<GroupTuple>().is_some();
+            let items = value.try_iter().into_iter().flatten();
+            match is_tuple {
+                true => {
+                    write_items('(', ')', items, out);
+                    if value.len() == Some(1) {
+                        out.insert(out.len() - 1, ',');
+                    }
                 }
-                write(item, out);
+                false => write_items('[', ']', items, out),
             }
-            if tuple.is_some() && items.len() == 1 {
-                out.push(',');
-            }
-            out.push(close);
         }
-        // Not every map is a dict: a namespace, for one, writes itself.
-        ValueKind::Map if object.is_some_and(|o| o.type_name().contains("Map")) => {
-            out.push('{');
-            let pairs = object
-                .and_then(|o| o.try_iter_pairs())
-                .into_iter()
-                .flatten();
-            for (i, (key, value)) in pairs.enumerate() {
-                if i > 0 {
-                    out.push_str(", ");
-                }
-                write(&key, out);
-                out.push_str(": ");
-                write(&value, out);
-            }
-            out.push('}');
+        ValueKind::Map if is_namespace(value) => {
+            out.push_str("<Namespace ");
+            write_pairs(value, out);
+            out.push('>');
         }
-        ValueKind::Undefined => {}
+        // Not every map is a dict: a loop, for one, writes itself.
+        ValueKind::Map if (value.as_object()).is_some_and(|o| o.type_name().contains("Map")) => {
+            write_pairs(value, out);
+        }
+        ValueKind::Undefined => out.push_str("Undefined"),
+        ValueKind::String if value.is_safe() => {
+            out.push_str("Markup(");
+            string(value.as_str().unwrap_or_default(), out);
+            out.push(')');
+        }
         ValueKind::String => string(value.as_str().unwrap_or_default(), out),
         // Writing to a String cannot fail.
         _ => drop(write!(out, "{value}")),
     }
+}
+
+fn write_items(open: char, close: char, items: impl Iterator<Item = Value>, out: &mut String) {
+    out.push(open);
+    for (i, item) in items.enumerate() {
+        if i > 0 {
+            out.push_str(", ");
+        }
+        write(&item, out);
+    }
+    out.push(close);
+}
+
+fn write_pairs(map: &Value, out: &mut String) {
+    out.push('{');
+    let object = map.as_object();
+    let pairs = object
+        .and_then(|o| o.try_iter_pairs())
+        .into_iter()
+        .flatten();
+    for (i, (key, value)) in pairs.enumerate() {
+        if i > 0 {
+            out.push_str(", ");
+        }
+        write(&key, out);
+        out.push_str(": ");
+        write(&value, out);
+    }
+    out.push('}');
 }
 
 /// Appends `repr(str)`.
@@ -172,7 +164,7 @@ fn string(text: &str, out: &mut String) {
 
 /// `str.isprintable` of one character: what Rust does not escape. A combining mark it escapes only at
 /// the beginning of a text.
-fn is_printable(c: char) -> bool {
+pub fn is_printable(c: char) -> bool {
     match c {
         ' '..='~' => true,
         '\u{a0}' | '\u{ad}' => false,
@@ -189,16 +181,7 @@ pub fn float(x: f64) -> String {
     if x.is_infinite() {
         return if x > 0.0 { "inf" } else { "-inf" }.into();
     }
-    // `{:e}` gives the same shortest digits as `repr`.
-    let scientific = format!("{x:e}");
-    let (digits, exponent) = scientific.split_once('e').expect("`{:e}` has an exponent");
-    let exponent: i32 = exponent.parse().expect("the exponent is an integer");
-    if (-4..16).contains(&exponent) {
-        format!("{x:?}")
-    } else {
-        let sign = if exponent < 0 { '-' } else { '+' };
-        format!("{digits}e{sign}{:02}", exponent.abs())
-    }
+    python_float(x)
 }
 
 #[cfg(test)]

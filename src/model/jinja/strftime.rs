@@ -20,7 +20,14 @@ pub fn strftime_now(format: &str) -> Result<String, Error> {
         match &rest[at..end] {
             "%z" | "%Z" => {}
             "%f" => python.push_str(&format!("{:06}", now.nanosecond() / 1000 % 1_000_000)),
-            conversion => python.push_str(conversion),
+            conversion if conversion.len() > 1 && conversion.ends_with(is_conversion) => {
+                python.push_str(conversion)
+            }
+            // Not of C, though chrono may know it: it stays as it is.
+            other => {
+                python.push('%');
+                python.push_str(other);
+            }
         }
         rest = &rest[end..];
     }
@@ -34,4 +41,9 @@ pub fn strftime_now(format: &str) -> Result<String, Error> {
         )
     })?;
     Ok(text)
+}
+
+/// Letters that C has as conversions, and what may stand before them.
+fn is_conversion(c: char) -> bool {
+    "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyY%-_0^#EO123456789".contains(c)
 }

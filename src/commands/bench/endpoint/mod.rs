@@ -15,7 +15,7 @@ use load::Load;
 use prompts::Prompts;
 
 use super::{BenchArgs, Form};
-use crate::cli::values::whole_from_1;
+use crate::commands::values::whole_from_1;
 use crate::commands::console::{Console, Unit};
 use crate::commands::output::prepare_folder;
 use crate::commands::{Failure, interrupt, report, workloads};

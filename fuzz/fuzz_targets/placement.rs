@@ -1,0 +1,3 @@
+#![no_main]
+
+moectl_fuzz::target!("placement");
