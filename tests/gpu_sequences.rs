@@ -12,11 +12,11 @@ use gpu::{is_emulated, open_device};
 use moectl::backend::cuda::abi::MAX_BATCH;
 use moectl::backend::cuda::{CudaOptions, Residency};
 use moectl::backend::{
-    BackendError, DeviceMemory, Executor, KvDtype, LogitRows, ModelShape, NextLogits, Piece, Routing,
-    RunEvents, SlotChange, Wanted,
+    BackendError, DeviceMemory, Executor, KvDtype, LogitRows, ModelShape, NextLogits, Piece,
+    Routing, RunEvents, SlotChange, Wanted,
 };
-use moectl::planning::Footprint;
 use moectl::planning::footprint::KvDtype as Kv;
+use moectl::planning::{Footprint, Offer};
 use sequence::*;
 use support::sequences::{bits, check_against_fresh_sequences, feed};
 use support::*;
@@ -134,7 +134,7 @@ impl RunEvents for Counting<'_> {
         self.0[piece] += 1;
     }
 
-    fn admit(&mut self, _: usize, _: usize, _: usize) -> Vec<SlotChange> {
+    fn admit(&mut self, _: usize, _: usize, _: Offer<'_>) -> Vec<SlotChange> {
         Vec::new()
     }
 }

@@ -82,6 +82,9 @@ fn compare(device: &Device, i: usize, drawn: &Drawn) -> (usize, f32) {
     compared.unwrap_or_else(|error| panic!("model {i}, {drawn:?}: {error}"))
 }
 
+/// What makes a shape another one.
+type Change = fn(&mut ModelShape);
+
 #[test]
 fn drawn_models_are_computed_right_or_refused_by_name() {
     let _alone = alone();
@@ -135,7 +138,7 @@ fn small() -> Drawn {
 fn models_at_every_limit_of_the_kernels_are_computed_right() {
     let _alone = alone();
     let Some(device) = open_device() else { return };
-    let limits: [(&str, fn(&mut ModelShape)); 4] = [
+    let limits: [(&str, Change); 4] = [
         ("hidden_size", |s| s.hidden_size = limits::MAX_HIDDEN_SIZE),
         ("num_experts", |s| {
             s.moe.num_experts = limits::MAX_EXPERTS;
@@ -174,7 +177,7 @@ fn models_at_every_limit_of_the_kernels_are_computed_right() {
 fn a_model_beyond_the_kernels_is_refused_at_load_with_the_way_out() {
     let _alone = alone();
     let Some(device) = open_device() else { return };
-    let beyond: [(&str, fn(&mut ModelShape)); 11] = [
+    let beyond: [(&str, Change); 11] = [
         ("head_dim is 48, not 32, 64, 128, 256", |s| {
             s.attention.head_dim = 48
         }),

@@ -84,8 +84,7 @@ impl Cuda {
             let ms = f64::from(end.ms_since(&start)?);
             pcie.push((passes * count * bytes) as f64 / ms.max(1e-6) / 1e6);
             if round == 0 {
-                passes =
-                    ((1e3 * cpu_s / f64::from(ms.max(1e-3))).ceil() as usize).clamp(1, MAX_PASSES);
+                passes = ((1e3 * cpu_s / ms.max(1e-3)).ceil() as usize).clamp(1, MAX_PASSES);
             }
         }
         let flops = self.prefill.sizes.expert_flops();

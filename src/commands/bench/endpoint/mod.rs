@@ -15,9 +15,9 @@ use load::Load;
 use prompts::Prompts;
 
 use super::{BenchArgs, Form};
-use crate::commands::values::whole_from_1;
 use crate::commands::console::{Console, Unit};
 use crate::commands::output::prepare_folder;
+use crate::commands::values::whole_from_1;
 use crate::commands::{Failure, interrupt, report, workloads};
 use crate::formats::corpus::Corpus;
 use crate::formats::document::RUN;
@@ -169,8 +169,8 @@ fn key(args: &BenchArgs) -> anyhow::Result<Option<String>> {
     };
     let text = std::fs::read_to_string(path)
         .map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
-    let line = text.lines().map(str::trim);
-    let key = line.filter(|l| !l.is_empty() && !l.starts_with('#')).next();
+    let mut line = text.lines().map(str::trim);
+    let key = line.find(|l| !l.is_empty() && !l.starts_with('#'));
     match key {
         Some(key) => Ok(Some(key.to_owned())),
         None => {
