@@ -118,6 +118,7 @@ struct World<'a> {
     /// What was computed for whom
     seen: HashSet<(u64, Vec<u32>)>,
     found: usize,
+    evicted: u64,
 }
 
 impl World<'_> {
@@ -137,6 +138,8 @@ impl World<'_> {
                 self.engine.close(open.session);
             }
             Action::Shrink => {
+                // A new cache counts from 0.
+                self.evicted += self.engine.prefix_cache().counts().evicted;
                 self.engine.set_prefix_cache(self.budget_bytes);
                 self.seen.clear();
                 let open = self.open.iter();
@@ -275,10 +278,11 @@ fn sessions_with_kept_prefixes_answer_as_if_each_had_begun_anew() {
             open: Vec::new(),
             seen: HashSet::new(),
             found: 0,
+            evicted: 0,
         };
         let done = steps.iter().try_for_each(|action| world.act(action));
         *found += world.found;
-        *evicted += world.engine.prefix_cache().counts().evicted;
+        *evicted += world.evicted + world.engine.prefix_cache().counts().evicted;
         for open in std::mem::take(&mut world.open) {
             world.engine.close(open.session);
         }

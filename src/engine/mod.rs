@@ -8,6 +8,7 @@ pub mod sampler;
 pub mod scheduler;
 pub mod service;
 pub mod session;
+mod slots;
 pub mod stream;
 pub mod text;
 

@@ -222,6 +222,7 @@ impl Engine {
     ) -> Result<Vec<NextLogits>> {
         let ids: Vec<u32> = tokens.iter().map(|token| token.id).collect();
         check_ids(&ids, self.config.shape.vocab_size)?;
+        self.keep_prompt();
         let piece = |(token, ids): (&NextToken<'_>, _)| {
             let piece = Piece::new(self.resident(token.session)?, ids, LogitRows::Last);
             Ok(match token.wanted {

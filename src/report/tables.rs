@@ -96,6 +96,9 @@ pub fn summary(runs: &[Run]) -> csv::Result<Vec<u8>> {
 }
 
 /// One row per request to a server, by how many there were at once.
+///
+/// # Errors
+/// Of the writer; in memory there are none.
 pub fn requests(runs: &[Run]) -> csv::Result<Vec<u8>> {
     let mut out = csv::Writer::from_writer(Vec::new());
     out.write_record([

@@ -28,6 +28,7 @@ fn small_chat(sandbox: &Sandbox, flags: &str) -> Terminal {
 fn turns(terminal: &mut Terminal, sandbox: &Sandbox) -> Vec<String> {
     terminal.line("/save turns.json");
     terminal.wait_for("wrote turns.json");
+    terminal.wait_for("> ");
     let saved = sandbox.json("turns.json");
     let messages = saved["messages"].as_array().unwrap();
     let users = messages.iter().filter(|m| m["role"] == "user");

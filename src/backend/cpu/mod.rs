@@ -13,6 +13,7 @@ pub mod conv;
 pub mod delta_rule;
 mod dense;
 pub(crate) mod experts;
+mod fill;
 mod gated_attention;
 mod gated_delta_net;
 mod integer_blocks;
@@ -49,7 +50,7 @@ use kv_cache::KvCache;
 use layer::{Layer, Mixer, layer_requests, one_plus};
 use linear::{Linear, Panels, add_product};
 use load::Request;
-use threads::{Parts, Pool};
+use threads::Pool;
 
 use super::tally::Tally;
 use super::{
@@ -265,45 +266,6 @@ fn normed(
         let row = (rows.start + t) * dim;
         rms_norm::rms_norm(isa, &hidden.data[row..row + dim], scale, eps, out);
     })
-}
-
-impl Activations {
-    /// Sets all tokens; `row(t, out)` writes the `cols` activations of token `t`.
-    ///
-    /// # Errors
-    /// If a worker thread failed.
-    pub fn fill(
-        &mut self,
-        pool: &mut Pool,
-        isa: Isa,
-        tokens: usize,
-        cols: usize,
-        integers: Option<Integers>,
-        row: &(dyn Fn(usize, &mut [f32]) + Sync),
-    ) -> Result<()> {
-        self.resize(isa, tokens, cols, integers);
-        let kblocks = self.padded_cols() / layout::TILE_COLS;
-        let blocks = Parts::new(&mut self.blocks);
-        let quantized = self.integers.parts();
-        pool.run(tokens, &|t| {
-            linear::with_panels(2 * kblocks, |panels| {
-                let values = panels.as_flattened_mut();
-                let (values, padding) = values.split_at_mut(cols);
-                row(t, values);
-                padding.fill(0.0);
-                let (values, _) = panels.as_flattened().as_chunks();
-                for (kb, block) in values.iter().enumerate() {
-                    // SAFETY: each token has blocks of its own, and is run once.
-                    let out = unsafe { blocks.item(kb * tokens + t) };
-                    *out = *block;
-                    if let Some(kind) = integers {
-                        // SAFETY: as above.
-                        unsafe { quantized.quantize(isa, kind, kb * tokens + t, block) };
-                    }
-                }
-            });
-        })
-    }
 }
 
 impl Scratch {

@@ -158,6 +158,9 @@ fn reason(name: &str, config: &ModelConfig) -> &'static str {
 }
 
 /// The files in the model's folder; none of a model that has no folder.
+///
+/// # Errors
+/// If the folder cannot be read.
 pub fn files(source: &Source) -> anyhow::Result<Vec<FileLine>> {
     let Some(folder) = source.folder()? else {
         return Ok(Vec::new());

@@ -71,6 +71,10 @@ struct CheckRecord {
     problems: Vec<String>,
 }
 
+/// Prints what a checkpoint has, and what of it would be loaded.
+///
+/// # Errors
+/// If there is no such model, or a problem was found.
 pub fn execute(args: &CheckArgs, console: &Console) -> anyhow::Result<()> {
     let source = Source::resolve_os(Some(&args.model))?;
     let record = examine(&source)?;

@@ -25,6 +25,10 @@ pub struct HostLists {
 }
 
 impl HostLists {
+    /// For chunks of up to `tokens`.
+    ///
+    /// # Errors
+    /// If pinned memory is short.
     pub fn new(device: &Device, shape: &ModelShape, tokens: usize) -> Result<Self> {
         let (k, experts) = (shape.moe.num_experts_per_tok, shape.moe.num_experts);
         let tiles = (tokens * k).div_ceil(TILE_TOKENS) + experts + tokens.div_ceil(TILE_TOKENS);

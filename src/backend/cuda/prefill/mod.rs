@@ -15,6 +15,7 @@ mod delta_rule;
 mod lists;
 mod picked;
 mod rates;
+mod streaming;
 
 use std::cell::RefCell;
 use std::ops::Range;
