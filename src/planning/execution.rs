@@ -36,8 +36,8 @@ const LONG_PICKED_TOKENS: usize = 1024;
 /// The longest chunk of which only the experts that were picked come to the GPU, the CPU computing
 /// some of them ([`sharing`](super::sharing)). Longer ones pick nearly all experts, of so many tokens that
 /// the CPU's share is small. On an H200 held to 14 GiB 512 tokens take 0.33 s this way and 0.58 the other,
-/// 2,048 take 0.50 and 0.59, 8,192 take 0.84 and 0.69.
-pub const MAX_PICKED_TOKENS: usize = 4096;
+/// 2,048 take 0.50 and 0.59, 4,096 take 0.60 to 0.64 and 0.60, 8,192 take 0.84 and 0.69.
+pub const MAX_PICKED_TOKENS: usize = 3072;
 
 /// Which missing experts of a chunk come over PCIe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,12 +92,13 @@ pub struct PrefillSizes {
 }
 
 impl PrefillSettings {
-    /// Prompts up to this many tokens are decoded one by one. On an H200 held to 14 GiB a step takes 7 ms;
-    /// picked experts of 8 tokens together take 50 ms, all experts 560.
+    /// Prompts up to this many tokens go through decode steps, eight tokens to a step. On an H200 held to
+    /// 14 GiB a step of eight takes 39 ms, a chunk of eight that shares its experts 50, one that streams all
+    /// 560.
     pub fn stepped_tokens(&self) -> usize {
         match self.picked_tokens {
             0 => 48,
-            _ => 6,
+            _ => 8,
         }
     }
 
