@@ -2,7 +2,7 @@
 //!
 //! A model is embed, then per layer a token mixer and a mixture of experts, then the head. Inside
 //! a block a backend fuses as it likes; between blocks it only promises the shapes below. Every
-//! backend is held to [`reference`] by the same conformance tests.
+//! backend is held to [`reference`](mod@reference) by the same conformance tests.
 //!
 //! Shapes: `T` tokens of one chunk, `D` hidden_size, `E` num_experts, `k` num_experts_per_tok.
 

@@ -19,7 +19,7 @@ pub enum Integers {
 #[repr(C)]
 pub struct Int16Block {
     /// i16 pairs in the order in which the instruction set meets the tile's codes: pair `4 * group + j`
-    /// holds the columns of nibbles [`Simd::PAIRS`]`[j]`, the first in the low half.
+    /// holds the columns of nibbles `Simd::PAIRS[j]`, the first in the low half.
     pub pairs: [i32; TILE_COLS / 2],
     /// Undoes the scaling of the activations and of the code book.
     pub scale: f32,

@@ -1,7 +1,7 @@
 //! Which vector instructions this machine has, as proofs that kernels can demand.
 //!
 //! A token exists only where its features were seen, so a function that takes one may use them.
-//! [`dispatch!`](super::dispatch) compiles a kernel body once per instruction set.
+//! `dispatch!` compiles a kernel body once per instruction set.
 
 use crate::backend::{BackendError, Result};
 #[cfg(target_arch = "x86_64")]
