@@ -381,11 +381,14 @@ pub struct Room {
 pub fn workspace_memory(sizes: &PrefillSizes, room: &Room) -> Result<WorkspaceMemory, u64> {
     let longest = room.context_tokens.clamp(1, room.settings.longest_chunk());
     let slots = (room.wanted_slots as u64).min(room.bytes / room.slot_bytes.max(1)) as usize;
-    let bytes = |tokens| {
+    let bytes = |tokens, slots| {
         let streaming = (room.settings).streaming(tokens, slots, sizes.total_experts());
         Workspace::new(sizes, tokens, streaming).bytes as u64
     };
-    let (largest, smallest) = (bytes(longest), bytes(longest.min(MIN_CHUNK_TOKENS)));
+    // Room for a chunk either way: slots may be emptied, or all be filled, while the memory stays.
+    let longest_picked = longest.min(room.settings.picked_tokens.min(MAX_PICKED_TOKENS));
+    let largest = bytes(longest, sizes.total_experts()).max(bytes(longest_picked.max(1), 0));
+    let smallest = bytes(longest.min(MIN_CHUNK_TOKENS), slots);
     let wanted_bytes = room.wanted_slots as u64 * room.slot_bytes;
     if wanted_bytes + largest <= room.bytes {
         return Ok(WorkspaceMemory::Own(largest as usize));
