@@ -8,11 +8,37 @@ use super::super::slots::Slots;
 use super::super::state::{LayerState, StatePool};
 use super::super::variants;
 use super::super::weights::Mixer;
-use super::streaming::Uses;
 use super::{Admitting, Group, Prefill};
 use crate::backend::Result;
 use crate::planning::Precision;
 use crate::planning::execution::Workspace;
+
+/// Ring buffers in the order of their use.
+pub struct Uses {
+    /// Layer, group and part of each
+    pub all: Vec<(usize, usize, usize)>,
+    /// How many have their copies under way
+    pub sent: usize,
+    /// How many have the kernels that read them under way
+    pub computed: usize,
+}
+
+impl Uses {
+    pub fn new(groups: &[Vec<Group>]) -> Self {
+        let mut all = Vec::new();
+        for (layer, groups) in groups.iter().enumerate() {
+            for part in 0..2 {
+                let streamed = (0..groups.len()).filter(|&g| groups[g].ring.is_some());
+                all.extend(streamed.map(|group| (layer, group, part)));
+            }
+        }
+        Uses {
+            all,
+            sent: 0,
+            computed: 0,
+        }
+    }
+}
 
 /// What a chunk works with, apart from the workers that compute experts in RAM.
 #[derive(Clone, Copy)]

@@ -1,36 +1,9 @@
 //! All missing experts of a long chunk on their way: groups of neighbours, gate and up of a layer's, then down.
 
-use super::chunk::Chunk;
+use super::chunk::{Chunk, Uses};
 use super::{Group, RING};
 use crate::backend::Result;
 use crate::planning::execution::Streaming;
-
-/// Ring buffers in the order of their use.
-pub struct Uses {
-    /// Layer, group and part of each
-    pub all: Vec<(usize, usize, usize)>,
-    /// How many have their copies under way
-    pub sent: usize,
-    /// How many have the kernels that read them under way
-    pub computed: usize,
-}
-
-impl Uses {
-    pub fn new(groups: &[Vec<Group>]) -> Self {
-        let mut all = Vec::new();
-        for (layer, groups) in groups.iter().enumerate() {
-            for part in 0..2 {
-                let streamed = (0..groups.len()).filter(|&g| groups[g].ring.is_some());
-                all.extend(streamed.map(|group| (layer, group, part)));
-            }
-        }
-        Uses {
-            all,
-            sent: 0,
-            computed: 0,
-        }
-    }
-}
 
 impl Chunk<'_> {
     /// Where a part of each expert lies in its blob, and how long it is: gate and up, or down.
