@@ -30,7 +30,7 @@ ceil(T / 128) more if the shared expert is among the groups; blocks beyond the t
 The fast kernels may have null for the low terms.
 
 prefill_fetch          to[i] = from[i] of up to eight arrays of words, from host memory
-    Copies would wait in the copy engine behind experts on their way: up to 5 ms.
+    Copies would wait in the copy engine behind experts on their way: 1 ms a layer of 67 tokens on an H200.
     launch: grid (1 .., 8), block (256), smem 0
 
 prefill_combine        hidden[t, first_row + r] += sum over ranks of w y + gate y_shared, r < row_count

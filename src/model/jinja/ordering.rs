@@ -121,6 +121,11 @@ fn keyed(
     values.try_iter()?.map(pair).collect()
 }
 
+/// Whether the case of strings counts, given in its place or by name.
+fn case_sensitive(given: Option<bool>, options: &Kwargs) -> Result<bool, Error> {
+    Ok(given.or(options.get("case_sensitive")?).unwrap_or(false))
+}
+
 fn sort(
     values: &Value,
     reverse: Option<bool>,
@@ -129,9 +134,7 @@ fn sort(
     options: Kwargs,
 ) -> Result<Value, Error> {
     let reverse = reverse.or(options.get("reverse")?).unwrap_or(false);
-    let sensitive = sensitive
-        .or(options.get("case_sensitive")?)
-        .unwrap_or(false);
+    let sensitive = case_sensitive(sensitive, &options)?;
     let attribute = attribute.or(options.get("attribute")?);
     options.assert_all_used()?;
     // By one attribute after the other, where several are named.
@@ -163,9 +166,7 @@ fn unique(
     attribute: Option<Value>,
     options: Kwargs,
 ) -> Result<Value, Error> {
-    let sensitive = sensitive
-        .or(options.get("case_sensitive")?)
-        .unwrap_or(false);
+    let sensitive = case_sensitive(sensitive, &options)?;
     let attribute = attribute.or(options.get("attribute")?);
     options.assert_all_used()?;
     let mut seen: Vec<Value> = Vec::new();
@@ -187,9 +188,7 @@ fn group_by(
     options: Kwargs,
 ) -> Result<Value, Error> {
     let default = default.or(options.get("default")?);
-    let sensitive = sensitive
-        .or(options.get("case_sensitive")?)
-        .unwrap_or(false);
+    let sensitive = case_sensitive(sensitive, &options)?;
     options.assert_all_used()?;
     let plain = |value: &Value| {
         let found = path(value.clone(), Some(&attribute))?;
@@ -230,9 +229,7 @@ fn dictsort(
     reverse: Option<bool>,
     options: Kwargs,
 ) -> Result<Value, Error> {
-    let sensitive = sensitive
-        .or(options.get("case_sensitive")?)
-        .unwrap_or(false);
+    let sensitive = case_sensitive(sensitive, &options)?;
     let by = by.or(options.get("by")?).unwrap_or("key".into());
     let reverse = reverse.or(options.get("reverse")?).unwrap_or(false);
     options.assert_all_used()?;
@@ -261,9 +258,7 @@ fn extreme(
     attribute: Option<Value>,
     options: Kwargs,
 ) -> Result<Value, Error> {
-    let sensitive = sensitive
-        .or(options.get("case_sensitive")?)
-        .unwrap_or(false);
+    let sensitive = case_sensitive(sensitive, &options)?;
     let attribute = attribute.or(options.get("attribute")?);
     options.assert_all_used()?;
     let mut best: Option<(Value, Value)> = None;

@@ -70,8 +70,8 @@ impl Cuda {
             let since = Instant::now();
             let mut timed = |layer: usize, picks: &[Pick], tokens: usize| -> Result<f64> {
                 let experts = &self.model.store.layers[layer].experts;
-                let since = Instant::now();
                 let rows: Vec<u32> = (0..tokens as u32).collect();
+                let since = Instant::now();
                 let out = &mut out[..tokens * dim];
                 (self.offload).compute_picks(experts, picks, &rows, &x, || Ok(()), out)?;
                 Ok(since.elapsed().as_secs_f64())
